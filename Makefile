@@ -1,0 +1,38 @@
+# Set-up, tests and the demo. `make demo` and `make test` work on a fresh clone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.kvpool-installed
+
+.PHONY: setup demo test lint bench proto clean
+setup: $(STAMP)
+
+# torch goes first and pinned: an open range would fetch gigabytes of CUDA libraries.
+$(STAMP): pyproject.toml constraints.txt
+	@echo "setting up $(VENV) (a few minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m kvpool.core.kernels
+	@touch $@
+
+demo: setup
+	@$(BIN)/kvpool demo $(if $(KEEP),--keep,) $(DEMO_ARGS)
+
+test: setup lint
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy kvpool/core scheduler/core
+	@$(BIN)/lint-imports --cache-dir .import_linter_cache
+
+bench: setup
+	@for b in hash_match blocks placements gateway; do $(BIN)/python tools/bench/$$b.py || exit 1; done
+
+proto: setup
+	@$(BIN)/python tools/generate_proto.py
+
+clean:
+	rm -rf $(VENV) build dist

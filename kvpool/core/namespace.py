@@ -1,0 +1,100 @@
+"""Namespaces: who may share blocks. Two engines do if and only if their specifications are equal."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from enum import IntEnum
+
+from kvpool.core.errors import BadArgument
+from kvpool.core.ids import NamespaceId
+
+HASHES = ("xxh3_128/1", "sha256/1")
+GROUPS_MAX = 64
+BLOCK_TOKENS_MAX = 4096
+BLOCK_BYTES_MAX = 1 << 30
+SECTIONS_MAX = 8
+SHARDS_MAX = 1024
+
+
+class GroupKind(IntEnum):
+    """What a group of layers caches; numbers as on the wire."""
+
+    FULL = 1
+    WINDOW = 2
+    MLA = 3
+    STATE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSpec:
+    """Layers whose KV is cut and stored alike. `block_bytes` counts one shard of one block."""
+
+    id: int
+    kind: GroupKind
+    layers: tuple[int, ...]
+    block_tokens: int
+    shard_count: int
+    section_count: int
+    block_bytes: int
+    kv_heads: int = 0
+    head_dim: int = 0
+    window_tokens: int = 0
+
+    @property
+    def section_bytes(self) -> int:
+        return self.block_bytes // self.section_count
+
+    def validate(self) -> None:
+        """Raises: BadArgument with the field that is wrong."""
+        checks = {
+            "layers must not be empty": bool(self.layers),
+            f"block_tokens must be 1 to {BLOCK_TOKENS_MAX}": 1 <= self.block_tokens <= BLOCK_TOKENS_MAX,
+            f"block_bytes must be 1 to {BLOCK_BYTES_MAX}": 1 <= self.block_bytes <= BLOCK_BYTES_MAX,
+            f"shard_count must be 1 to {SHARDS_MAX}": 1 <= self.shard_count <= SHARDS_MAX,
+            f"section_count must be 1 to {SECTIONS_MAX}": 1 <= self.section_count <= SECTIONS_MAX,
+            "section_count must divide the number of layers": bool(self.layers)
+            and self.section_count > 0
+            and len(self.layers) % self.section_count == 0,
+            "section_count must divide block_bytes": self.section_count > 0
+            and self.block_bytes % self.section_count == 0,
+            "window_tokens belongs to window groups": (self.window_tokens > 0) == (self.kind is GroupKind.WINDOW),
+        }
+        for rule, holds in checks.items():
+            if not holds:
+                raise BadArgument(f"group {self.id}: {rule}")
+
+
+@dataclass(frozen=True, slots=True)
+class NamespaceSpec:
+    """Canonical description of stored KV; see the .proto for each field."""
+
+    model: str
+    revision: str
+    dtype: str
+    backend: str
+    layout: str
+    hash: str
+    groups: tuple[GroupSpec, ...]
+
+    def validate(self) -> None:
+        """Raises: BadArgument with the field that is wrong."""
+        if not self.model:
+            raise BadArgument("model must not be empty")
+        if self.hash not in HASHES:
+            raise BadArgument(f"hash {self.hash!r} is not one of {', '.join(HASHES)}")
+        if not 1 <= len(self.groups) <= GROUPS_MAX:
+            raise BadArgument(f"a namespace has 1 to {GROUPS_MAX} groups")
+        if [g.id for g in self.groups] != list(range(len(self.groups))):
+            raise BadArgument("group ids must be 0, 1, 2, ... in order")
+        for group in self.groups:
+            group.validate()
+
+    def canonical(self) -> bytes:
+        """The one text of this specification: JSON with sorted keys and no spaces, UTF-8."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+    def id(self) -> NamespaceId:
+        """sha256 of the canonical form, first 16 bytes."""
+        return NamespaceId(hashlib.sha256(self.canonical()).digest()[:16])
