@@ -1,0 +1,514 @@
+"""The local engine: continuous batching, chunked prefill, prefix reuse, and blocks that others fill or read.
+
+`submit`, `abort` and the other entries only change state; `step` computes. One thread calls all of it. I/O happens
+elsewhere: `take_pulls` names blocks to fill, `take_exports` blocks to publish, both lent until they are given back.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from engines.torch import batching
+from engines.torch.attention import Chunk
+from engines.torch.cache import BlockPool
+from engines.torch.model import LoadedModel
+from engines.torch.request import (
+    BlockSet,
+    DecodeSample,
+    Finish,
+    Load,
+    Phase,
+    PrefillSample,
+    Request,
+    Samples,
+    Sampling,
+    StepEvent,
+)
+from engines.torch.sampling import Draw, Drawn, sample
+from engines.torch.sequence import Sequence as Running
+from engines.torch.sequence import State
+from kvpool.core.errors import BadArgument, KvpoolError, Overloaded, Reason, UnknownRequest
+from kvpool.core.hashing import tail_key
+from kvpool.core.ids import KEY_BYTES, KeyArray
+
+SAMPLES_MAX = 1024
+TEMPERATURE_MAX = 100.0
+
+
+def monotonic_us() -> int:
+    return time.monotonic_ns() // 1000
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Sizes and bounds of an engine."""
+
+    block_tokens: int = 64  # tokens a block
+    kv_tokens: int = 32_768  # cache capacity, rounded down to blocks; a request that can never fit is refused
+    chunk_tokens: int = 512  # prompt tokens a step; longer prompts take several steps
+    batch_max: int = 32  # requests admitted at a time; more wait
+    waiting_max: int = 256  # requests that wait; one more is refused as OVERLOADED
+    deterministic: bool = False  # results do not depend on batching, chunking, reuse or placement; slower
+
+    def validate(self) -> None:
+        """Raises: BadArgument with the field that is wrong."""
+        checks = {
+            "block_tokens must be 1 to 4096": 1 <= self.block_tokens <= 4096,
+            "kv_tokens must hold at least one block": self.kv_tokens >= self.block_tokens,
+            "chunk_tokens must be a multiple of block_tokens": self.chunk_tokens > 0
+            and self.chunk_tokens % self.block_tokens == 0,
+            "batch_max must be at least 1": self.batch_max >= 1,
+            "waiting_max must be at least 1": self.waiting_max >= 1,
+        }
+        for rule, holds in checks.items():
+            if not holds:
+                raise BadArgument(rule)
+
+
+class Engine:
+    """Computes requests on one model. Not thread-safe."""
+
+    def __init__(
+        self, model: LoadedModel, config: EngineConfig = EngineConfig(), clock_us: Callable[[], int] = monotonic_us
+    ) -> None:
+        config.validate()
+        self.model, self.config = model, config
+        self.namespace = model.namespace(config.block_tokens, exact=config.deterministic)
+        self.pool = BlockPool(config.kv_tokens // config.block_tokens)
+        self.cache = model.new_cache(self.pool.block_count, config.block_tokens)
+        self._clock_us = clock_us
+        self._waiting: deque[Running] = deque()
+        self._admitted: dict[str, Running] = {}  # in order of admission
+        self._by_id: dict[str, Running] = {}
+        self._events: list[StepEvent] = []
+        self._pulls: list[BlockSet] = []
+        self._exports: list[BlockSet] = []
+        self._lent: dict[int, BlockSet] = {}
+        self._samples = Samples()
+
+    # ---------------------------------------------------------------- entries
+
+    def submit(self, request: Request) -> None:
+        """Takes a request in.
+
+        Raises: BadArgument for a request that can't be right, Overloaded if the queue is full, KvpoolError with
+            CONTEXT_TOO_LONG or NO_CAPACITY if it can never fit.
+        """
+        self._validate(request)
+        if len(self._waiting) >= self.config.waiting_max:
+            raise Overloaded(f"{len(self._waiting)} requests are waiting already", hint="try again later")
+        sequence = Running(request, self.config.block_tokens, self._clock_us())
+        self._by_id[request.id] = sequence
+        self._waiting.append(sequence)
+
+    def abort(self, request_id: str, finish: Finish = Finish.ABORT, error: str = "") -> bool:
+        """Ends a request now. False if it is not here (any more)."""
+        sequence = self._by_id.get(request_id)
+        if sequence is None:
+            return False
+        self._finish(sequence, finish, error=error)
+        return True
+
+    def first_token(self, request_id: str, token: int) -> None:
+        """The first token of a DECODE request, drawn elsewhere. Given twice, it must be the same.
+
+        Raises: UnknownRequest, BadArgument.
+        """
+        sequence = self._by_id.get(request_id)
+        if sequence is None:
+            raise UnknownRequest(f"no request {request_id}")
+        if sequence.request.phase is not Phase.DECODE or not 0 <= token < self.model.vocabulary_size:
+            raise BadArgument("first_token needs a DECODE request and a token of the vocabulary")
+        if sequence.generated:
+            return
+        sequence.append(token)
+        finish = self._finish_reason(sequence, token)
+        if finish is not Finish.NONE:
+            self._finish(sequence, finish)
+
+    def blocks_arrived(self, pull: BlockSet, count: int, byte_count: int = 0) -> None:
+        """The first `count` blocks of a pull hold their content. Counts only grow."""
+        sequence = self._by_id.get(pull.request_id)
+        if sequence is None or sequence.pull is not pull:
+            return
+        everything = count == len(pull.blocks)
+        tokens = (pull.first + count) * self.config.block_tokens
+        if everything and pull.tail_tokens:
+            tokens += pull.tail_tokens - self.config.block_tokens
+        sequence.times.cached_tokens_pool += tokens - sequence.computed
+        sequence.times.bytes_pulled += byte_count
+        sequence.computed = tokens
+        self._register_full(sequence)
+
+    def pull_ended(self, pull: BlockSet) -> None:
+        """Gives a pull's blocks back: nobody writes to them any more. What has not arrived is computed."""
+        self._take_back(pull)
+        sequence = self._by_id.get(pull.request_id)
+        if sequence is None or sequence.pull is not pull:
+            return
+        arrived = -(-sequence.computed // self.config.block_tokens) - pull.first
+        sequence.times.pull_failures += len(pull.blocks) - arrived
+        sequence.pull = None
+        sequence.running_us = self._clock_us()
+        sequence.times.pull_us = sequence.running_us - sequence.admitted_us
+        sequence.state = State.RUNNING
+        if sequence.request.phase is not Phase.PREFILL:
+            sequence.exported = sequence.computed // self.config.block_tokens
+        self._export(sequence)
+
+    def export_ended(self, export: BlockSet) -> None:
+        """Gives an export's blocks back: nobody reads them any more."""
+        self._take_back(export)
+
+    # ---------------------------------------------------------------- step
+
+    def step(self) -> list[StepEvent]:
+        """Admits what fits, computes one batch, and returns what happened since the last step."""
+        now_us = self._clock_us()
+        self._expire(now_us)
+        self._admit(now_us)
+        running = list(self._admitted.values())
+        plan = batching.schedule(self._runnable(running), self.config.chunk_tokens, self.config.batch_max)
+        if plan.pieces:
+            self._compute(running, plan)
+        events, self._events = self._events, []
+        return events
+
+    def has_work(self) -> bool:
+        """Whether `step` would compute or return something now."""
+        return (
+            bool(self._events)
+            or (bool(self._waiting) and self._fits(self._waiting[0]) is not None)
+            or bool(self._runnable(list(self._admitted.values())))
+        )
+
+    def next_deadline_us(self) -> int | None:
+        """When `step` has to be called for the sake of deadlines."""
+        return min((s.request.deadline_us for s in self._by_id.values() if s.request.deadline_us), default=None)
+
+    def take_pulls(self) -> list[BlockSet]:
+        """Blocks to fill; each ends with `pull_ended`."""
+        pulls, self._pulls = self._pulls, []
+        return pulls
+
+    def take_exports(self) -> list[BlockSet]:
+        """Finished blocks to publish, in order for each request; each ends with `export_ended`."""
+        exports, self._exports = self._exports, []
+        return exports
+
+    def take_samples(self) -> Samples:
+        samples, self._samples = self._samples, Samples()
+        return samples
+
+    def take_changes(self) -> list[tuple[bool, bytes]]:
+        """(stored or removed, key) of the prefix cache since the last call, in order."""
+        return self.pool.take_changes()
+
+    def cached_keys(self) -> KeyArray:
+        return self.pool.keys()
+
+    def load(self) -> Load:
+        tokens = self.config.block_tokens
+        return Load(
+            running=len(self._admitted),
+            waiting=len(self._waiting),
+            kv_tokens_free=self.pool.available * tokens,
+            kv_tokens_total=self.pool.block_count * tokens,
+        )
+
+    def check_invariants(self) -> None:
+        self.pool.check_invariants()
+        held = [0] * self.pool.block_count
+        for sequence in self._admitted.values():
+            assert sequence.computed <= sequence.known
+            assert sequence.computed <= len(sequence.blocks) * self.config.block_tokens
+            for block in sequence.blocks:
+                held[block] += 1
+        for lent in self._lent.values():
+            for block in lent.blocks.tolist():
+                held[block] += 1
+        self.pool.check_references(held, sum(s.promised for s in self._admitted.values()))
+        assert all(not s.blocks and not s.promised for s in self._waiting)
+        assert len(self._by_id) == len(self._waiting) + len(self._admitted)
+
+    # ---------------------------------------------------------------- admission
+
+    def _validate(self, request: Request) -> None:
+        sampling, config = request.sampling, self.config
+        checks = {
+            "the prompt must have at least one token": len(request.prompt) > 0,
+            "max_tokens must be at least 1": sampling.max_tokens >= 1,
+            f"temperature must be 0 to {TEMPERATURE_MAX:g}": 0.0 <= sampling.temperature <= TEMPERATURE_MAX,
+            "top_p must be over 0 and at most 1": 0.0 < sampling.top_p <= 1.0,
+            f"root must have {KEY_BYTES} bytes": len(request.root) == KEY_BYTES,
+            f"request id {request.id!r} is taken or empty": bool(request.id) and request.id not in self._by_id,
+        }
+        for rule, holds in checks.items():
+            if not holds:
+                raise BadArgument(rule)
+        if int(request.prompt.max()) >= self.model.vocabulary_size:
+            raise BadArgument(f"token ids must be under {self.model.vocabulary_size}")
+        tokens = len(request.prompt) + sampling.max_tokens
+        if tokens > self.model.context_tokens_max:
+            raise KvpoolError(
+                f"prompt and max_tokens are {tokens} tokens, the context is {self.model.context_tokens_max}",
+                reason=Reason.CONTEXT_TOO_LONG,
+            )
+        if tokens > self.pool.block_count * config.block_tokens:
+            raise KvpoolError(
+                f"{tokens} tokens never fit into a KV cache of {self.pool.block_count * config.block_tokens}",
+                reason=Reason.NO_CAPACITY,
+            )
+
+    def _fits(self, sequence: Running) -> list[int] | None:
+        """Cached blocks that the sequence can begin with, or None while it has to wait."""
+        if len(self._admitted) >= self.config.batch_max:
+            return None
+        hits = self.pool.match(sequence.keys[: sequence.blocks_reusable()])
+        needed = sequence.blocks_worst() - len(hits) + self.pool.unreferenced(hits)
+        return hits if needed <= self.pool.available else None
+
+    def _admit(self, now_us: int) -> None:
+        while self._waiting:
+            sequence = self._waiting[0]
+            hits = self._fits(sequence)
+            if hits is None:
+                return
+            self._waiting.popleft()
+            self.pool.acquire(hits)
+            sequence.promised = sequence.blocks_worst() - len(hits)
+            self.pool.promise(sequence.promised)
+            sequence.blocks = hits
+            sequence.registered = len(hits)
+            sequence.computed = len(hits) * self.config.block_tokens
+            sequence.times.cached_tokens_hbm = sequence.computed
+            sequence.admitted_us = sequence.running_us = now_us
+            sequence.times.queue_us = now_us - sequence.arrived_us
+            self._admitted[sequence.request.id] = sequence
+            sequence.state = State.RUNNING
+            if sequence.request.phase is not Phase.PREFILL:
+                sequence.exported = len(hits)
+            self._begin_pull(sequence)
+            self._export(sequence)
+
+    def _begin_pull(self, sequence: Running) -> None:
+        """Lends the blocks that somebody may fill, where there are any beyond the sequence's own hits."""
+        request, size = sequence.request, self.config.block_tokens
+        full = min(request.pull_tokens // size, sequence.blocks_reusable())
+        tail = sequence.prompt_tokens % size
+        takes_tail = bool(tail) and request.phase is Phase.DECODE and request.pull_tokens >= sequence.prompt_tokens
+        first = len(sequence.blocks)
+        count = full - first + takes_tail
+        if count <= 0:
+            return
+        self._grow(sequence, (first + count) * size)
+        keys = b"".join(sequence.keys[first:full])
+        if takes_tail:
+            keys += self._tail_key(sequence, tail)
+        pull = self._lend(sequence, first, first + count, keys, tail if takes_tail else 0)
+        sequence.pull = pull
+        sequence.state = State.PULLING
+        self._pulls.append(pull)
+
+    def _tail_key(self, sequence: Running, tail: int) -> bytes:
+        end = sequence.prompt_tokens
+        full = (end - tail) // self.config.block_tokens
+        parent = sequence.keys[full - 1] if full else sequence.request.root
+        return tail_key(parent, sequence.tokens(end - tail, end))
+
+    def _grow(self, sequence: Running, tokens: int) -> None:
+        """Allocates blocks so that `tokens` tokens have room."""
+        while len(sequence.blocks) * self.config.block_tokens < tokens:
+            sequence.blocks.append(self.pool.allocate())
+            sequence.promised -= 1
+
+    # ---------------------------------------------------------------- computing
+
+    def _runnable(self, running: Sequence[Running]) -> list[batching.Runnable]:
+        return [
+            batching.Runnable(i, s.computed, s.known, s.decoding)
+            for i, s in enumerate(running)
+            if s.state is State.RUNNING and s.computed < s.known
+        ]
+
+    def _compute(self, running: Sequence[Running], plan: batching.Plan) -> None:
+        chunks: list[Chunk] = []
+        token_ids: list[int] = []
+        rows: list[int] = []
+        drawing: list[Running] = []
+        for piece in plan.pieces:
+            sequence = running[piece.index]
+            self._grow(sequence, piece.end)
+            chunks.append(Chunk(piece.first, piece.count, sequence.blocks))
+            token_ids.extend(sequence.tokens(piece.first, piece.end).tolist())
+            if piece.end == sequence.known and sequence.samples:
+                rows.append(len(token_ids) - 1)
+                drawing.append(sequence)
+        begun_us = self._clock_us()
+        logits = self.model.forward(self.cache, chunks, token_ids, rows, exact=self.config.deterministic)
+        drawn = sample(logits, [Draw(s.request.sampling, s.known) for s in drawing]) if drawing else []
+        ended_us = self._clock_us()
+        self._measure(running, plan, ended_us - begun_us)
+        for piece in plan.pieces:
+            sequence = running[piece.index]
+            sequence.computed = piece.end
+            self._register_full(sequence)
+            self._export(sequence)
+        for sequence, token in zip(drawing, drawn, strict=True):
+            self._advance(sequence, token, ended_us)
+        for piece in plan.pieces:
+            self._note_prefill_end(running[piece.index])
+
+    def _advance(self, sequence: Running, drawn: Drawn, now_us: int) -> None:
+        """Appends a drawn token and ends the request where it is due."""
+        first = sequence.generated == 0
+        if first:
+            sequence.times.prefill_us = now_us - sequence.running_us
+            self._note_prefill_end(sequence)
+        sequence.append(drawn.token)
+        finish = self._finish_reason(sequence, drawn.token)
+        if finish is Finish.NONE and sequence.request.phase is Phase.PREFILL:
+            finish = Finish.HANDED_OFF
+            self._export_tail(sequence)
+        asked = sequence.request.sampling.logprobs
+        event = StepEvent(
+            sequence.request.id,
+            (drawn.token,),
+            finish,
+            times=sequence.times if first or finish is not Finish.NONE else None,
+            logprobs=(drawn.logprob,) if asked else (),
+            top2_gaps=(drawn.top2_gap,) if asked else (),
+        )
+        self._events.append(event)
+        if finish is not Finish.NONE:
+            self._drop(sequence)
+
+    def _finish_reason(self, sequence: Running, token: int) -> Finish:
+        sampling = sequence.request.sampling
+        ends = () if sampling.ignore_eos else self.model.eos_token_ids
+        if token in sampling.stop_token_ids or token in ends:
+            return Finish.STOP
+        return Finish.LENGTH if sequence.generated >= sampling.max_tokens else Finish.NONE
+
+    def _measure(self, running: Sequence[Running], plan: batching.Plan, duration_us: int) -> None:
+        """Splits a step's time by tokens; steps that only decode are a sample by themselves."""
+        if plan.prefill_tokens == 0:
+            if len(self._samples.decode) < SAMPLES_MAX:
+                kv_tokens = sum(piece.end for piece in plan.pieces)
+                self._samples.decode.append(DecodeSample(len(plan.pieces), kv_tokens, duration_us))
+            return
+        for piece in plan.pieces:
+            if not piece.decoding:
+                sequence = running[piece.index]
+                sequence.prefill_share_us += duration_us * piece.count / plan.tokens
+                sequence.times.computed_tokens += piece.count
+
+    def _note_prefill_end(self, sequence: Running) -> None:
+        if sequence.prefill_done or sequence.computed < sequence.prompt_tokens:
+            return
+        sequence.prefill_done = True
+        new = sequence.times.computed_tokens
+        samples = self._samples
+        if len(samples.finished_prefills) < SAMPLES_MAX:
+            samples.finished_prefills.append(sequence.request.id)
+        if new and len(samples.prefill) < SAMPLES_MAX:
+            duration_us = int(sequence.prefill_share_us)
+            samples.prefill.append(PrefillSample(new, max(0, sequence.computed - new), duration_us))
+
+    # ---------------------------------------------------------------- blocks out
+
+    def _register_full(self, sequence: Running) -> None:
+        full = min(sequence.computed // self.config.block_tokens, len(sequence.keys))
+        for index in range(sequence.registered, full):
+            self.pool.register(sequence.blocks[index], sequence.keys[index])
+        sequence.registered = max(sequence.registered, full)
+
+    def _export(self, sequence: Running) -> None:
+        """Lends newly finished full blocks to the publisher."""
+        full = min(sequence.computed // self.config.block_tokens, len(sequence.keys))
+        if not sequence.request.publish or sequence.state is not State.RUNNING or full <= sequence.exported:
+            return
+        first, sequence.exported = sequence.exported, full
+        self._exports.append(self._lend(sequence, first, full, b"".join(sequence.keys[first:full]), 0))
+
+    def _export_tail(self, sequence: Running) -> None:
+        tail = sequence.prompt_tokens % self.config.block_tokens
+        if tail and sequence.request.publish:
+            full = sequence.prompt_tokens // self.config.block_tokens
+            self._exports.append(self._lend(sequence, full, full + 1, self._tail_key(sequence, tail), tail))
+
+    def _lend(self, sequence: Running, first: int, end: int, keys: bytes, tail: int) -> BlockSet:
+        blocks = sequence.blocks[first:end]
+        self.pool.acquire(blocks)
+        packed = np.frombuffer(keys, dtype=np.uint8).reshape(-1, KEY_BYTES)
+        lent = BlockSet(sequence.request.id, first, packed, np.array(blocks, dtype=np.int64), tail)
+        self._lent[id(lent)] = lent
+        return lent
+
+    def _take_back(self, lent: BlockSet) -> None:
+        assert self._lent.pop(id(lent), None) is lent, "blocks given back twice"
+        self.pool.release(lent.blocks.tolist())
+
+    # ---------------------------------------------------------------- ends
+
+    def _expire(self, now_us: int) -> None:
+        late = [s for s in self._by_id.values() if s.request.deadline_us and s.request.deadline_us <= now_us]
+        for sequence in late:
+            self._finish(sequence, Finish.ERROR, error="the request's deadline passed")
+
+    def _finish(self, sequence: Running, finish: Finish, error: str = "") -> None:
+        self._events.append(StepEvent(sequence.request.id, (), finish, error, times=sequence.times))
+        self._drop(sequence)
+
+    def _drop(self, sequence: Running) -> None:
+        """Forgets a request and everything that it holds. Lent blocks stay held until they are given back."""
+        del self._by_id[sequence.request.id]
+        if sequence.state is State.WAITING:
+            self._waiting.remove(sequence)
+            return
+        del self._admitted[sequence.request.id]
+        self.pool.release(sequence.blocks)
+        self.pool.unpromise(sequence.promised)
+        sequence.blocks, sequence.promised = [], 0
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """A finished output."""
+
+    tokens: tuple[int, ...]
+    finish: Finish
+    logprobs: tuple[float, ...] = ()
+    top2_gaps: tuple[float, ...] = ()
+
+
+def generate(engine: Engine, prompts: Sequence[Sequence[int]], sampling: Sampling, root: bytes = b"") -> list[Generated]:
+    """Runs prompts to their end on an engine that nobody else uses; for references and tests.
+
+    Args:
+        root: parent key of first blocks; empty = the namespace's own.
+    """
+    root = root or engine.namespace.id()
+    ids = [f"generate-{i}" for i in range(len(prompts))]
+    tokens: dict[str, list[StepEvent]] = {name: [] for name in ids}
+    pending = deque(Request(n, np.asarray(p, dtype=np.uint32), sampling, root) for n, p in zip(ids, prompts, strict=True))
+    while pending or engine.has_work():
+        while pending and engine.load().waiting < engine.config.waiting_max:
+            engine.submit(pending.popleft())
+        for event in engine.step():
+            tokens[event.request_id].append(event)
+    return [_joined(tokens[name]) for name in ids]
+
+
+def _joined(events: Sequence[StepEvent]) -> Generated:
+    return Generated(
+        tuple(t for e in events for t in e.tokens),
+        events[-1].finish,
+        tuple(x for e in events for x in e.logprobs),
+        tuple(x for e in events for x in e.top2_gaps),
+    )

@@ -1,0 +1,131 @@
+"""A whole cluster on one machine: node, scheduler, gateway and workers as child processes, no external service."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from kvpool.cli.processes import Process, Supervisor
+
+READY_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True)
+class LocalOptions:
+    """What `kvpool serve` starts. Ports of 0 are picked by the system."""
+
+    model: str
+    served_name: str = ""
+    prefill: int = 1
+    decode: int = 1
+    strict_roles: bool = False  # decode workers never prefill, so that each request is split
+    host: str = "127.0.0.1"
+    port: int = 0
+    scheduler_port: int = 0
+    memory_bytes: int = 1 << 30
+    segment_dir: str = "/dev/shm"
+    kv_tokens: int = 32768
+    block_tokens: int = 64
+    chunk_tokens: int = 512
+    batch_max: int = 32
+    threads: int = 1
+    dtype: str = "auto"
+    device: str = "auto"
+    deterministic: bool = False
+    journal: str = ""
+    credential: str = ""
+    gateways: int = 1
+
+
+class LocalCluster:
+    """Starts the roles in order, knows their addresses, restarts them where they were."""
+
+    def __init__(self, options: LocalOptions, log_folder: Path) -> None:
+        self.options = options
+        env = {"KVPOOL_CREDENTIAL": options.credential} if options.credential else {}
+        self.supervisor = Supervisor(log_folder, env)
+
+    def start(self, progress: Callable[[str], None] = lambda _: None) -> None:
+        """Starts all roles and waits until each serves. Raises: ProcessFailed, after stopping what ran."""
+        try:
+            for step in self._steps():
+                progress(f"starting {', '.join(p.name for p in step)}")
+                for process in step:
+                    process.wait_ready(READY_TIMEOUT_S)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _steps(self) -> Iterator[list[Process]]:
+        """Groups of processes: each group starts together once the one before it serves."""
+        o, start = self.options, self.supervisor.start
+        scheduler = ["scheduler", "--listen", f"{o.host}:{o.scheduler_port}"]
+        yield [start("scheduler", [*scheduler, *(["--journal", o.journal] if o.journal else [])])]
+        node = ["node", "--id", "node-0", "--listen", f"{o.host}:0", "--scheduler", self.scheduler_address]
+        yield [start("node", [*node, "--memory", str(o.memory_bytes), "--segment-dir", o.segment_dir])]
+        roles = [(f"prefill-{i}", "prefill") for i in range(o.prefill)]
+        roles += [(f"decode-{i}", "decode" if o.strict_roles else "both") for i in range(o.decode)]
+        gateways = [self._gateway(i) for i in range(o.gateways)]
+        yield [*(start(name, self._worker(name, role)) for name, role in roles), *gateways]
+
+    def _gateway(self, index: int) -> Process:
+        o = self.options
+        name = "gateway" if index == 0 else f"gateway-{index}"
+        port = o.port if index == 0 else 0
+        return self.supervisor.start(
+            name, ["gateway", "--id", name, "--listen", f"{o.host}:{port}", "--scheduler", self.scheduler_address]
+        )
+
+    def _worker(self, name: str, role: str) -> list[str]:
+        o = self.options
+        options = {
+            "--id": name, "--role": role, "--listen": f"{o.host}:0", "--scheduler": self.scheduler_address,
+            "--node": self.node_address, "--model": o.model, "--served-name": o.served_name, "--kv-tokens": o.kv_tokens,
+            "--block-tokens": o.block_tokens, "--chunk-tokens": o.chunk_tokens, "--batch-max": o.batch_max,
+            "--threads": o.threads, "--dtype": o.dtype, "--device": o.device,
+        }  # fmt: skip
+        flags = [text for flag, value in options.items() if value != "" for text in (flag, str(value))]
+        return ["worker", *flags, *(["--deterministic"] if o.deterministic else [])]
+
+    def address(self, name: str) -> str:
+        """Where a process that was ready listens."""
+        return str(self.supervisor.processes[name].facts["address"])
+
+    @property
+    def scheduler_address(self) -> str:
+        return self.address("scheduler")
+
+    @property
+    def node_address(self) -> str:
+        return self.address("node")
+
+    @property
+    def gateway_url(self) -> str:
+        return f"http://{self.address('gateway')}"
+
+    def process(self, name: str) -> Process:
+        return self.supervisor.processes[name]
+
+    def restart(self, name: str, *, wait: bool = True) -> Process:
+        """Starts a process that has ended again, listening where it did."""
+        old = self.supervisor.processes[name]
+        arguments = list(old.arguments)
+        arguments[arguments.index("--listen") + 1] = old.facts["address"]
+        process = self.supervisor.start(name, arguments, old.env)
+        if wait:
+            process.wait_ready(READY_TIMEOUT_S)
+        return process
+
+    def stop(self) -> None:
+        self.supervisor.stop()
+
+    def __enter__(self) -> LocalCluster:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()

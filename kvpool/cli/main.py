@@ -1,0 +1,328 @@
+"""`kvpool`: starts each role of the system. One option has one spelling: flag, KVPOOL_<ROLE>_<OPTION>, config file."""
+
+from __future__ import annotations
+
+import os
+
+# gRPC's own log lines would stand between ours.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+import importlib.util
+import logging
+import signal
+import sys
+import threading
+import tomllib
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from kvpool import __version__
+from kvpool.cli import output
+from kvpool.cli.local import LocalCluster, LocalOptions
+from kvpool.cli.processes import ProcessFailed, announce_ready, die_with_parent
+from kvpool.core.errors import KvpoolError
+
+app = typer.Typer(
+    name="kvpool",
+    help="The KV cache of LLM serving as a resource of the whole cluster.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"auto_envvar_prefix": "KVPOOL", "help_option_names": ["-h", "--help"]},
+)
+
+LOG_FORMAT = "%(asctime)s %(levelname).1s %(name)s %(message)s"
+Credential = Annotated[
+    str, typer.Option("--credential", envvar="KVPOOL_CREDENTIAL", help="Shared secret that every call must carry.")
+]
+SchedulerAddress = Annotated[
+    str, typer.Option("--scheduler", envvar="KVPOOL_SCHEDULER", help="Address of the scheduler.")
+]
+MetricsPort = Annotated[int, typer.Option("--metrics-port", min=0, max=65535, help="HTTP port of /metrics; 0 = none.")]
+
+
+@app.callback()
+def _root(
+    context: typer.Context,
+    config: Annotated[
+        Path | None, typer.Option("--config", exists=True, dir_okay=False, help="TOML file: a table for each role.")
+    ] = None,
+    log_level: Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")] = "info",
+    version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
+) -> None:
+    if version:
+        print(f"kvpool {__version__}")
+        raise typer.Exit
+    level = getattr(logging, log_level.upper(), None)
+    if not isinstance(level, int):
+        output.fail(f"no log level {log_level!r}", hint="debug, info, warning or error", code=output.EXIT_USAGE)
+    logging.basicConfig(level=level, format=LOG_FORMAT, stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    _check_packages()
+    if config is not None:
+        context.default_map = _read_config(config)
+
+
+def _read_config(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        output.fail(f"can't read {path}: {error}", code=output.EXIT_USAGE)
+    known = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
+    for name, values in tables.items():
+        if name not in known or not isinstance(values, dict):
+            output.fail(f"{path}: no role [{name}]", hint=f"tables: {', '.join(sorted(known))}", code=output.EXIT_USAGE)
+    return {name: {k.replace("-", "_"): v for k, v in values.items()} for name, values in tables.items()}
+
+
+def _check_packages() -> None:
+    """`scheduler` and `engines` are common names: says what shadows ours, if something does."""
+    ours = Path(__file__).resolve().parents[2]
+    for name in ("scheduler", "engines"):
+        spec = importlib.util.find_spec(name)
+        places = [Path(p).resolve() for p in (spec.submodule_search_locations or [])] if spec else []
+        if ours / name not in places:
+            found = ", ".join(str(p) for p in places) or "nothing"
+            output.fail(
+                f"the package {name!r} resolves to {found}, not to kvpool's at {ours / name}",
+                hint="start kvpool from another folder, or remove that package from PYTHONPATH",
+            )
+
+
+def _ready(role: str, facts: dict[str, Any]) -> None:
+    logging.getLogger("kvpool").info("%s ready %s", role, " ".join(f"{k}={v}" for k, v in facts.items()))
+    announce_ready(facts)
+
+
+@app.command()
+def node(
+    scheduler: SchedulerAddress = "127.0.0.1:7700",
+    listen: Annotated[str, typer.Option("--listen", help="host:port of the BlockSource service.")] = "127.0.0.1:7701",
+    data_listen: Annotated[str, typer.Option("--data-listen", help="host:port of the tcp channel.")] = "127.0.0.1:0",
+    id: Annotated[str, typer.Option("--id", help="Name of this node; unique in the cluster.")] = "node-0",
+    memory: Annotated[str, typer.Option("--memory", help="Bytes of DRAM for blocks, e.g. 4GiB.")] = "1GiB",
+    segment_dir: Annotated[
+        Path, typer.Option("--segment-dir", help="tmpfs or hugetlbfs folder for the shared memory.")
+    ] = Path("/dev/shm"),
+    metrics_port: MetricsPort = 0,
+    credential: Credential = "",
+) -> None:
+    """Hold blocks in shared memory and serve them (one a host)."""
+    from kvpool.service.node import NodeConfig, run_node
+
+    config = NodeConfig(
+        source_id=id, listen=listen, data_listen=data_listen, scheduler=scheduler,
+        memory_bytes=output.parse_size(memory), segment_dir=str(segment_dir), metrics_port=metrics_port,
+        credential=credential,
+    )  # fmt: skip
+    _run("node", lambda ready: run_node(config, on_ready=ready))
+
+
+@app.command()
+def scheduler(
+    listen: Annotated[str, typer.Option("--listen", help="host:port of the Directory and Scheduler services.")] = (
+        "127.0.0.1:7700"
+    ),
+    id: Annotated[str, typer.Option("--id", help="Name of this scheduler.")] = "scheduler-0",
+    policy: Annotated[str, typer.Option("--policy", help="Placement policy.")] = "kvpool",
+    journal: Annotated[str, typer.Option("--journal", help="Folder for the journal; empty = none.")] = "",
+    metrics_port: MetricsPort = 0,
+    credential: Credential = "",
+) -> None:
+    """Know who holds which block, and place requests."""
+    from scheduler.service.server import SchedulerServerConfig, run_scheduler
+
+    config = SchedulerServerConfig(
+        scheduler_id=id,
+        listen=listen,
+        policy=policy,
+        journal_dir=journal,
+        metrics_port=metrics_port,
+        credential=credential,
+    )
+    _run("scheduler", lambda ready: run_scheduler(config, on_ready=ready))
+
+
+@app.command()
+def gateway(
+    scheduler: SchedulerAddress = "127.0.0.1:7700",
+    listen: Annotated[str, typer.Option("--listen", help="host:port of the OpenAI HTTP API.")] = "127.0.0.1:8000",
+    id: Annotated[str, typer.Option("--id", help="Name of this gateway.")] = "gateway-0",
+    policy: Annotated[str, typer.Option("--policy", help="Placement policy; empty = the scheduler's own.")] = "",
+    api_keys: Annotated[str, typer.Option("--api-keys", help="File of `name:key` lines that clients must use.")] = "",
+    credential: Credential = "",
+) -> None:
+    """Serve the OpenAI HTTP API (as many as needed)."""
+    from scheduler.gateway.server import GatewayConfig, run_gateway
+
+    config = GatewayConfig(
+        gateway_id=id, listen=listen, scheduler=scheduler, policy=policy, api_keys=api_keys, credential=credential
+    )
+    _run("gateway", lambda ready: run_gateway(config, on_ready=ready))
+
+
+@app.command()
+def worker(
+    model: Annotated[str, typer.Option("--model", help="Hugging Face folder or hub id.")],
+    scheduler: SchedulerAddress = "127.0.0.1:7700",
+    node: Annotated[
+        str, typer.Option("--node", help="Address of this host's node; empty = no pool.")
+    ] = "127.0.0.1:7701",
+    listen: Annotated[str, typer.Option("--listen", help="host:port of the Engine service.")] = "127.0.0.1:0",
+    id: Annotated[str, typer.Option("--id", help="Name of this worker; unique in the cluster.")] = "worker-0",
+    role: Annotated[str, typer.Option("--role", help="prefill, decode or both.")] = "both",
+    served_name: Annotated[
+        str, typer.Option("--served-name", help="Model name for clients; empty = the folder's.")
+    ] = "",
+    kv_tokens: Annotated[int, typer.Option("--kv-tokens", min=256, help="Tokens that the KV cache holds.")] = 32768,
+    block_tokens: Annotated[int, typer.Option("--block-tokens", min=16, help="Tokens a block.")] = 64,
+    chunk_tokens: Annotated[int, typer.Option("--chunk-tokens", min=16, help="Prompt tokens a step at most.")] = 512,
+    batch_max: Annotated[int, typer.Option("--batch-max", min=1, help="Sequences that decode together.")] = 32,
+    threads: Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0 = torch's choice.")] = 0,
+    dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Same tokens whatever the batching and the placement.")
+    ] = False,
+    credential: Credential = "",
+) -> None:
+    """Compute: prefill prompts, decode tokens, share KV through the pool (one a device)."""
+    from engines.torch.worker import EngineWorker, WorkerConfig
+
+    config = WorkerConfig(
+        model=model, scheduler=scheduler, node=node, listen=listen, instance_id=id, role=role, served_name=served_name,
+        kv_tokens=kv_tokens, block_tokens=block_tokens, chunk_tokens=chunk_tokens, batch_max=batch_max, threads=threads,
+        dtype=dtype, device=device, deterministic=deterministic, credential=credential,
+    )  # fmt: skip
+
+    def run(ready: Any) -> None:
+        stop = stop_event()
+        with EngineWorker(config) as engine:
+            ready({"address": engine.address, "instance": id})
+            stop.wait()
+
+    _run("worker", run)
+
+
+def stop_event() -> threading.Event:
+    """Set by SIGTERM or Ctrl-C."""
+    event = threading.Event()
+
+    def handle(_signum: int, _frame: FrameType | None) -> None:
+        event.set()
+
+    signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGINT, handle)
+    return event
+
+
+def _run(role: str, body: Any) -> None:
+    die_with_parent()
+    try:
+        body(lambda facts: _ready(role, facts))
+    except KvpoolError as error:
+        output.fail(str(error), hint=error.hint)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Option("--model", help="Hugging Face folder or hub id.")],
+    prefill: Annotated[int, typer.Option("--prefill", min=0, max=64, help="Prefill workers.")] = 1,
+    decode: Annotated[int, typer.Option("--decode", min=0, max=64, help="Decode workers.")] = 1,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port of the OpenAI HTTP API.")] = 8000,
+    scheduler_port: Annotated[int, typer.Option("--scheduler-port", min=0, max=65535, help="For kvctl.")] = 7700,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    served_name: Annotated[
+        str, typer.Option("--served-name", help="Model name for clients; empty = the folder's.")
+    ] = "",
+    memory: Annotated[str, typer.Option("--memory", help="DRAM for blocks.")] = "1GiB",
+    segment_dir: Annotated[Path, typer.Option("--segment-dir", help="Folder for the shared memory.")] = Path(
+        "/dev/shm"
+    ),
+    kv_tokens: Annotated[int, typer.Option("--kv-tokens", min=256, help="KV cache of each worker, in tokens.")] = 32768,
+    threads: Annotated[int, typer.Option("--threads", min=0, help="CPU threads a worker.")] = 1,
+    dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    strict_roles: Annotated[
+        bool, typer.Option("--strict-roles", help="Decode workers never prefill: every request is split.")
+    ] = False,
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="Same tokens whatever the batching.")] = False,
+    journal: Annotated[str, typer.Option("--journal", help="Folder for the scheduler's journal.")] = "",
+    logs: Annotated[Path, typer.Option("--logs", help="Folder for the logs of all processes.")] = Path("build/logs"),
+    credential: Credential = "",
+) -> None:
+    """Run everything on this machine: node, scheduler, gateway, workers."""
+    die_with_parent()
+    if prefill + decode == 0 or (strict_roles and min(prefill, decode) == 0):
+        output.fail(
+            "no worker could serve a request", hint="give --prefill and --decode workers", code=output.EXIT_USAGE
+        )
+    if decode == 0:
+        output.fail("nothing would decode", hint="give at least --decode 1", code=output.EXIT_USAGE)
+    options = LocalOptions(
+        model=model, served_name=served_name, prefill=prefill, decode=decode, strict_roles=strict_roles, host=host,
+        port=port, scheduler_port=scheduler_port, memory_bytes=output.parse_size(memory), segment_dir=str(segment_dir),
+        kv_tokens=kv_tokens, threads=threads, dtype=dtype, device=device, deterministic=deterministic, journal=journal,
+        credential=credential,
+    )  # fmt: skip
+    stop = stop_event()
+    cluster = LocalCluster(options, logs)
+    try:
+        cluster.start(lambda what: output.console.print(f"[dim]{what}[/]"))
+        output.facts("serving; Ctrl-C ends it", addresses(cluster))
+        announce_ready({"address": cluster.address("gateway"), "scheduler": cluster.scheduler_address})
+        watch(cluster, stop)
+    except ProcessFailed as error:
+        output.fail(str(error))
+    finally:
+        cluster.stop()
+
+
+def addresses(cluster: LocalCluster) -> dict[str, str]:
+    return {
+        "OpenAI API": f"{cluster.gateway_url}/v1",
+        "metrics": f"{cluster.gateway_url}/metrics",
+        "look inside": f"kvctl status --scheduler {cluster.scheduler_address}",
+        "logs": str(cluster.supervisor.log_folder),
+    }
+
+
+def watch(cluster: LocalCluster, stop: threading.Event) -> None:
+    """Until `stop`: starts again what ended, and says so."""
+    log = logging.getLogger("kvpool.serve")
+    while not stop.wait(0.5):
+        for process in cluster.supervisor.ended():
+            log.warning("%s ended with code %s; starting it again", process.name, process.popen.returncode)
+            cluster.restart(process.name)
+
+
+@app.command()
+def demo(
+    model: Annotated[str, typer.Option("--model", help="Model folder; empty = the tiny model of the repository.")] = "",
+    passes: Annotated[int, typer.Option("--passes", min=1, max=9, help="Passes of each kind, interleaved.")] = 2,
+    conversations: Annotated[int, typer.Option("--conversations", min=1, max=64)] = 9,
+    turns: Annotated[int, typer.Option("--turns", min=1, max=16)] = 4,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the cluster running and print its addresses.")] = False,
+    out: Annotated[Path, typer.Option("--out", help="Where the report goes.")] = Path("build/demo-report.json"),
+) -> None:
+    """Play multi-turn conversations through a real cluster, with the pool and without."""
+    from kvpool.cli.demo.run import DemoFailed, run_demo
+
+    stop = stop_event()
+    try:
+        good = run_demo(model, passes, conversations, turns, keep, out, stop)
+    except (ProcessFailed, DemoFailed) as error:
+        output.fail(str(error))
+    raise typer.Exit(0 if good else output.EXIT_FAILED)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

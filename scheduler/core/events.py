@@ -1,0 +1,232 @@
+"""Facts that enter the scheduler core. Frozen plain data only: what is here can be journalled and replayed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from kvpool.core.ids import Fidelity, Role, Tier
+from kvpool.core.namespace import NamespaceSpec
+
+# A `stream` is a number that the shell gives to each life line, never twice. An end of a stream then can't be
+# mistaken for the end of the newer one by which the same process has come back.
+
+
+@dataclass(frozen=True, slots=True)
+class SourceAttached:
+    stream: int
+    source_id: str
+    epoch: int
+    tier: Tier
+    address: str
+    host_id: str
+    instance_id: str
+    bytes_total: int
+
+
+@dataclass(frozen=True, slots=True)
+class KeyChange:
+    """One run of changed keys; `kind` as on the wire: 1 stored, 2 removed, 3 cleared. Keys are packed and qualified."""
+
+    kind: int
+    keys: bytes
+    fidelity: Fidelity
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksChanged:
+    stream: int
+    seq: int
+    changes: tuple[KeyChange, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotReceived:
+    """One part of all that a source holds, as of batch `seq`. Keys are packed and qualified."""
+
+    stream: int
+    seq: int
+    part: int
+    last: bool
+    keys: bytes
+    fidelity: Fidelity
+
+
+@dataclass(frozen=True, slots=True)
+class SourceHeartbeat:
+    stream: int
+    bytes_used: int
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class SourceDetached:
+    stream: int
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceInfo:
+    """What an instance says of itself when it joins; see EngineInfo in the .proto for each field."""
+
+    instance_id: str
+    epoch: int
+    role: Role
+    model: str
+    namespace: NamespaceSpec
+    context_tokens_max: int
+    kv_tokens_total: int
+    batch_max: int
+    address: str
+    host_id: str
+    hbm_source_id: str
+    node_source_id: str
+    node_address: str
+    tokenizer: str = ""
+    eos_token_ids: tuple[int, ...] = ()
+    chunk_tokens: int = 0
+    deterministic: bool = False
+    version: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceJoined:
+    stream: int
+    info: InstanceInfo
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillSample:
+    new_tokens: int
+    cached_tokens: int
+    duration_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeSample:
+    batch: int
+    kv_tokens: int
+    duration_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class LinkSample:
+    source_id: str
+    bytes: int
+    duration_us: int
+    failed: bool
+    channel_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceReported:
+    stream: int
+    running: int
+    waiting: int
+    kv_tokens_free: int
+    prefill: tuple[PrefillSample, ...]
+    decode: tuple[DecodeSample, ...]
+    links: tuple[LinkSample, ...]
+    finished_prefills: tuple[str, ...]
+    draining: bool
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceLeft:
+    stream: int
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayOpened:
+    stream: int
+    gateway_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayHeartbeat:
+    stream: int
+    active_requests: int
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayClosed:
+    stream: int
+
+
+@dataclass(frozen=True, slots=True)
+class KeyBatch:
+    """Full blocks of a prompt, of one group and shard. Keys are packed and qualified."""
+
+    group: int
+    shard: int
+    keys: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PlaceRequested:
+    request_id: str
+    gateway_id: str
+    model: str
+    keys: tuple[KeyBatch, ...]
+    prompt_tokens: int
+    max_tokens: int
+    ttft_slo_us: int
+    tpot_slo_us: int
+    policy: str
+    use_pool: bool
+    sticky_key: str
+    exclude_instances: tuple[str, ...]
+    fidelity_min: Fidelity
+
+
+@dataclass(frozen=True, slots=True)
+class RequestTimes:
+    """What a request cost on one instance; see RequestTimes in the .proto."""
+
+    queue_us: int = 0
+    pull_us: int = 0
+    prefill_us: int = 0
+    cached_tokens_hbm: int = 0
+    cached_tokens_pool: int = 0
+    bytes_pulled: int = 0
+    computed_tokens: int = 0
+    blocks_published: int = 0
+    pull_failures: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class OutcomeReported:
+    """How a request went. With `first_token` the end is still to come."""
+
+    stream: int
+    request_id: str
+    first_token: bool
+    ttft_us: int
+    duration_us: int
+    tokens: int
+    finish_reason: str
+    error: str
+    prefill: RequestTimes
+    decode: RequestTimes
+
+
+@dataclass(frozen=True, slots=True)
+class TimePassed:
+    """Nothing happened but time; the shell sends it when `next_deadline_us` is due."""
+
+
+Event: TypeAlias = (
+    SourceAttached
+    | BlocksChanged
+    | SnapshotReceived
+    | SourceHeartbeat
+    | SourceDetached
+    | InstanceJoined
+    | InstanceReported
+    | InstanceLeft
+    | GatewayOpened
+    | GatewayHeartbeat
+    | GatewayClosed
+    | PlaceRequested
+    | OutcomeReported
+    | TimePassed
+)

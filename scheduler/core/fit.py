@@ -1,0 +1,129 @@
+"""Linear models with non-negative coefficients, fitted online. Pure arithmetic: + - * / in a fixed order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: Share of its weight that a sample keeps when the next one comes: the last 50 or so count.
+FORGETTING = 0.98
+#: Weight of the prior's shape against one sample.
+RIDGE = 0.02
+#: A sample further from the prediction than this factor counts as if it were at it; a lasting change still gets there.
+CLIP = 8.0
+CLIP_FROM_SAMPLES = 8
+
+
+@dataclass(slots=True)
+class LinearFit:
+    """y = sum of c[i] * x[i], all c >= 0, by least squares of the relative error, old samples forgotten exponentially.
+
+    This is recursive least squares in information form (the sums are kept, not the inverse), which makes the
+    constraint exact and costs one small solve when a prediction is asked for after new samples. The prior gives the
+    shape, the samples the scale: with samples of one kind only, the prior's coefficients are scaled to fit them.
+    Dividing by the measured time makes one stalled step count little.
+
+    Fields:
+        prior: coefficients before any sample, each > 0.
+        gram, moment: weighted sums of z z^T and z, z[i] = prior[i] * x[i] / y, row by row.
+        ratio, ratio_square: weighted sums of p / y and (p / y)^2, p the prior's prediction.
+    """
+
+    prior: tuple[float, ...]
+    gram: list[float]
+    moment: list[float]
+    ratio: float
+    ratio_square: float
+    samples: int
+    coefficients: tuple[float, ...]
+    stale: bool
+
+    @classmethod
+    def start(cls, prior: tuple[float, ...]) -> LinearFit:
+        assert all(c > 0 for c in prior)
+        n = len(prior)
+        return cls(prior, [0.0] * (n * n), [0.0] * n, 0.0, 0.0, 0, prior, False)
+
+    def observe(self, x: tuple[float, ...], y: float) -> None:
+        """Takes one sample; those with y <= 0 or negative features say nothing and are left out."""
+        if not y > 0 or any(not f >= 0 for f in x):
+            return
+        if self.samples >= CLIP_FROM_SAMPLES:
+            expected = self.predict(x)
+            if expected > 0:
+                y = min(max(y, expected / CLIP), expected * CLIP)
+        n = len(self.prior)
+        z = [self.prior[i] * x[i] / y for i in range(n)]
+        p = 0.0
+        for term in z:
+            p += term
+        if not p > 0:
+            return
+        for i in range(n):
+            self.moment[i] = FORGETTING * self.moment[i] + z[i]
+            for j in range(n):
+                self.gram[i * n + j] = FORGETTING * self.gram[i * n + j] + z[i] * z[j]
+        self.ratio = FORGETTING * self.ratio + p
+        self.ratio_square = FORGETTING * self.ratio_square + p * p
+        self.samples += 1
+        self.stale = True
+
+    def predict(self, x: tuple[float, ...]) -> float:
+        if self.stale:
+            self._solve()
+        total = 0.0
+        for c, f in zip(self.coefficients, x, strict=True):
+            total += c * f
+        return total
+
+    def current(self) -> tuple[float, ...]:
+        """The coefficients as fitted from all samples so far."""
+        if self.stale:
+            self._solve()
+        return self.coefficients
+
+    def _solve(self) -> None:
+        """Best non-negative solution: each choice of zero coefficients is tried, there are at most three."""
+        n = len(self.prior)
+        scale = self.ratio / self.ratio_square
+        ridge = RIDGE / (scale * scale)
+        gram = [self.gram[k] + (ridge if k % (n + 1) == 0 else 0.0) for k in range(n * n)]
+        moment = [m + ridge * scale for m in self.moment]
+        best: list[float] | None = None
+        best_gain = 0.0
+        for chosen in range(1, 1 << n):
+            free = [i for i in range(n) if chosen >> i & 1]
+            solution = _solve_symmetric(gram, moment, free, n)
+            if solution is None or any(c < 0 for c in solution):
+                continue
+            gain = 0.0  # at a restricted minimum the objective is constant - gain
+            for c, m in zip(solution, moment, strict=True):
+                gain += c * m
+            if best is None or gain > best_gain:
+                best, best_gain = solution, gain
+        if best is not None:
+            self.coefficients = tuple(c * p for c, p in zip(best, self.prior, strict=True))
+        self.stale = False
+
+
+def _solve_symmetric(gram: list[float], moment: list[float], free: list[int], n: int) -> list[float] | None:
+    """Solves for the coefficients in `free`, the others zero; None if the system is singular."""
+    size = len(free)
+    rows = [[gram[i * n + j] for j in free] + [moment[i]] for i in free]
+    for k in range(size):
+        pivot = rows[k][k]
+        if not pivot > 0:  # positive definite by the ridge; lost only to rounding
+            return None
+        for r in range(k + 1, size):
+            factor = rows[r][k] / pivot
+            for c in range(k, size + 1):
+                rows[r][c] -= factor * rows[k][c]
+    values = [0.0] * size
+    for k in range(size - 1, -1, -1):
+        total = rows[k][size]
+        for c in range(k + 1, size):
+            total -= rows[k][c] * values[c]
+        values[k] = total / rows[k][k]
+    solution = [0.0] * n
+    for k in range(size):
+        solution[free[k]] = values[k]
+    return solution

@@ -1,0 +1,168 @@
+"""Placements under way and what each holds: KV tokens on instances and a place in a prefill queue. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+#: Gateway and request: who owns a placement. Each has an expiry as well.
+Owner: TypeAlias = tuple[str, str]
+
+
+@dataclass(slots=True)
+class Placement:
+    """One request on its way, from the decision until exactly one of the ENDINGS."""
+
+    owner: Owner
+    policy: str
+    prefill_id: str
+    decode_id: str
+    split: bool
+    kv_tokens: int  # held on the decode instance: prompt and max_tokens in whole blocks
+    prefill_kv_tokens: int  # held on the prefill instance of a split that also decodes, until its prefill ends
+    prefill_us: int  # predicted
+    context_tokens: int  # in the decode batch, on average: prompt and half of what is expected to be generated
+    expected_tokens: int  # to be generated
+    placed_us: int
+    decode_ends_us: int  # predicted
+    expires_us: int
+    prefill_done: bool = False
+
+
+@dataclass(slots=True)
+class Holdings:
+    """What placements hold on one instance. Kept as running totals; `check_invariants` recounts them."""
+
+    #: Prefills placed and not reported finished, in order of placement, with their predicted time.
+    queue: dict[Owner, int] = field(default_factory=dict)
+    queue_us: int = 0
+    #: Since when the first of the queue is taken to be computed.
+    head_since_us: int = 0
+    #: Placements that decode here or will.
+    decoding: dict[Owner, None] = field(default_factory=dict)
+    kv_tokens: int = 0
+    context_tokens: int = 0
+    expected_tokens: int = 0
+
+    def queue_left_us(self, now_us: int) -> int:
+        """Predicted prefill work outstanding, less what the first of the queue has had already."""
+        if not self.queue:
+            return 0
+        head_us = self.queue[next(iter(self.queue))]
+        return self.queue_us - min(max(now_us - self.head_since_us, 0), head_us)
+
+
+@dataclass(slots=True)
+class PlacementBook:
+    """All placements, by owner, by gateway and by instance."""
+
+    placements: dict[Owner, Placement] = field(default_factory=dict)
+    by_gateway: dict[str, dict[Owner, None]] = field(default_factory=dict)
+    holdings: dict[str, Holdings] = field(default_factory=dict)
+
+    def on(self, instance_id: str) -> Holdings:
+        """What is held on an instance; empty for one that nothing was placed on."""
+        return self.holdings.get(instance_id) or Holdings()
+
+    def open(self, placement: Placement) -> None:
+        owner = placement.owner
+        assert owner not in self.placements, f"{owner} is placed already"
+        self.placements[owner] = placement
+        self.by_gateway.setdefault(owner[0], {})[owner] = None
+        target = self.holdings.setdefault(placement.decode_id, Holdings())
+        target.decoding[owner] = None
+        target.kv_tokens += placement.kv_tokens
+        target.context_tokens += placement.context_tokens
+        target.expected_tokens += placement.expected_tokens
+        source = self.holdings.setdefault(placement.prefill_id, Holdings())
+        if not source.queue:
+            source.head_since_us = placement.placed_us
+        source.queue[owner] = placement.prefill_us
+        source.queue_us += placement.prefill_us
+        source.kv_tokens += placement.prefill_kv_tokens
+
+    def finish_prefill(self, owner: Owner, now_us: int) -> None:
+        """Takes a prefill out of its queue. Does nothing if that happened before or the placement has ended."""
+        placement = self.placements.get(owner)
+        if placement is None or placement.prefill_done:
+            return
+        placement.prefill_done = True
+        source = self.holdings[placement.prefill_id]
+        if owner == next(iter(source.queue)):
+            source.head_since_us = now_us
+        del source.queue[owner]
+        source.queue_us -= placement.prefill_us
+        source.kv_tokens -= placement.prefill_kv_tokens
+        self._drop_if_empty(placement.prefill_id)
+
+    def end(self, owner: Owner, now_us: int) -> Placement | None:
+        """Frees whatever a placement holds; None if there is none."""
+        placement = self.placements.get(owner)
+        if placement is None:
+            return None
+        self.finish_prefill(owner, now_us)
+        del self.placements[owner]
+        of_gateway = self.by_gateway[owner[0]]
+        del of_gateway[owner]
+        if not of_gateway:
+            del self.by_gateway[owner[0]]
+        target = self.holdings[placement.decode_id]
+        del target.decoding[owner]
+        target.kv_tokens -= placement.kv_tokens
+        target.context_tokens -= placement.context_tokens
+        target.expected_tokens -= placement.expected_tokens
+        self._drop_if_empty(placement.decode_id)
+        return placement
+
+    def _drop_if_empty(self, instance_id: str) -> None:
+        holdings = self.holdings.get(instance_id)
+        if holdings is not None and not holdings.queue and not holdings.decoding:
+            del self.holdings[instance_id]
+
+    def of_gateway(self, gateway_id: str) -> tuple[Owner, ...]:
+        return tuple(self.by_gateway.get(gateway_id, ()))
+
+    def queued_on(self, instance_id: str) -> tuple[Owner, ...]:
+        return tuple(self.on(instance_id).queue)
+
+    def decoding_on(self, instance_id: str) -> tuple[Owner, ...]:
+        return tuple(self.on(instance_id).decoding)
+
+    def kv_tokens_settled(self, instance_id: str, placed_until_us: int) -> int:
+        """KV tokens held on an instance by placements made at `placed_until_us` or before."""
+        holdings = self.on(instance_id)
+        total = 0
+        for owner in holdings.decoding:
+            placement = self.placements[owner]
+            if placement.placed_us <= placed_until_us:
+                total += placement.kv_tokens
+        for owner in holdings.queue:
+            placement = self.placements[owner]
+            if placement.placed_us <= placed_until_us:
+                total += placement.prefill_kv_tokens
+        return total
+
+    def kv_tokens_total(self) -> int:
+        return sum(h.kv_tokens for h in self.holdings.values())
+
+    def check_invariants(self) -> None:
+        recount: dict[str, Holdings] = {}
+        for owner, p in self.placements.items():
+            assert owner == p.owner
+            assert owner in self.by_gateway[owner[0]]
+            target = recount.setdefault(p.decode_id, Holdings())
+            target.decoding[owner] = None
+            target.kv_tokens += p.kv_tokens
+            target.context_tokens += p.context_tokens
+            target.expected_tokens += p.expected_tokens
+            if not p.prefill_done:
+                source = recount.setdefault(p.prefill_id, Holdings())
+                source.queue[owner] = p.prefill_us
+                source.queue_us += p.prefill_us
+                source.kv_tokens += p.prefill_kv_tokens
+        assert sum(len(owners) for owners in self.by_gateway.values()) == len(self.placements)
+        assert recount.keys() == self.holdings.keys()
+        for instance_id, holdings in self.holdings.items():
+            recount[instance_id].head_since_us = holdings.head_since_us
+            assert recount[instance_id] == holdings, f"holdings of {instance_id} are off"
+            assert list(recount[instance_id].decoding) == list(holdings.decoding)

@@ -1,0 +1,112 @@
+"""Real clusters of real processes for the end-to-end tests."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from kvpool.cli.kvctl import Cluster
+from kvpool.cli.local import LocalCluster, LocalOptions
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = ROOT / "tests" / "models" / "tiny-llama"
+
+
+def eventually(check: Callable[[], bool], what: str, timeout_s: float = 20.0) -> float:
+    """Seconds until `check` held. Polls, since what is awaited happens in other processes."""
+    begin = time.monotonic()
+    while not check():
+        assert time.monotonic() - begin < timeout_s, f"not within {timeout_s} s: {what}"
+        time.sleep(0.05)
+    return time.monotonic() - begin
+
+
+def options(**changes: object) -> LocalOptions:
+    base = {"model": str(MODEL), "deterministic": True, "memory_bytes": 256 << 20, "kv_tokens": 16384}
+    return LocalOptions(**(base | changes))  # type: ignore[arg-type]
+
+
+class Running:
+    """A running cluster with the clients that tests need."""
+
+    def __init__(self, local: LocalCluster) -> None:
+        self.local = local
+        self.control = Cluster(local.scheduler_address)
+        self.http = httpx.Client(base_url=local.gateway_url, timeout=60)
+
+    def wait_instances(self, count: int) -> None:
+        def there() -> bool:
+            alive = [i for i in self.control.instances() if i["state"] == "alive"]
+            nodes = [n for n in self.control.nodes() if n["state"] == "alive"]
+            return len(alive) == count and bool(nodes)
+
+        eventually(there, f"{count} instances and a node alive", 30)
+
+    def wait_nothing_held(self, timeout_s: float = 20) -> None:
+        def nothing() -> bool:
+            status = self.control.status()
+            held = self.control.held()
+            return not any(held.values()) and status["kv_tokens_reserved"] == 0 and status["active_requests"] == 0
+
+        eventually(nothing, "everything released", timeout_s)
+
+    def complete(self, prompt: object, max_tokens: int = 16, **more: object) -> dict:
+        body = {"model": "tiny-llama", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True,
+                "return_token_ids": True, **more}  # fmt: skip
+        response = self.http.post("/v1/completions", json=body)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """One prefill and two decode workers with strict roles: every request is split."""
+    local = LocalCluster(options(prefill=1, decode=2, strict_roles=True), tmp_path_factory.mktemp("logs"))
+    local.start()
+    running = Running(local)
+    try:
+        running.wait_instances(3)
+        yield running
+    finally:
+        running.http.close()
+        local.stop()
+
+
+@pytest.fixture(scope="session")
+def reference() -> Callable[[list[int], int], list[int]]:
+    """Greedy tokens of the plain Hugging Face model: no paging, no pool, no batching."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+
+    def generate(prompt: list[int], count: int) -> list[int]:
+        with torch.inference_mode():
+            out = model.generate(
+                torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0,
+            )  # fmt: skip
+        return out[0, len(prompt) :].tolist()
+
+    return generate
+
+
+@pytest.fixture(scope="session")
+def prompts() -> Callable[[int, int], list[int]]:
+    """Token ids of real text: `prompts(index, tokens)`."""
+    import textwrap
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    ids: list[int] = tokenizer.encode(Path(textwrap.__file__).read_text(encoding="utf-8"), add_special_tokens=False)
+
+    def cut(index: int, tokens: int) -> list[int]:
+        start = (index * 331) % (len(ids) - tokens)
+        return ids[start : start + tokens]
+
+    return cut

@@ -1,0 +1,99 @@
+"""Requests that are prefilled on one process and decoded on another get exactly the right tokens."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from tests.e2e.conftest import Running, eventually
+
+pytestmark = pytest.mark.processes
+Cut = Callable[[int, int], list[int]]
+Generate = Callable[[list[int], int], list[int]]
+
+
+# Exact multiples of the block, one token more and less, less than a block, several chunks.
+@pytest.mark.parametrize("tokens", [1, 2, 63, 64, 65, 128, 600, 1100])
+def test_split_tokens_are_right(cluster: Running, prompts: Cut, reference: Generate, tokens: int) -> None:
+    prompt = prompts(tokens, tokens)
+    answer = cluster.complete(prompt, 12)
+    assert answer["choices"][0]["token_ids"] == reference(prompt, 12)
+    explanation = cluster.control.explain(answer["id"])
+    assert explanation["choice"]["placement"]["split"]
+    cluster.wait_nothing_held()
+
+
+def test_next_turn_hits_the_generated_text(cluster: Running, prompts: Cut, reference: Generate) -> None:
+    prompt = prompts(3, 200)
+    first = cluster.complete(prompt, 80)["choices"][0]["token_ids"]
+    assert first == reference(prompt, 80)
+    follow_up = prompt + first + prompts(9, 30)
+
+    def cached() -> int:
+        answer = cluster.complete(follow_up, 8)
+        assert answer["choices"][0]["token_ids"] == reference(follow_up, 8)
+        return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    # 279 tokens have KV: four full blocks of 64, the last of them mostly generated.
+    eventually(lambda: cached() >= 256, "generated blocks are in the pool")
+
+
+def test_many_at_once(cluster: Running, prompts: Cut, reference: Generate) -> None:
+    asked = [prompts(i % 6, 150 + 40 * (i % 6)) for i in range(18)]
+    with concurrent.futures.ThreadPoolExecutor(18) as pool:
+        answers = list(pool.map(lambda p: cluster.complete(p, 10), asked))
+    for prompt, answer in zip(asked, answers, strict=True):
+        assert answer["choices"][0]["token_ids"] == reference(prompt, 10)
+    cluster.wait_nothing_held()
+
+
+def test_disconnect_aborts_everywhere(cluster: Running, prompts: Cut) -> None:
+    body = {"model": "tiny-llama", "prompt": prompts(1, 300), "max_tokens": 3000, "ignore_eos": True, "stream": True}
+    with cluster.http.stream("POST", "/v1/completions", json=body) as response:
+        next(response.iter_lines())
+        assert any(i["running"] for i in cluster.control.instances()) or cluster.control.status()["active_requests"]
+    took = eventually(lambda: all(not i["running"] for i in cluster.control.instances()), "aborted on the workers", 5)
+    assert took < 5
+    cluster.wait_nothing_held()
+
+
+def test_kvctl_shows_it(cluster: Running, prompts: Cut) -> None:
+    answer = cluster.complete("import json\n" * 60, 4)
+
+    def kvctl(*arguments: str) -> dict:
+        command = [sys.executable, "-m", "kvpool.cli.kvctl", *arguments, "--json"]
+        command += ["--scheduler", cluster.local.scheduler_address]
+        return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout)
+
+    assert kvctl("status")["instances_alive"] == 3
+    assert kvctl("nodes")["nodes"][0]["stats"]["blocks"] > 0
+    assert {w["info"]["role"] for w in kvctl("workers")["workers"]} == {"prefill", "decode"}
+    blocks = kvctl("blocks", "--limit", "5")["blocks"]
+    assert len(blocks) == 5 and all(b["state"] == "readable" for b in blocks)
+    explained = kvctl("explain", answer["id"])
+    assert explained["outcome"]["ttft_us"] > 0 and explained["candidates"]
+    found = kvctl("inspect", "--text", "import json\n" * 60)
+    assert found["covered_blocks"] >= 1 and found["blocks"][0]["held_by"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["status", "--scheduler", "127.0.0.1:1"], 3, "no scheduler answers at 127.0.0.1:1"),
+        (["explain", "no-such-request"], 1, "no-such-request"),
+        (["blocks", "--node", "elsewhere"], 1, "node-0"),
+        (["frobnicate"], 2, "No such command"),
+    ],
+)
+def test_kvctl_errors_say_what_to_do(cluster: Running, arguments: list[str], code: int, words: str) -> None:
+    command = [sys.executable, "-m", "kvpool.cli.kvctl", *arguments]
+    if "--scheduler" not in arguments and arguments[0] != "frobnicate":
+        command += ["--scheduler", cluster.local.scheduler_address]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == code
+    assert words in done.stderr and "Traceback" not in done.stderr
