@@ -1,11 +1,11 @@
 """Paged attention for Hugging Face model code, registered as "kvpool_paged".
 
-One step is a flat batch: rows of several sequences one after another. `PagedBatch` says where each row's KV is written and
-what each row may read; it travels to `paged_attention` as a keyword of `model.forward`. Two ways to compute:
+One step is a flat batch: rows of several sequences one after another. `PagedBatch` says where each row's KV is written
+and what each row may read; it travels to `paged_attention` as a keyword of `model.forward`. Two ways to compute:
 
-* exact: each 64-row piece of an absolute query grid is its own SDPA call of a fixed shape, whoever else is in the step
-  and however few of its rows are computed. A row's result then depends on its sequence alone: it is bitwise the same
-  in prefill and decode, alone or in a batch.
+* exact: queries are cut on an absolute grid of 64 positions, each piece is an SDPA call of its own over the keys up to
+  the piece's end, and no call has fewer than 16 rows. A row's result then depends on its sequence alone: it is bitwise
+  the same in prefill and in decode, alone and in any batch.
 * fast: one SDPA call a prompt chunk, and one for all decoding rows of similar length.
 
 Both run on CPU and CUDA through torch's SDPA. On CUDA this was never run: speed and bitwise equality are unverified.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -26,8 +26,8 @@ from kvpool.core.errors import Unsupported
 ATTENTION = "kvpool_paged"
 #: Rows of a piece of the query grid.
 GRID_TOKENS = 64
-#: Linear layers give a row the same bits in any batch only from some row count on, and for some remainders only: this
-#: holds for MKL at multiples of 4, and at everything from 12 on.
+#: Matrix products give a row the same bits whatever else is in the call only for some row counts: measured with MKL on
+#: AVX2, multiples of 4 and everything from 12 on, for linear layers and for SDPA alike.
 ROWS_MULTIPLE = 16
 
 
@@ -40,8 +40,15 @@ class Chunk:
     blocks: Sequence[int]
 
 
-class _Work(Protocol):
-    def attend(self, layer: torch.Tensor, query: torch.Tensor, out: torch.Tensor, scale: float | None) -> None: ...
+_Masks: TypeAlias = dict[tuple[int, int, int | None], torch.Tensor]
+
+
+def _down(position: int, multiple: int) -> int:
+    return position // multiple * multiple
+
+
+def _up(position: int, multiple: int) -> int:
+    return -(-position // multiple) * multiple
 
 
 def _mask(positions: torch.Tensor, key_count: int, window: int | None) -> torch.Tensor:
@@ -63,41 +70,38 @@ def _keys_values(layer: torch.Tensor, table: torch.Tensor, key_count: int) -> tu
 class _ExactChunk:
     """One sequence of an exact step."""
 
-    def __init__(
-        self, chunk: Chunk, row: int, table: torch.Tensor, masks: dict[tuple[int, int | None], torch.Tensor]
-    ) -> None:
+    def __init__(self, chunk: Chunk, row: int, table: torch.Tensor, masks: _Masks) -> None:
         self._chunk, self._row, self._table, self._masks = chunk, row, table, masks
 
     def attend(
         self, layer: torch.Tensor, query: torch.Tensor, out: torch.Tensor, scale: float | None, window: int | None
     ) -> None:
         first, end = self._chunk.first, self._chunk.first + self._chunk.count
-        grid_end = -(-end // GRID_TOKENS) * GRID_TOKENS
-        keys, values = _keys_values(layer, self._table, grid_end)
-        for piece in range(first // GRID_TOKENS * GRID_TOKENS, end, GRID_TOKENS):
+        keys, values = _keys_values(layer, self._table, _up(end, GRID_TOKENS))
+        for piece in range(_down(first, GRID_TOKENS), end, GRID_TOKENS):
             start, stop = max(first, piece), min(end, piece + GRID_TOKENS)
             rows = slice(self._row + start - first, self._row + stop - first)
-            places = slice(start - piece, stop - piece)
-            # Rows that are not computed now still take part, so that the call has one shape whatever is computed.
-            padded = query.new_zeros(query.shape[0], GRID_TOKENS, query.shape[2])
-            padded[:, places] = query[:, rows]
+            # Rows that are not computed now still take part where a call would have too few without them.
+            low, high = _down(start, ROWS_MULTIPLE), _up(stop, ROWS_MULTIPLE)
+            places = slice(start - low, stop - low)
+            padded = query.new_zeros(1, query.shape[0], high - low, query.shape[2])
+            padded[0, :, places] = query[:, rows]
             visible = piece + GRID_TOKENS
             attended = scaled_dot_product_attention(
-                padded[None],
+                padded,
                 keys[None, :, :visible],
                 values[None, :, :visible],
-                attn_mask=self._mask_of(piece, window, query),
+                attn_mask=self._mask_of(low, high, visible, window, query),
                 scale=scale,
                 enable_gqa=True,
             )
             out[rows] = attended[0, :, places].transpose(0, 1)
 
-    def _mask_of(self, piece: int, window: int | None, query: torch.Tensor) -> torch.Tensor:
-        mask = self._masks.get((piece, window))
+    def _mask_of(self, low: int, high: int, visible: int, window: int | None, query: torch.Tensor) -> torch.Tensor:
+        mask = self._masks.get((low, high, window))
         if mask is None:
-            positions = torch.arange(piece, piece + GRID_TOKENS, device=query.device)
-            mask = _mask(positions, piece + GRID_TOKENS, window).to(query.dtype)
-            self._masks[piece, window] = mask
+            mask = _mask(torch.arange(low, high, device=query.device), visible, window).to(query.dtype)
+            self._masks[low, high, window] = mask
         return mask
 
 
@@ -175,7 +179,9 @@ class PagedBatch:
         for chunk in chunks:
             span = range(chunk.first, chunk.first + chunk.count)
             positions.extend(span)
-            slots.extend(chunk.blocks[p // self._block_tokens] * self._block_tokens + p % self._block_tokens for p in span)
+            slots.extend(
+                chunk.blocks[p // self._block_tokens] * self._block_tokens + p % self._block_tokens for p in span
+            )
         slots.extend([self._scratch * self._block_tokens] * self.padding)
         positions.extend([0] * self.padding)
         slot = torch.tensor(slots, device=self._device)
@@ -191,9 +197,9 @@ class PagedBatch:
 
     def _plan_exact(self, chunks: Sequence[Chunk]) -> None:
         row = 0
-        masks: dict[tuple[int, int | None], torch.Tensor] = {}
+        masks: _Masks = {}
         for chunk in chunks:
-            grid_end = -(-(chunk.first + chunk.count) // GRID_TOKENS) * GRID_TOKENS
+            grid_end = _up(chunk.first + chunk.count, GRID_TOKENS)
             self.works.append(_ExactChunk(chunk, row, self._table(chunk, grid_end), masks))
             row += chunk.count
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from engines.torch import batching
+from engines.torch import batching, limits
 from engines.torch.attention import Chunk
 from engines.torch.cache import BlockPool
+from engines.torch.limits import EngineConfig
 from engines.torch.model import LoadedModel
 from engines.torch.request import (
     BlockSet,
@@ -26,60 +26,34 @@ from engines.torch.request import (
     PrefillSample,
     Request,
     Samples,
-    Sampling,
     StepEvent,
 )
 from engines.torch.sampling import Draw, Drawn, sample
 from engines.torch.sequence import Sequence as Running
 from engines.torch.sequence import State
-from kvpool.core.errors import BadArgument, KvpoolError, Overloaded, Reason, UnknownRequest
+from kvpool.core.errors import BadArgument, Overloaded, UnknownRequest
 from kvpool.core.hashing import tail_key
 from kvpool.core.ids import KEY_BYTES, KeyArray
 
+#: Samples kept between two reports; more are not taken.
 SAMPLES_MAX = 1024
-TEMPERATURE_MAX = 100.0
 
 
 def monotonic_us() -> int:
     return time.monotonic_ns() // 1000
 
 
-@dataclass(frozen=True, slots=True)
-class EngineConfig:
-    """Sizes and bounds of an engine."""
-
-    block_tokens: int = 64  # tokens a block
-    kv_tokens: int = 32_768  # cache capacity, rounded down to blocks; a request that can never fit is refused
-    chunk_tokens: int = 512  # prompt tokens a step; longer prompts take several steps
-    batch_max: int = 32  # requests admitted at a time; more wait
-    waiting_max: int = 256  # requests that wait; one more is refused as OVERLOADED
-    deterministic: bool = False  # results do not depend on batching, chunking, reuse or placement; slower
-
-    def validate(self) -> None:
-        """Raises: BadArgument with the field that is wrong."""
-        checks = {
-            "block_tokens must be 1 to 4096": 1 <= self.block_tokens <= 4096,
-            "kv_tokens must hold at least one block": self.kv_tokens >= self.block_tokens,
-            "chunk_tokens must be a multiple of block_tokens": self.chunk_tokens > 0
-            and self.chunk_tokens % self.block_tokens == 0,
-            "batch_max must be at least 1": self.batch_max >= 1,
-            "waiting_max must be at least 1": self.waiting_max >= 1,
-        }
-        for rule, holds in checks.items():
-            if not holds:
-                raise BadArgument(rule)
-
-
 class Engine:
     """Computes requests on one model. Not thread-safe."""
 
     def __init__(
-        self, model: LoadedModel, config: EngineConfig = EngineConfig(), clock_us: Callable[[], int] = monotonic_us
+        self, model: LoadedModel, config: EngineConfig | None = None, clock_us: Callable[[], int] = monotonic_us
     ) -> None:
+        config = config or EngineConfig()
         config.validate()
         self.model, self.config = model, config
         self.namespace = model.namespace(config.block_tokens, exact=config.deterministic)
-        self.pool = BlockPool(config.kv_tokens // config.block_tokens)
+        self.pool = BlockPool(config.block_count)
         self.cache = model.new_cache(self.pool.block_count, config.block_tokens)
         self._clock_us = clock_us
         self._waiting: deque[Running] = deque()
@@ -99,7 +73,7 @@ class Engine:
         Raises: BadArgument for a request that can't be right, Overloaded if the queue is full, KvpoolError with
             CONTEXT_TOO_LONG or NO_CAPACITY if it can never fit.
         """
-        self._validate(request)
+        limits.check(request, self.config, self.model, request.id in self._by_id)
         if len(self._waiting) >= self.config.waiting_max:
             raise Overloaded(f"{len(self._waiting)} requests are waiting already", hint="try again later")
         sequence = Running(request, self.config.block_tokens, self._clock_us())
@@ -144,6 +118,7 @@ class Engine:
         sequence.times.bytes_pulled += byte_count
         sequence.computed = tokens
         self._register_full(sequence)
+        self._export(sequence)
 
     def pull_ended(self, pull: BlockSet) -> None:
         """Gives a pull's blocks back: nobody writes to them any more. What has not arrived is computed."""
@@ -237,33 +212,6 @@ class Engine:
         assert len(self._by_id) == len(self._waiting) + len(self._admitted)
 
     # ---------------------------------------------------------------- admission
-
-    def _validate(self, request: Request) -> None:
-        sampling, config = request.sampling, self.config
-        checks = {
-            "the prompt must have at least one token": len(request.prompt) > 0,
-            "max_tokens must be at least 1": sampling.max_tokens >= 1,
-            f"temperature must be 0 to {TEMPERATURE_MAX:g}": 0.0 <= sampling.temperature <= TEMPERATURE_MAX,
-            "top_p must be over 0 and at most 1": 0.0 < sampling.top_p <= 1.0,
-            f"root must have {KEY_BYTES} bytes": len(request.root) == KEY_BYTES,
-            f"request id {request.id!r} is taken or empty": bool(request.id) and request.id not in self._by_id,
-        }
-        for rule, holds in checks.items():
-            if not holds:
-                raise BadArgument(rule)
-        if int(request.prompt.max()) >= self.model.vocabulary_size:
-            raise BadArgument(f"token ids must be under {self.model.vocabulary_size}")
-        tokens = len(request.prompt) + sampling.max_tokens
-        if tokens > self.model.context_tokens_max:
-            raise KvpoolError(
-                f"prompt and max_tokens are {tokens} tokens, the context is {self.model.context_tokens_max}",
-                reason=Reason.CONTEXT_TOO_LONG,
-            )
-        if tokens > self.pool.block_count * config.block_tokens:
-            raise KvpoolError(
-                f"{tokens} tokens never fit into a KV cache of {self.pool.block_count * config.block_tokens}",
-                reason=Reason.NO_CAPACITY,
-            )
 
     def _fits(self, sequence: Running) -> list[int] | None:
         """Cached blocks that the sequence can begin with, or None while it has to wait."""
@@ -414,7 +362,7 @@ class Engine:
         sequence.prefill_done = True
         new = sequence.times.computed_tokens
         samples = self._samples
-        if len(samples.finished_prefills) < SAMPLES_MAX:
+        if sequence.request.phase is not Phase.DECODE and len(samples.finished_prefills) < SAMPLES_MAX:
             samples.finished_prefills.append(sequence.request.id)
         if new and len(samples.prefill) < SAMPLES_MAX:
             duration_us = int(sequence.prefill_share_us)
@@ -431,8 +379,10 @@ class Engine:
     def _export(self, sequence: Running) -> None:
         """Lends newly finished full blocks to the publisher."""
         full = min(sequence.computed // self.config.block_tokens, len(sequence.keys))
-        if not sequence.request.publish or sequence.state is not State.RUNNING or full <= sequence.exported:
+        if not sequence.request.publish or full <= sequence.exported:
             return
+        if sequence.state is State.PULLING and sequence.request.phase is not Phase.PREFILL:
+            return  # what arrives from outside is published there already
         first, sequence.exported = sequence.exported, full
         self._exports.append(self._lend(sequence, first, full, b"".join(sequence.keys[first:full]), 0))
 
@@ -475,40 +425,3 @@ class Engine:
         self.pool.release(sequence.blocks)
         self.pool.unpromise(sequence.promised)
         sequence.blocks, sequence.promised = [], 0
-
-
-@dataclass(frozen=True, slots=True)
-class Generated:
-    """A finished output."""
-
-    tokens: tuple[int, ...]
-    finish: Finish
-    logprobs: tuple[float, ...] = ()
-    top2_gaps: tuple[float, ...] = ()
-
-
-def generate(engine: Engine, prompts: Sequence[Sequence[int]], sampling: Sampling, root: bytes = b"") -> list[Generated]:
-    """Runs prompts to their end on an engine that nobody else uses; for references and tests.
-
-    Args:
-        root: parent key of first blocks; empty = the namespace's own.
-    """
-    root = root or engine.namespace.id()
-    ids = [f"generate-{i}" for i in range(len(prompts))]
-    tokens: dict[str, list[StepEvent]] = {name: [] for name in ids}
-    pending = deque(Request(n, np.asarray(p, dtype=np.uint32), sampling, root) for n, p in zip(ids, prompts, strict=True))
-    while pending or engine.has_work():
-        while pending and engine.load().waiting < engine.config.waiting_max:
-            engine.submit(pending.popleft())
-        for event in engine.step():
-            tokens[event.request_id].append(event)
-    return [_joined(tokens[name]) for name in ids]
-
-
-def _joined(events: Sequence[StepEvent]) -> Generated:
-    return Generated(
-        tuple(t for e in events for t in e.tokens),
-        events[-1].finish,
-        tuple(x for e in events for x in e.logprobs),
-        tuple(x for e in events for x in e.top2_gaps),
-    )

@@ -93,7 +93,13 @@ class LoadedModel:
         )
 
     def forward(
-        self, cache: torch.Tensor, chunks: Sequence[Chunk], token_ids: Sequence[int], rows: Sequence[int], *, exact: bool
+        self,
+        cache: torch.Tensor,
+        chunks: Sequence[Chunk],
+        token_ids: Sequence[int],
+        rows: Sequence[int],
+        *,
+        exact: bool,
     ) -> torch.Tensor:
         """Computes one step and writes its KV to `cache`.
 
@@ -146,7 +152,9 @@ def load_model(
     )
 
 
-def model_from_config(config: PretrainedConfig, *, seed: int = 0, dtype: str = "float32", name: str = "random") -> LoadedModel:
+def model_from_config(
+    config: PretrainedConfig, *, seed: int = 0, dtype: str = "float32", name: str = "random"
+) -> LoadedModel:
     """A model with random weights, the same for the same seed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -204,7 +212,9 @@ def _folder(source: str) -> Path:
     if path.is_dir():
         return path
     if path.is_absolute() or source.startswith("."):
-        raise BadArgument(f"{source} is not a folder", hint="give a folder with config.json and *.safetensors, or a hub id")
+        raise BadArgument(
+            f"{source} is not a folder", hint="give a folder with config.json and *.safetensors, or a hub id"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -59,7 +59,7 @@ class Sequence:
 
     @property
     def samples(self) -> bool:
-        """Whether a token is drawn once all known tokens are computed: a DECODE request gets its first from elsewhere."""
+        """Whether a token is drawn after the known ones: a DECODE request gets its first from elsewhere."""
         return self.request.phase is not Phase.DECODE or self.generated > 0
 
     def tokens(self, first: int, end: int) -> NDArray[np.uint32]:

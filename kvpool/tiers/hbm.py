@@ -58,8 +58,6 @@ class BlockMemory(Protocol):
         """Host rows to fill with the bytes of `blocks`; usable once `event` has happened."""
         ...
 
-    def scatter(
-        self, staging: Staging, blocks: NDArray[np.int64], indices: NDArray[np.int64]
-    ) -> CopyEvent:
+    def scatter(self, staging: Staging, blocks: NDArray[np.int64], indices: NDArray[np.int64]) -> CopyEvent:
         """Starts copying row `staging.rows[i]` to `blocks[i]` for each i in `indices`; the others stay as they are."""
         ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -14,7 +15,8 @@ class Placement:
     """One request on its way, from the decision until exactly one of the ENDINGS."""
 
     owner: Owner
-    policy: str
+    model: str
+    max_tokens: int
     prefill_id: str
     decode_id: str
     split: bool
@@ -127,6 +129,13 @@ class PlacementBook:
 
     def decoding_on(self, instance_id: str) -> tuple[Owner, ...]:
         return tuple(self.on(instance_id).decoding)
+
+    def decoding_until(self, instance_id: str, at_us: int) -> Iterator[Placement]:
+        """Placements on an instance that are predicted to decode still at `at_us`."""
+        for owner in self.on(instance_id).decoding:
+            placement = self.placements[owner]
+            if placement.decode_ends_us > at_us:
+                yield placement
 
     def kv_tokens_settled(self, instance_id: str, placed_until_us: int) -> int:
         """KV tokens held on an instance by placements made at `placed_until_us` or before."""

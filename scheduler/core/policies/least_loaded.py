@@ -1,0 +1,25 @@
+"""The instance with the least work: a baseline. Roles are ignored and nothing is split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scheduler.core.cluster import Instance
+from scheduler.core.config import SchedulerConfig
+from scheduler.core.events import PlaceRequested
+from scheduler.core.options import Appraiser, Option
+
+
+@dataclass(slots=True)
+class LeastLoaded:
+    config: SchedulerConfig
+
+    def rank(self, appraiser: Appraiser, instances: Sequence[Instance]) -> list[Option]:
+        def order(instance: Instance) -> tuple[int, int, str]:
+            return appraiser.queue_us(instance), -appraiser.kv_tokens_left(instance), instance.id
+
+        return [appraiser.colocated(i) for i in sorted(instances, key=order)]
+
+    def chosen(self, request: PlaceRequested, option: Option) -> None:
+        """Keeps nothing."""
