@@ -105,7 +105,7 @@ class BlockPool:
         changes, self._changes = self._changes, []
         return changes
 
-    def keys(self) -> KeyArray:
+    def cached_keys(self) -> KeyArray:
         """Keys of all cached blocks; uint8 (blocks, 16)."""
         packed = np.frombuffer(b"".join(self._block_of), dtype=np.uint8)
         return packed.reshape(-1, KEY_BYTES)

@@ -18,6 +18,7 @@ from engines.torch.cache import BlockPool
 from engines.torch.limits import EngineConfig
 from engines.torch.model import LoadedModel
 from engines.torch.request import (
+    SAMPLES_MAX,
     BlockSet,
     DecodeSample,
     Finish,
@@ -34,9 +35,6 @@ from engines.torch.sequence import State
 from kvpool.core.errors import BadArgument, Overloaded, UnknownRequest
 from kvpool.core.hashing import tail_key
 from kvpool.core.ids import KEY_BYTES, KeyArray
-
-#: Samples kept between two reports; more are not taken.
-SAMPLES_MAX = 1024
 
 
 def monotonic_us() -> int:
@@ -185,7 +183,7 @@ class Engine:
         return self.pool.take_changes()
 
     def cached_keys(self) -> KeyArray:
-        return self.pool.keys()
+        return self.pool.cached_keys()
 
     def load(self) -> Load:
         tokens = self.config.block_tokens
@@ -251,14 +249,14 @@ class Engine:
         tail = sequence.prompt_tokens % size
         takes_tail = bool(tail) and request.phase is Phase.DECODE and request.pull_tokens >= sequence.prompt_tokens
         first = len(sequence.blocks)
-        count = full - first + takes_tail
-        if count <= 0:
+        end = full + takes_tail
+        if end <= first:
             return
-        self._grow(sequence, (first + count) * size)
+        self._grow(sequence, end * size)
         keys = b"".join(sequence.keys[first:full])
         if takes_tail:
             keys += self._tail_key(sequence, tail)
-        pull = self._lend(sequence, first, first + count, keys, tail if takes_tail else 0)
+        pull = self._lend(sequence, first, end, keys, tail if takes_tail else 0)
         sequence.pull = pull
         sequence.state = State.PULLING
         self._pulls.append(pull)

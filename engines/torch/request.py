@@ -8,6 +8,9 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
+#: Measurements of a kind that are kept until they are taken.
+SAMPLES_MAX = 1024
+
 
 class Phase(IntEnum):
     """Which part of a request is computed here; numbers as on the wire."""
@@ -127,6 +130,12 @@ class Samples:
     prefill: list[PrefillSample] = field(default_factory=list)
     decode: list[DecodeSample] = field(default_factory=list)
     finished_prefills: list[str] = field(default_factory=list)
+
+    def extend(self, more: Samples) -> None:
+        """Adds measurements; beyond `SAMPLES_MAX` of a kind the oldest go."""
+        self.prefill = (self.prefill + more.prefill)[-SAMPLES_MAX:]
+        self.decode = (self.decode + more.decode)[-SAMPLES_MAX:]
+        self.finished_prefills = (self.finished_prefills + more.finished_prefills)[-SAMPLES_MAX:]
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,10 @@ class Drawn:
 
 def uniform(seed: int, position: int) -> float:
     """The random number in [0, 1) of one position: Philox with the seed as key and the position as counter."""
-    generator = np.random.Philox(key=[seed & _MASK64, 0], counter=[position & _MASK64, 0, 0, 0])
+    generator = np.random.Philox(
+        key=np.array([seed & _MASK64, 0], dtype=np.uint64),
+        counter=np.array([position & _MASK64, 0, 0, 0], dtype=np.uint64),
+    )
     return (int(generator.random_raw()) >> 11) * 2.0**-53
 
 

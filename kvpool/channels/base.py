@@ -16,8 +16,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from kvpool.core.arrays import Descriptors
 from kvpool.core.errors import BadArgument, Unavailable
-from kvpool.core.source import Descriptors
 
 Rows = NDArray[np.int64]
 Bytes2D = NDArray[np.uint8]

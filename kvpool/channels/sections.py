@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from kvpool.core.arrays import Descriptors
 from kvpool.core.errors import BadArgument
 from kvpool.core.hashing import section_digest
-from kvpool.core.source import Descriptors
 
 
 def bounds(size: int, section_count: int) -> Iterator[tuple[int, int, int]]:
-    """(section, start, stop) of each section of a block of `size` bytes. Raises: BadArgument if they don't divide it."""
+    """(section, start, stop) of each section of a block. Raises: BadArgument if sections don't divide `size`."""
     if section_count < 1 or size % section_count:
         raise BadArgument(f"{section_count} sections do not divide a block of {size} bytes")
     step = size // section_count

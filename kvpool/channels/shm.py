@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from kvpool.channels.base import Bytes2D, Capabilities, ChannelError, Rows, check_memory, row_numbers
 from kvpool.channels.sections import block_keys, copy_in, copy_out
+from kvpool.core.arrays import Descriptors
 from kvpool.core.errors import BadArgument
-from kvpool.core.source import Descriptors
 from kvpool.tiers.dram import Segment
 
 

@@ -266,9 +266,9 @@ def inspect(
         tokens = _tokenize(chosen.tokenizer, text, chat)
         spec = chosen.namespace
         namespace_id = _namespace_id(spec)
-        root = hashing.root_key(namespace_id, extras)
+        root = hashing.root_key(namespace_id, extras, spec.hash)
         block_tokens = spec.groups[0].block_tokens
-        keys = hashing.block_keys(root, np.asarray(tokens, dtype=np.uint32), block_tokens, spec.hash)
+        keys = hashing.block_keys(root, tokens, block_tokens, spec.hash)
         match = cluster.match(keys.tobytes())
     holders: list[list[str]] = [[] for _ in keys]
     for run in match["runs"]:
@@ -320,7 +320,7 @@ def _choose_model(models: list[scheduler_pb2.ModelInfo], name: str) -> scheduler
     )
 
 
-def _tokenize(tokenizer: str, text: str, chat: bool) -> list[int]:
+def _tokenize(tokenizer: str, text: str, chat: bool) -> np.ndarray:
     from scheduler.gateway.text import load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
@@ -328,9 +328,9 @@ def _tokenize(tokenizer: str, text: str, chat: bool) -> list[int]:
 
 
 def _namespace_id(spec: common_pb2.NamespaceSpec) -> bytes:
-    from kvpool.service.wire import namespace_from_wire
+    from kvpool.service.wire import namespace_from_proto
 
-    return bytes(namespace_from_wire(spec).id())
+    return bytes(namespace_from_proto(spec).id())
 
 
 @app.command()

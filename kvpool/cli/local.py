@@ -20,7 +20,6 @@ class LocalOptions:
     served_name: str = ""
     prefill: int = 1
     decode: int = 1
-    strict_roles: bool = False  # decode workers never prefill, so that each request is split
     host: str = "127.0.0.1"
     port: int = 0
     scheduler_port: int = 0
@@ -66,7 +65,7 @@ class LocalCluster:
         node = ["node", "--id", "node-0", "--listen", f"{o.host}:0", "--scheduler", self.scheduler_address]
         yield [start("node", [*node, "--memory", str(o.memory_bytes), "--segment-dir", o.segment_dir])]
         roles = [(f"prefill-{i}", "prefill") for i in range(o.prefill)]
-        roles += [(f"decode-{i}", "decode" if o.strict_roles else "both") for i in range(o.decode)]
+        roles += [(f"decode-{i}", "decode") for i in range(o.decode)]
         gateways = [self._gateway(i) for i in range(o.gateways)]
         yield [*(start(name, self._worker(name, role)) for name, role in roles), *gateways]
 

@@ -134,14 +134,11 @@ def scheduler(
     """Know who holds which block, and place requests."""
     from scheduler.service.server import SchedulerServerConfig, run_scheduler
 
+    metrics_listen = f"{listen.rpartition(':')[0]}:{metrics_port}" if metrics_port else ""
     config = SchedulerServerConfig(
-        scheduler_id=id,
-        listen=listen,
-        policy=policy,
-        journal_dir=journal,
-        metrics_port=metrics_port,
-        credential=credential,
-    )
+        scheduler_id=id, listen=listen, policy=policy, journal_dir=journal, credential=credential,
+        metrics_listen=metrics_listen,
+    )  # fmt: skip
     _run("scheduler", lambda ready: run_scheduler(config, on_ready=ready))
 
 
@@ -247,9 +244,6 @@ def serve(
     threads: Annotated[int, typer.Option("--threads", min=0, help="CPU threads a worker.")] = 1,
     dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
-    strict_roles: Annotated[
-        bool, typer.Option("--strict-roles", help="Decode workers never prefill: every request is split.")
-    ] = False,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="Same tokens whatever the batching.")] = False,
     journal: Annotated[str, typer.Option("--journal", help="Folder for the scheduler's journal.")] = "",
     logs: Annotated[Path, typer.Option("--logs", help="Folder for the logs of all processes.")] = Path("build/logs"),
@@ -257,14 +251,10 @@ def serve(
 ) -> None:
     """Run everything on this machine: node, scheduler, gateway, workers."""
     die_with_parent()
-    if prefill + decode == 0 or (strict_roles and min(prefill, decode) == 0):
-        output.fail(
-            "no worker could serve a request", hint="give --prefill and --decode workers", code=output.EXIT_USAGE
-        )
     if decode == 0:
         output.fail("nothing would decode", hint="give at least --decode 1", code=output.EXIT_USAGE)
     options = LocalOptions(
-        model=model, served_name=served_name, prefill=prefill, decode=decode, strict_roles=strict_roles, host=host,
+        model=model, served_name=served_name, prefill=prefill, decode=decode, host=host,
         port=port, scheduler_port=scheduler_port, memory_bytes=output.parse_size(memory), segment_dir=str(segment_dir),
         kv_tokens=kv_tokens, threads=threads, dtype=dtype, device=device, deterministic=deterministic, journal=journal,
         credential=credential,

@@ -208,12 +208,16 @@ class LeaseReply(_message.Message):
     def __init__(self, lease_id: _Optional[int] = ..., found: _Optional[_Iterable[bool]] = ..., blocks: _Optional[_Union[Descriptors, _Mapping]] = ..., fidelity: _Optional[_Iterable[_Union[_common_pb2.Fidelity, str]]] = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
-    __slots__ = ("session_id", "lease_ids")
+    __slots__ = ("session_id", "lease_ids", "corrupt", "namespace_id")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     LEASE_IDS_FIELD_NUMBER: _ClassVar[int]
+    CORRUPT_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
     session_id: int
     lease_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, session_id: _Optional[int] = ..., lease_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    corrupt: _common_pb2.KeyList
+    namespace_id: bytes
+    def __init__(self, session_id: _Optional[int] = ..., lease_ids: _Optional[_Iterable[int]] = ..., corrupt: _Optional[_Union[_common_pb2.KeyList, _Mapping]] = ..., namespace_id: _Optional[bytes] = ...) -> None: ...
 
 class ReleaseReply(_message.Message):
     __slots__ = ()

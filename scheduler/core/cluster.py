@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 from kvpool.core.ids import Role
 from scheduler.core.config import SchedulerConfig
@@ -11,7 +11,7 @@ from scheduler.core.deadlines import DeadlineKey, Deadlines
 from scheduler.core.events import GatewayOpened, InstanceInfo, InstanceJoined, InstanceReported, SourceAttached
 
 
-class State(str, Enum):
+class State(StrEnum):
     """Of something with a life line. What is gone is forgotten and has no state."""
 
     ALIVE = "alive"
@@ -73,6 +73,7 @@ class Source:
     bytes_used: int = 0
     seq: int = 0
     gaps: int = 0
+    awaits_snapshot: bool = True
 
     @property
     def id(self) -> str:
@@ -151,7 +152,9 @@ class Cluster:
         self.deadlines.set((kind, member_id), now_us + self.config.suspect_us)
 
     def member(self, kind: str, member_id: str) -> Instance | Source | Gateway | None:
-        return {"instance": self.instances, "source": self.sources, "gateway": self.gateways}[kind].get(member_id)  # type: ignore[attr-defined, no-any-return]
+        if kind == "instance":
+            return self.instances.get(member_id)
+        return self.sources.get(member_id) if kind == "source" else self.gateways.get(member_id)
 
     def instance_of(self, stream: int) -> Instance | None:
         kind, member_id = self.streams.get(stream, ("", ""))

@@ -19,6 +19,8 @@ LINK_PRIORS: dict[str, tuple[float, ...]] = {
     "local-ssd": (3_000.0, 0.001),
     "remote-ssd": (4_000.0, 0.0015),
 }
+#: Share of its weight a sample keeps with each newer one. Links change most suddenly, and are measured seldom.
+PREFILL_FORGETTING, DECODE_FORGETTING, LINK_FORGETTING = 0.97, 0.99, 0.9
 #: A pooled fit becomes the prior of a newcomer from this many samples on.
 POOLED_SAMPLES_MIN = 8
 #: A prior's coefficient is at least this share of the default's, since a newcomer must be able to learn it.
@@ -63,8 +65,12 @@ class CostBook:
 
     def instance_joined(self, instance_id: str, model: str) -> None:
         """Starts fits for a new process from what its peers with the same model have shown."""
-        self.prefill[instance_id] = LinearFit.start(_prior(self.pooled_prefill.get(model), PREFILL_PRIOR))
-        self.decode[instance_id] = LinearFit.start(_prior(self.pooled_decode.get(model), DECODE_PRIOR))
+        self.prefill[instance_id] = LinearFit.start(
+            _prior(self.pooled_prefill.get(model), PREFILL_PRIOR), PREFILL_FORGETTING
+        )
+        self.decode[instance_id] = LinearFit.start(
+            _prior(self.pooled_decode.get(model), DECODE_PRIOR), DECODE_FORGETTING
+        )
 
     def instance_gone(self, instance_id: str) -> None:
         self.prefill.pop(instance_id, None)
@@ -77,18 +83,20 @@ class CostBook:
     def observe_prefill(self, instance_id: str, model: str, sample: PrefillSample) -> None:
         x, y = prefill_features(sample.new_tokens, sample.cached_tokens), float(sample.duration_us)
         self.prefill[instance_id].observe(x, y)
-        self.pooled_prefill.setdefault(model, LinearFit.start(PREFILL_PRIOR)).observe(x, y)
+        self.pooled_prefill.setdefault(model, LinearFit.start(PREFILL_PRIOR, PREFILL_FORGETTING)).observe(x, y)
 
     def observe_decode(self, instance_id: str, model: str, sample: DecodeSample) -> None:
         x, y = decode_features(sample.batch, sample.kv_tokens), float(sample.duration_us)
         self.decode[instance_id].observe(x, y)
-        self.pooled_decode.setdefault(model, LinearFit.start(DECODE_PRIOR)).observe(x, y)
+        self.pooled_decode.setdefault(model, LinearFit.start(DECODE_PRIOR, DECODE_FORGETTING)).observe(x, y)
 
     def observe_link(
         self, instance_id: str, source_id: str, kind: str, size_bytes: int, duration_us: int, failed: bool, now_us: int
     ) -> None:
         """Takes one transfer. Failures in a row take the link out of plans for longer each time."""
-        link = self.links.pop((instance_id, source_id), None) or Link(LinearFit.start(self._link_prior(kind)))
+        link = self.links.pop((instance_id, source_id), None) or Link(
+            LinearFit.start(self._link_prior(kind), LINK_FORGETTING)
+        )
         self.links[instance_id, source_id] = link  # last = measured last
         if len(self.links) > self.config.links_max:
             del self.links[next(iter(self.links))]
@@ -100,7 +108,7 @@ class CostBook:
         link.failures, link.down_until_us = 0, 0
         x, y = (1.0, float(size_bytes)), float(duration_us)
         link.fit.observe(x, y)
-        self.pooled_links.setdefault(kind, LinearFit.start(LINK_PRIORS[kind])).observe(x, y)
+        self.pooled_links.setdefault(kind, LinearFit.start(LINK_PRIORS[kind], LINK_FORGETTING)).observe(x, y)
 
     def _link_prior(self, kind: str) -> tuple[float, ...]:
         return _prior(self.pooled_links.get(kind), LINK_PRIORS[kind])

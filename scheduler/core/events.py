@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from kvpool.core.changes import BlockChange
 from kvpool.core.ids import Fidelity, Role, Tier
 from kvpool.core.namespace import NamespaceSpec
 
@@ -25,19 +26,10 @@ class SourceAttached:
 
 
 @dataclass(frozen=True, slots=True)
-class KeyChange:
-    """One run of changed keys; `kind` as on the wire: 1 stored, 2 removed, 3 cleared. Keys are packed and qualified."""
-
-    kind: int
-    keys: bytes
-    fidelity: Fidelity
-
-
-@dataclass(frozen=True, slots=True)
 class BlocksChanged:
     stream: int
     seq: int
-    changes: tuple[KeyChange, ...]
+    changes: tuple[BlockChange, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-#: Share of its weight that a sample keeps when the next one comes: the last 50 or so count.
-FORGETTING = 0.98
 #: Weight of the prior's shape against one sample.
-RIDGE = 0.02
+RIDGE = 0.001
 #: A sample further from the prediction than this factor counts as if it were at it; a lasting change still gets there.
-CLIP = 8.0
+CLIP = 4.0
 CLIP_FROM_SAMPLES = 8
+#: How far the weight of a sample may follow what has been learned, against the prior's shape.
+WEIGHT_RANGE = 16.0
 
 
 @dataclass(slots=True)
@@ -20,50 +20,55 @@ class LinearFit:
     This is recursive least squares in information form (the sums are kept, not the inverse), which makes the
     constraint exact and costs one small solve when a prediction is asked for after new samples. The prior gives the
     shape, the samples the scale: with samples of one kind only, the prior's coefficients are scaled to fit them.
-    Dividing by the measured time makes one stalled step count little.
+    Errors are relative to what was expected, not to what was measured: a change for the worse counts fully.
 
     Fields:
         prior: coefficients before any sample, each > 0.
-        gram, moment: weighted sums of z z^T and z, z[i] = prior[i] * x[i] / y, row by row.
-        ratio, ratio_square: weighted sums of p / y and (p / y)^2, p the prior's prediction.
+        forgetting: share of its weight that a sample keeps when the next one comes.
+        gram, moment: weighted sums of z z^T and z * y / q, z[i] = prior[i] * x[i] / q, row by row, q the expectation
+            in units of the prior.
+        ratio, weight: weighted sums of y / p and of 1, p the prior's prediction.
     """
 
     prior: tuple[float, ...]
+    forgetting: float
     gram: list[float]
     moment: list[float]
     ratio: float
-    ratio_square: float
+    weight: float
     samples: int
     coefficients: tuple[float, ...]
     stale: bool
 
     @classmethod
-    def start(cls, prior: tuple[float, ...]) -> LinearFit:
-        assert all(c > 0 for c in prior)
+    def start(cls, prior: tuple[float, ...], forgetting: float) -> LinearFit:
+        assert all(c > 0 for c in prior) and 0 < forgetting < 1
         n = len(prior)
-        return cls(prior, [0.0] * (n * n), [0.0] * n, 0.0, 0.0, 0, prior, False)
+        return cls(prior, forgetting, [0.0] * (n * n), [0.0] * n, 0.0, 0.0, 0, prior, False)
 
     def observe(self, x: tuple[float, ...], y: float) -> None:
         """Takes one sample; those with y <= 0 or negative features say nothing and are left out."""
         if not y > 0 or any(not f >= 0 for f in x):
             return
-        if self.samples >= CLIP_FROM_SAMPLES:
-            expected = self.predict(x)
-            if expected > 0:
-                y = min(max(y, expected / CLIP), expected * CLIP)
-        n = len(self.prior)
-        z = [self.prior[i] * x[i] / y for i in range(n)]
         p = 0.0
-        for term in z:
-            p += term
+        for c, f in zip(self.prior, x, strict=True):
+            p += c * f
         if not p > 0:
             return
+        q = p
+        if self.samples:
+            expected = self.predict(x)
+            if self.samples >= CLIP_FROM_SAMPLES and expected > 0:
+                y = min(max(y, expected / CLIP), expected * CLIP)
+            q = min(max(expected * self.weight / self.ratio, p / WEIGHT_RANGE), p * WEIGHT_RANGE)
+        n, keep = len(self.prior), self.forgetting
+        z = [self.prior[i] * x[i] / q for i in range(n)]
         for i in range(n):
-            self.moment[i] = FORGETTING * self.moment[i] + z[i]
+            self.moment[i] = keep * self.moment[i] + z[i] * (y / q)
             for j in range(n):
-                self.gram[i * n + j] = FORGETTING * self.gram[i * n + j] + z[i] * z[j]
-        self.ratio = FORGETTING * self.ratio + p
-        self.ratio_square = FORGETTING * self.ratio_square + p * p
+                self.gram[i * n + j] = keep * self.gram[i * n + j] + z[i] * z[j]
+        self.ratio = keep * self.ratio + y / p
+        self.weight = keep * self.weight + 1.0
         self.samples += 1
         self.stale = True
 
@@ -84,10 +89,9 @@ class LinearFit:
     def _solve(self) -> None:
         """Best non-negative solution: each choice of zero coefficients is tried, there are at most three."""
         n = len(self.prior)
-        scale = self.ratio / self.ratio_square
-        ridge = RIDGE / (scale * scale)
-        gram = [self.gram[k] + (ridge if k % (n + 1) == 0 else 0.0) for k in range(n * n)]
-        moment = [m + ridge * scale for m in self.moment]
+        scale = self.ratio / self.weight
+        gram = [self.gram[k] + (RIDGE if k % (n + 1) == 0 else 0.0) for k in range(n * n)]
+        moment = [m + RIDGE * scale for m in self.moment]
         best: list[float] | None = None
         best_gain = 0.0
         for chosen in range(1, 1 << n):

@@ -287,7 +287,9 @@ class Appraiser:
         if tokens > limit:
             option.reason = f"{TOO_LONG}: {tokens} tokens, the limit of {decode.id} is {limit}"
         elif request.prompt_tokens > token_limit(option.prefill):
-            option.reason = f"{TOO_LONG}: a prompt of {request.prompt_tokens} tokens is too long for {option.prefill.id}"
+            option.reason = (
+                f"{TOO_LONG}: a prompt of {request.prompt_tokens} tokens is too long for {option.prefill.id}"
+            )
         elif option.kv_tokens_left < 0:
             option.reason = f"{NO_CAPACITY}: {-option.kv_tokens_left} KV tokens too few on {decode.id}"
         elif option.split and self._prefill_room(option) < 0:

@@ -8,9 +8,35 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import TypeAlias
 
-from kvpool.core.errors import Reason
+from scheduler.gateway.events import (
+    Abort,
+    Cancelled,
+    Command,
+    DeadlinePassed,
+    DecodeEnded,
+    DecodeLost,
+    DecodeTokens,
+    Emit,
+    End,
+    Event,
+    Failure,
+    FailureKind,
+    Finish,
+    ForwardFirstToken,
+    Leg,
+    Place,
+    Placed,
+    PlaceFailed,
+    PrefillEnded,
+    PrefillLost,
+    PrefillTokens,
+    Refused,
+    ReportEnd,
+    ReportFirst,
+    StopMatched,
+    Submit,
+)
 
 
 class State(Enum):
@@ -20,211 +46,6 @@ class State(Enum):
     PREFILLING = "prefilling"
     DECODING = "decoding"
     DONE = "done"
-
-
-class Leg(Enum):
-    """One submission of an attempt to an engine. An attempt that is not split has the decode leg alone."""
-
-    PREFILL = "prefill"
-    DECODE = "decode"
-
-
-class Finish(Enum):
-    """How a leg or a request ended."""
-
-    STOP = "stop"
-    LENGTH = "length"
-    ABORT = "abort"
-    ERROR = "error"
-    HANDED_OFF = "handed_off"
-    INSTANCE_LOST = "instance_lost"
-
-
-class FailureKind(Enum):
-    """Why a request ended without an answer."""
-
-    REFUSED = "refused"
-    UNREACHABLE = "unreachable"
-    ENGINE = "engine"
-    DEADLINE = "deadline"
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """What to tell the client. `reason` and `retry_after_ms` belong to REFUSED."""
-
-    kind: FailureKind
-    message: str
-    reason: Reason | None = None
-    retry_after_ms: int = 0
-
-
-# ---------------------------------------------------------------- events
-
-
-@dataclass(frozen=True, slots=True)
-class Placed:
-    attempt: int
-    prefill: str
-    decode: str
-    split: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    attempt: int
-    reason: Reason
-    message: str
-    retry_after_ms: int
-
-
-@dataclass(frozen=True, slots=True)
-class PlaceFailed:
-    """The scheduler could not be reached until the deadline."""
-
-    attempt: int
-    message: str
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillTokens:
-    attempt: int
-    tokens: tuple[int, ...]
-    logprobs: tuple[float, ...] = ()
-    gaps: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeTokens:
-    attempt: int
-    tokens: tuple[int, ...]
-    logprobs: tuple[float, ...] = ()
-    gaps: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillEnded:
-    attempt: int
-    finish: Finish
-    error: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeEnded:
-    attempt: int
-    finish: Finish
-    error: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillLost:
-    attempt: int
-    error: str
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeLost:
-    attempt: int
-    error: str
-
-
-@dataclass(frozen=True, slots=True)
-class StopMatched:
-    """The text of the emitted tokens contains a stop string."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cancelled:
-    """The client is gone, or does not read."""
-
-
-@dataclass(frozen=True, slots=True)
-class DeadlinePassed:
-    pass
-
-
-Event: TypeAlias = (
-    Placed
-    | Refused
-    | PlaceFailed
-    | PrefillTokens
-    | DecodeTokens
-    | PrefillEnded
-    | DecodeEnded
-    | PrefillLost
-    | DecodeLost
-    | StopMatched
-    | Cancelled
-    | DeadlinePassed
-)
-
-# ---------------------------------------------------------------- commands
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Ask the scheduler for a place for the prompt and what was emitted, after `delay_ms`."""
-
-    attempt: int
-    exclude: tuple[str, ...] = ()
-    delay_ms: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Submit:
-    """Send prompt + emitted tokens to the engine of a leg, to generate at most `max_tokens` more."""
-
-    attempt: int
-    leg: Leg
-    max_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class ForwardFirstToken:
-    attempt: int
-    token: int
-
-
-@dataclass(frozen=True, slots=True)
-class Abort:
-    attempt: int
-    leg: Leg
-
-
-@dataclass(frozen=True, slots=True)
-class Emit:
-    """Tokens for the client; each is emitted once, whatever is lost."""
-
-    tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    gaps: tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ReportFirst:
-    attempt: int
-
-
-@dataclass(frozen=True, slots=True)
-class ReportEnd:
-    """The placement of this attempt is over; exactly one for each that was granted."""
-
-    attempt: int
-    finish: Finish
-    error: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """Nothing more comes. Exactly one for each request, the last command but for late reports."""
-
-    finish: Finish
-    failure: Failure | None = None
-
-
-Command: TypeAlias = Place | Submit | ForwardFirstToken | Abort | Emit | ReportFirst | ReportEnd | End
-
-# ---------------------------------------------------------------- the machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,8 +90,11 @@ class Lifecycle:
         return [Place(self.attempt)]
 
     def handle(self, event: Event) -> list[Command]:
-        """What `event` leads to. Events of earlier attempts lead to nothing."""
+        """What `event` leads to. Events of earlier attempts, and of legs that are over, lead to nothing."""
         if getattr(event, "attempt", self.attempt) != self.attempt:
+            return []
+        leg = _LEG_OF.get(type(event))
+        if leg is not None and leg not in self._open:
             return []
         return TRANSITIONS[self.state, type(event)](self, event)
 
@@ -317,28 +141,24 @@ class Lifecycle:
         """From the prefill instance: to the client, and to the decode instance, which waits for it."""
         if not event.tokens:
             return []
-        token = event.tokens[0]
-        emit = self._emit(event, 1)
-        ended = Finish.STOP if token in self._stop_tokens else Finish.LENGTH if not self.tokens_left else None
+        emit, ended = self._emit(event, 1)
         if ended is not None:
-            return [emit, *self._complete(ended)]
+            return [emit, *self._complete(ended, abort=True)]
         self.state = State.DECODING
-        return [ForwardFirstToken(self.attempt, token), emit, ReportFirst(self.attempt)]
+        return [ForwardFirstToken(self.attempt, emit.tokens[0]), emit, ReportFirst(self.attempt)]
 
     def _tokens(self, event: DecodeTokens) -> list[Command]:
         if not event.tokens:
             return []
-        if self._split and self.state is State.PREFILLING:
+        if self.state is State.PREFILLING and self._split:
             return self._replace(Leg.DECODE, Finish.ERROR, "decoded before the first token was known")
         first = self.state is State.PREFILLING
         self.state = State.DECODING
-        overrun = len(event.tokens) > self.tokens_left
-        commands: list[Command] = [self._emit(event, self.tokens_left)]
-        if first:
-            commands.append(ReportFirst(self.attempt))
-        if overrun or not self.tokens_left:
-            # The engine says so too, in a moment; nobody has to wait for it.
-            commands += self._complete(Finish.LENGTH, abort=overrun)
+        emit, ended = self._emit(event, self.tokens_left)
+        commands: list[Command] = [emit, ReportFirst(self.attempt)] if first else [emit]
+        if ended is not None:
+            # Decided here, not by the engine's word: that may be lost with the engine, and nothing may follow.
+            commands += self._complete(ended, abort=not event.last)
         return commands
 
     def _prefill_ended_early(self, event: PrefillEnded) -> list[Command]:
@@ -356,7 +176,7 @@ class Lifecycle:
         natural = event.finish in (Finish.STOP, Finish.LENGTH)
         if natural and not (self._split and self.state is State.PREFILLING):
             self._open.pop(Leg.DECODE)
-            return self._complete(event.finish)
+            return self._complete(event.finish, abort=False)
         return self._replace(Leg.DECODE, Finish.ERROR, event.error or f"decode ended ({event.finish.value})")
 
     def _decode_lost(self, event: DecodeLost) -> list[Command]:
@@ -381,15 +201,23 @@ class Lifecycle:
 
     # ------------------------------------------------------------ steps that transitions share
 
-    def _emit(self, event: PrefillTokens | DecodeTokens, count: int) -> Emit:
+    def _emit(self, event: PrefillTokens | DecodeTokens, count_max: int) -> tuple[Emit, Finish | None]:
+        """Takes tokens up to a stop token or the limit; how the request ends if it does with them."""
+        count = min(count_max, len(event.tokens))
+        ended: Finish | None = None
+        for i in range(count):
+            if event.tokens[i] in self._stop_tokens:
+                count, ended = i + 1, Finish.STOP
+                break
         self.emitted += event.tokens[:count]
-        return Emit(event.tokens[:count], event.logprobs[:count], event.gaps[:count])
+        if ended is None and not self.tokens_left:
+            ended = Finish.LENGTH
+        return Emit(event.tokens[:count], event.logprobs[:count], event.gaps[:count]), ended
 
-    def _complete(self, finish: Finish, *, abort: bool = False) -> list[Command]:
+    def _complete(self, finish: Finish, *, abort: bool) -> list[Command]:
         """The answer is whole. A prefill leg is left alone: what it still publishes serves the next request."""
-        split_ended_at_first = self.state is State.PREFILLING and self._split
         self._open.pop(Leg.PREFILL, None)
-        aborts = self._abort_open() if abort or split_ended_at_first else []
+        aborts = self._abort_open() if abort else []
         return [*aborts, *self._report(finish), *self._end(finish)]
 
     def _abort_open(self) -> list[Command]:
@@ -419,9 +247,26 @@ class Lifecycle:
         return [*commands, Place(self.attempt, self._lost)]
 
 
+_LEG_OF: dict[type, Leg] = {
+    PrefillTokens: Leg.PREFILL,
+    PrefillEnded: Leg.PREFILL,
+    PrefillLost: Leg.PREFILL,
+    DecodeTokens: Leg.DECODE,
+    DecodeEnded: Leg.DECODE,
+    DecodeLost: Leg.DECODE,
+}
+
 _L = Lifecycle
-_EVERYWHERE = {StopMatched: _L._stop_matched, Cancelled: _L._cancelled, DeadlinePassed: _L._deadline}
-_NO_PLACE_ASKED = {Placed: _L._ignore, Refused: _L._ignore, PlaceFailed: _L._ignore}
+_EVERYWHERE: dict[type, Callable[..., list[Command]]] = {
+    StopMatched: _L._stop_matched,
+    Cancelled: _L._cancelled,
+    DeadlinePassed: _L._deadline,
+}
+_NO_PLACE_ASKED: dict[type, Callable[..., list[Command]]] = {
+    Placed: _L._ignore,
+    Refused: _L._ignore,
+    PlaceFailed: _L._ignore,
+}
 _BY_STATE: dict[State, dict[type, Callable[..., list[Command]]]] = {
     State.PLACING: {
         Placed: _L._placed,

@@ -115,6 +115,7 @@ async def _ask(client: httpx.AsyncClient, body: dict[str, Any], turn: Turn) -> T
             if chunk.get("usage"):
                 turn.cached_tokens = chunk["usage"]["prompt_tokens_details"]["cached_tokens"]
             for choice in chunk["choices"]:
+                turn.prompt_ids = choice.get("prompt_token_ids") or turn.prompt_ids
                 turn.text += choice["delta"].get("content") or ""
                 new = choice.get("token_ids") or []
                 if new:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from scheduler.core.config import SchedulerConfig
+from scheduler.core.policies.always_split import AlwaysSplit
 from scheduler.core.policies.base import Policy
 from scheduler.core.policies.cheapest import Cheapest
 from scheduler.core.policies.least_loaded import LeastLoaded
@@ -17,6 +18,7 @@ from scheduler.core.policies.sticky import Sticky
 POLICIES: dict[str, Callable[[SchedulerConfig], Policy]] = {
     "kvpool": Cheapest,
     "mooncake_algorithm1": MooncakeAlgorithm1,
+    "always_split": AlwaysSplit,
     "round_robin": RoundRobin,
     "sticky": Sticky,
     "random": RandomChoice,

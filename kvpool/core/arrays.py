@@ -1,0 +1,128 @@
+"""Arrays that describe a source's blocks, laid over memory that the caller supplies: private, or shared with readers.
+
+One process writes, many read. An entry's generation is odd while it changes; readers load it before and after and
+believe nothing they saw if it moved. Entries never move.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpool.core.errors import BadArgument
+from kvpool.core.ids import KeyArray
+
+MAGIC: Final = 0x6B76706F6F6C3031  # "kvpool01"
+LAYOUT_VERSION: Final = 1
+_HEADER_WORDS: Final = 16
+_ALIGN: Final = 64
+
+
+class EntryState(IntEnum):
+    """What an entry is; 0 = free."""
+
+    FREE = 0
+    WRITING = 1
+    READABLE = 2
+    DOOMED = 3  # removed, but still held by a lease or a pin
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Descriptors:
+    """Where blocks lie in a source, one row a key.
+
+    keys uint8 (n, 16); offsets uint64 (n), bytes from the start of the segment's data; sizes uint32 (n), bytes;
+    generations uint32 (n); digests uint64 (n, sections).
+    """
+
+    keys: KeyArray
+    offsets: NDArray[np.uint64]
+    sizes: NDArray[np.uint32]
+    generations: NDArray[np.uint32]
+    digests: NDArray[np.uint64]
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def take(self, rows: NDArray[np.int64] | NDArray[np.bool_]) -> Descriptors:
+        """The rows named by an index or a mask."""
+        return Descriptors(
+            self.keys[rows], self.offsets[rows], self.sizes[rows], self.generations[rows], self.digests[rows]
+        )
+
+
+def _bucket_count(entries: int) -> int:
+    return max(16, 1 << (2 * entries - 1).bit_length())
+
+
+def _fields(entries: int, sections: int) -> list[tuple[str, np.dtype[np.generic], tuple[int, ...]]]:
+    return [
+        ("header", np.dtype(np.uint64), (_HEADER_WORDS,)),
+        ("buckets", np.dtype(np.uint32), (_bucket_count(entries),)),
+        ("keys", np.dtype(np.uint64), (entries, 2)),
+        ("generations", np.dtype(np.uint32), (entries,)),
+        ("states", np.dtype(np.uint8), (entries,)),
+        ("fidelities", np.dtype(np.uint8), (entries,)),
+        ("sizes", np.dtype(np.uint32), (entries,)),
+        ("offsets", np.dtype(np.uint64), (entries,)),
+        ("digests", np.dtype(np.uint64), (entries, sections)),
+    ]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SourceArrays:
+    """The arrays; see the module's head. `header` = magic, version, entries, sections."""
+
+    entries: int
+    sections: int
+    header: NDArray[np.uint64]
+    buckets: NDArray[np.uint32]
+    keys: NDArray[np.uint64]
+    generations: NDArray[np.uint32]
+    states: NDArray[np.uint8]
+    fidelities: NDArray[np.uint8]
+    sizes: NDArray[np.uint32]
+    offsets: NDArray[np.uint64]
+    digests: NDArray[np.uint64]
+
+    @staticmethod
+    def bytes_needed(entries: int, sections: int = 8) -> int:
+        """Bytes of the buffer for `over`."""
+        total = 0
+        for _, dtype, shape in _fields(entries, sections):
+            total += -(-dtype.itemsize * int(np.prod(shape)) // _ALIGN) * _ALIGN
+        return total
+
+    @classmethod
+    def over(cls, buffer: NDArray[np.uint8], entries: int, sections: int = 8, *, fresh: bool) -> SourceArrays:
+        """Lays the arrays over `buffer`; `fresh` clears it, otherwise its header is checked.
+
+        Raises: BadArgument if the buffer is too small, or was laid out by another version or with other sizes.
+        """
+        if len(buffer) < cls.bytes_needed(entries, sections):
+            raise BadArgument(f"an index of {entries} entries needs {cls.bytes_needed(entries, sections)} bytes")
+        views: dict[str, NDArray[np.generic]] = {}
+        at = 0
+        for name, dtype, shape in _fields(entries, sections):
+            size = dtype.itemsize * int(np.prod(shape))
+            views[name] = buffer[at : at + size].view(dtype).reshape(shape)
+            at += -(-size // _ALIGN) * _ALIGN
+        arrays = cls(entries, sections, **views)  # type: ignore[arg-type]
+        expected = (MAGIC, LAYOUT_VERSION, entries, sections)
+        if fresh:
+            buffer[:at] = 0
+            arrays.header[: len(expected)] = expected
+        elif tuple(int(word) for word in arrays.header[: len(expected)]) != expected:
+            raise BadArgument(
+                "the segment's index has another layout", hint="it belongs to another kvpool version; remove the file"
+            )
+        return arrays
+
+    @classmethod
+    def allocate(cls, entries: int, sections: int = 8) -> SourceArrays:
+        """Arrays in private memory."""
+        return cls.over(np.zeros(cls.bytes_needed(entries, sections), dtype=np.uint8), entries, sections, fresh=True)

@@ -1,0 +1,174 @@
+"""Who holds which key: an array-backed table of (key, source) pairs that grows. Pure; knows no protocol, no names."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpool.core.ids import KEY_BYTES, KeyArray
+from kvpool.core.kernels import directory as kernels
+
+ROWS_MIN = 1024
+
+
+def _words(keys: KeyArray) -> NDArray[np.uint64]:
+    """Keys as uint64 (n, 2), always read-only: kernels are then compiled for one type, and packed fields not copied."""
+    words = np.ascontiguousarray(keys).view(np.uint64).reshape(-1, 2).view()
+    if not words.flags.aligned:
+        words = words.copy()
+    words.flags.writeable = False
+    return words
+
+
+class ReplicaTable:
+    """Pairs of key and source number, each at most once. Sources are small numbers that the caller gives out.
+
+    Rows and heads grow by half, so that a replica takes 58 bytes at most, and never shrink. `replicas_max` bounds the
+    rows: beyond it pairs are refused.
+    """
+
+    def __init__(self, replicas_max: int) -> None:
+        assert 0 < replicas_max < kernels.NIL
+        self._replicas_max = replicas_max
+        self._heads = np.zeros(2 * ROWS_MIN, np.uint32)
+        self._firsts = np.full(16, -1, np.int64)
+        self._counts = np.zeros(16, np.int64)
+        self._meta = np.array([0, -1, 0, 0], np.int64)
+        self._set_rows(np.empty((min(ROWS_MIN, replicas_max), kernels.ROW_WORDS), np.uint64))
+
+    def _set_rows(self, rows: NDArray[np.uint64]) -> None:
+        self._rows = rows
+        self._links = rows.view(np.uint32)
+
+    @property
+    def replicas(self) -> int:
+        return int(self._meta[kernels.REPLICAS])
+
+    @property
+    def distinct(self) -> int:
+        return int(self._meta[kernels.DISTINCT])
+
+    @property
+    def bytes_allocated(self) -> int:
+        return self._rows.nbytes + self._heads.nbytes + self._firsts.nbytes + self._counts.nbytes
+
+    def count(self, source: int) -> int:
+        """Keys that a source holds."""
+        return int(self._counts[source]) if source < len(self._counts) else 0
+
+    def insert(self, keys: KeyArray, source: int, fidelity: int) -> int:
+        """Records that a source holds keys; one held before takes the new fidelity. Returns how many were refused."""
+        while source >= len(self._firsts):
+            self._firsts = np.concatenate([self._firsts, np.full(len(self._firsts), -1, np.int64)])
+            self._counts = np.concatenate([self._counts, np.zeros(len(self._counts), np.int64)])
+        words = _words(keys)
+        done = 0
+        while True:
+            done = kernels.replicas_insert(
+                self._rows, self._links, self._heads, self._firsts, self._counts, self._meta, words, done, source,
+                int(fidelity),
+            )  # fmt: skip
+            if done == len(words) or not self._grow():
+                return len(words) - int(done)
+
+    def _grow(self) -> bool:
+        """Makes room for at least one more pair. False at the bound."""
+        if (self.distinct + 1) * kernels.LOAD_DENOMINATOR > len(self._heads) * kernels.LOAD_NUMERATOR:
+            heads = np.zeros(len(self._heads) * 3 // 2, np.uint32)
+            kernels.heads_rehash(self._rows, self._heads, heads)
+            self._heads = heads
+        if self.replicas < len(self._rows):
+            return True
+        if len(self._rows) >= self._replicas_max:
+            return False
+        rows = np.empty((min(len(self._rows) * 3 // 2 + 1, self._replicas_max), kernels.ROW_WORDS), np.uint64)
+        rows[: len(self._rows)] = self._rows
+        self._set_rows(rows)
+        return True
+
+    def remove(self, keys: KeyArray, source: int) -> int:
+        """Forgets keys of a source; those it does not hold are passed over. Returns how many it held."""
+        if not self.count(source):
+            return 0
+        removed = kernels.replicas_remove(
+            self._rows, self._links, self._heads, self._firsts, self._counts, self._meta, _words(keys), source
+        )
+        return int(removed)
+
+    def clear(self, source: int) -> int:
+        """Forgets all of a source. Returns how many keys that were. Cost: O(its keys and their other replicas)."""
+        if not self.count(source):
+            return 0
+        removed = kernels.replicas_clear(
+            self._rows, self._links, self._heads, self._firsts, self._counts, self._meta, source
+        )
+        return int(removed)
+
+    def collect(self, source: int) -> tuple[KeyArray, NDArray[np.uint8]]:
+        """A source's keys (n, 16) and their fidelities (n), in no order that means anything."""
+        count = self.count(source)
+        words = np.empty((count, 2), np.uint64)
+        fidelities = np.empty(count, np.uint8)
+        if count:
+            kernels.replicas_collect(self._rows, self._links, self._firsts, source, words, fidelities)
+        return words.view(np.uint8).reshape(-1, KEY_BYTES), fidelities
+
+    def match(self, keys: KeyArray) -> tuple[int, NDArray[np.int32]]:
+        """Leading keys that any source holds, and runs (m, 4) among them: source, first, count, fidelity."""
+        covered, runs = kernels.replicas_match(self._rows, self._links, self._heads, len(self._firsts), _words(keys))
+        return int(covered), runs
+
+    def check_invariants(self) -> None:
+        """Raises: AssertionError at the first rule that does not hold. Cost: O(rows)."""
+        used, free, replicas, distinct = (int(v) for v in self._meta)
+        links, nil = self._links[:used], kernels.NIL
+        owners = links[:, kernels.OWNER]
+        live = owners != nil
+        assert int(live.sum()) == replicas == int(self._counts.sum()) <= self._replicas_max
+        free_rows = 0
+        while free >= 0:
+            assert owners[free] == nil, "a row is both free and used"
+            following = int(links[free, kernels.NEXT])
+            free, free_rows = (-1 if following == nil else following), free_rows + 1
+        assert free_rows == used - replicas, "rows were lost"
+        self._check_heads(distinct, replicas)
+        self._check_lists(live)
+
+    def _check_heads(self, distinct: int, replicas: int) -> None:
+        """Each key has one head, found where a search looks, and its chain holds each source once."""
+        heads = self._heads[self._heads > 0].astype(np.int64) - 1
+        assert len(heads) == distinct
+        found = np.empty(distinct, np.int64)
+        kernels.replicas_find(self._rows, self._heads, np.ascontiguousarray(self._rows[heads, :2]), found)
+        assert np.array_equal(found, heads), "a head is not found by its key"
+        rows, reached = heads, 0
+        pairs: list[NDArray[np.uint64]] = []
+        while len(rows):
+            sources = self._links[rows, kernels.OWNER] // kernels.FIDELITIES
+            pairs.append(np.column_stack([self._rows[rows, :2], sources.astype(np.uint64)]))
+            reached += len(rows)
+            assert reached <= replicas, "a chain does not end"
+            following = self._links[rows, kernels.NEXT]
+            linked = following != kernels.NIL
+            assert np.array_equal(self._rows[rows[linked], :2], self._rows[following[linked], :2])
+            rows = following[linked].astype(np.int64)
+        assert reached == replicas, "a replica is in no chain"
+        if pairs:
+            assert len(np.unique(np.concatenate(pairs), axis=0)) == replicas, "a source holds a key twice"
+
+    def _check_lists(self, live: NDArray[np.bool_]) -> None:
+        """Each replica is in its source's list."""
+        rows = np.flatnonzero(live)
+        sources = self._links[rows, kernels.OWNER] // kernels.FIDELITIES
+        held = np.bincount(sources, minlength=len(self._counts))
+        assert np.array_equal(held, self._counts)
+        after = self._links[rows, kernels.AFTER]
+        linked = after != kernels.NIL
+        assert np.array_equal(self._links[after[linked], kernels.BEFORE], rows[linked])
+        assert np.array_equal(self._links[after[linked], kernels.OWNER] // kernels.FIDELITIES, sources[linked])
+        firsts = self._firsts[self._firsts >= 0]
+        assert np.array_equal(np.sort(firsts), rows[self._links[rows, kernels.BEFORE] == kernels.NIL])
+        for source in np.flatnonzero(held).tolist():
+            words, fidelities = np.empty((held[source] + 1, 2), np.uint64), np.empty(held[source] + 1, np.uint8)
+            count = kernels.replicas_collect(self._rows, self._links, self._firsts, source, words, fidelities)
+            assert count == held[source], "a source's list does not hold all its replicas"

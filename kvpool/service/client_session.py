@@ -1,0 +1,192 @@
+"""A client's session with one source: keeps the life line up, opens the best data channel, begins anew when lost.
+
+The life line has a thread of its own. Whoever wants to call asks for the live `Session` and gets it or an error, at the
+latest after the time that it is willing to wait; a source known to be gone is an error at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from kvpool.channels.base import Channel, Offer, Opener, open_best
+from kvpool.core.errors import KvpoolError, Unavailable
+from kvpool.service.host import host_id
+from kvpool.service.rpc import from_rpc_error, make_channel
+from kvpool.service.writer_lock import WriterLock
+from kvpool.v1 import block_source_pb2 as pb
+from kvpool.v1 import block_source_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+BACKOFF_MIN_S, BACKOFF_MAX_S = 0.1, 1.0
+CLOSE_TIMEOUT_S = 5.0
+
+
+@dataclass
+class Session:
+    """A live session; once `lost`, nothing may be written in its name."""
+
+    id: int
+    epoch: int
+    source_id: str
+    stub: Any
+    channel: Channel
+    lock: WriterLock | None
+    lost: bool = False
+
+
+class SessionKeeper:
+    """Owns the gRPC channel and the thread of the life line."""
+
+    def __init__(
+        self,
+        address: str,
+        client: str,
+        credential: str,
+        openers: Mapping[str, Opener],
+        on_open: Callable[[Any], None],
+        timeout_s: float,
+    ) -> None:
+        self.address, self._client, self._credential = address, client, credential
+        self._openers, self._on_open, self._timeout_s = openers, on_open, timeout_s
+        self._changed = threading.Condition()
+        self._session: Session | None = None
+        self._error: KvpoolError | None = None
+        self._stopping = threading.Event()
+        self._cut: Any = None
+        self._thread: threading.Thread | None = None
+        self.sessions_opened = 0
+
+    @property
+    def current(self) -> Session | None:
+        return self._session
+
+    def session(self, timeout_s: float) -> Session:
+        """The live session; the first call begins to connect. Raises: Unavailable."""
+        with self._changed:
+            if self._thread is None and not self._stopping.is_set():
+                self._thread = threading.Thread(target=self._run, name="pool-session", daemon=True)
+                self._thread.start()
+            self._changed.wait_for(lambda: self._session or self._error or self._stopping.is_set(), timeout_s)
+            if self._session is not None:
+                return self._session
+            if self._stopping.is_set():
+                raise Unavailable("this client is closed")
+            raise self._error or Unavailable(f"no answer from {self.address} within {timeout_s:.1f} s")
+
+    def forget(self, session: Session) -> None:
+        """The source does not know this session any more: opens another."""
+        with self._changed:
+            if self._session is session and self._cut is not None:
+                self._cut.cancel()
+
+    def close(self) -> None:
+        with self._changed:
+            self._stopping.set()
+            if self._session is not None and self._session.lock is not None:
+                # Before the life line ends, so that the source sees at once that nothing writes any more.
+                self._session.lock.retire()
+            if self._cut is not None:
+                self._cut.cancel()
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join(CLOSE_TIMEOUT_S)
+
+    # ------------------------------------------------------------ the thread
+
+    def _run(self) -> None:
+        backoff_s = BACKOFF_MIN_S
+        while not self._stopping.is_set():
+            opened = self.sessions_opened
+            try:
+                self._live_once()
+                error: KvpoolError = Unavailable(f"{self.address} ended the session")
+            except grpc.RpcError as rpc_error:
+                error = from_rpc_error(rpc_error, self.address)
+            except KvpoolError as kvpool_error:
+                error = kvpool_error
+            except OSError as os_error:
+                error = Unavailable(f"no session with {self.address}: {os_error}")
+            with self._changed:
+                self._session, self._error, self._cut = None, error, None
+                self._changed.notify_all()
+            if self.sessions_opened > opened and not self._stopping.is_set():
+                log.warning("%s: session with %s lost: %s", self._client, self.address, error)
+                backoff_s = BACKOFF_MIN_S
+            self._stopping.wait(backoff_s)
+            backoff_s = min(2 * backoff_s, BACKOFF_MAX_S)
+
+    def _live_once(self) -> None:
+        """Opens a session and stays in it until it ends."""
+        wake = threading.Event()
+        lock = self._writer_lock()
+        grpc_channel = make_channel(self.address, credential=self._credential)
+        session: Session | None = None
+        try:
+            stub = block_source_pb2_grpc.BlockSourceStub(grpc_channel)
+            # Fails fast, with a deadline, where the stream below would wait for a first answer without one.
+            info = stub.GetSourceInfo(pb.GetSourceInfoRequest(), timeout=self._timeout_s)
+            interval_s = [1.0]
+            call = stub.OpenSession(self._pings(wake, interval_s, lock))
+            with self._changed:
+                self._cut = call
+                if self._stopping.is_set():
+                    return
+            watchdog = threading.Timer(self._timeout_s, call.cancel)
+            watchdog.daemon = True
+            watchdog.start()
+            first = next(call)
+            interval_s[0] = max(first.ping_interval_ms, 10) / 1000
+            self._on_open(stub)
+            channel = self._open_channel(stub, first.session_id)
+            watchdog.cancel()
+            session = Session(first.session_id, first.epoch, info.source_id, stub, channel, lock)
+            with self._changed:
+                self._session, self._error = session, None
+                self.sessions_opened += 1
+                self._changed.notify_all()
+            # No deadline here: the channel's keepalive ends the stream of a source that is gone or stuck.
+            for _ in call:
+                pass
+        except StopIteration:
+            raise Unavailable(f"{self.address} opened no session") from None
+        finally:
+            wake.set()
+            if session is not None:
+                session.lost = True
+                session.channel.close()
+            if lock is not None:
+                lock.retire()
+            grpc_channel.close()
+
+    def _writer_lock(self) -> WriterLock | None:
+        with contextlib.suppress(OSError):
+            return WriterLock()
+        return None
+
+    def _pings(self, wake: threading.Event, interval_s: list[float], lock: WriterLock | None) -> Iterator[Any]:
+        path = str(lock.path) if lock is not None else ""
+        yield pb.SessionPing(hello=pb.SessionPing.Hello(client=self._client, host_id=host_id(), writer_lock=path))
+        while not wake.wait(interval_s[0]):
+            yield pb.SessionPing()
+
+    def _open_channel(self, stub: Any, session_id: int) -> Channel:
+        request = pb.OpenChannelRequest(session_id=session_id, host_id=host_id(), channels=list(self._openers))
+        reply = stub.OpenChannel(request, timeout=self._timeout_s)
+        offers: Sequence[Offer] = [Offer(o.kind, dict(o.parameters)) for o in reply.offers]
+        channel, failures = open_best(offers, self._openers)
+        for kind, why in failures.items():
+            log.warning("%s: channel %s to %s does not open: %s", self._client, kind, self.address, why)
+        if channel is None:
+            raise Unavailable(
+                f"no data channel to {self.address} opens: {failures or 'none is offered'}",
+                hint="is its data port reachable from here?",
+            )
+        return channel

@@ -1,0 +1,79 @@
+"""What a pool client takes and returns. Plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpool.core.arrays import Descriptors
+from kvpool.service.client_session import Session
+
+#: Status of a key of a reservation.
+RESERVED, EXISTS, BEING_WRITTEN, NO_SPACE = 1, 2, 3, 4
+#: State of an awaited key.
+COMMITTED, ABANDONED, DEADLINE, SECTION = 1, 2, 3, 4
+
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Hold:
+    """A hand-off hold: keeps committed blocks for the reader of one request, at most for `ttl_s`."""
+
+    request_id: str
+    ttl_s: float = 60.0
+
+
+@dataclass(frozen=True, eq=False)
+class Reservation:
+    """Slots to write. `status` is RESERVED, EXISTS, BEING_WRITTEN or NO_SPACE for each key; `slots` run beside them."""
+
+    id: int  # 0: no key was reserved
+    status: NDArray[np.uint8]
+    slots: Descriptors
+    session: Session
+
+
+@dataclass(frozen=True, eq=False)
+class PutResult:
+    """`stored`: by this call. `existed`: readable before. Neither: no space, or somebody else is writing it."""
+
+    stored: Bools
+    existed: Bools
+    bytes: int
+    seconds: float
+    channel: str
+
+
+@dataclass(frozen=True, eq=False)
+class GetResult:
+    """`found`: the row holds the block, checked. `corrupt`: it was there, but its bytes were not what was committed."""
+
+    found: Bools
+    corrupt: Bools
+    bytes: int
+    seconds: float
+    channel: str
+
+
+@dataclass(frozen=True, eq=False)
+class Waited:
+    """News of some keys of a wait: state #: State of an awaited key.
+    COMMITTED, ABANDONED, DEADLINE, or SECTION with its number."""
+
+    indices: NDArray[np.int64]
+    states: NDArray[np.uint8]
+    sections: NDArray[np.int64]
+
+
+@dataclass
+class Counters:
+    """What this client saw, since its start."""
+
+    digest_errors: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    channel_errors: int = 0
+    sessions: int = 0

@@ -1,0 +1,60 @@
+"""Counts of a source as Prometheus metrics over HTTP; needs prometheus-client."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+
+from kvpool.core.errors import Unavailable, Unsupported
+from kvpool.v1 import block_source_pb2
+
+SCRAPE_TIMEOUT_S = 5.0
+#: Counts that only grow; all others go up and down.
+_COUNTERS = ("hits", "misses", "evictions", "bytes_read", "bytes_written", "digest_errors")
+
+
+def serve_metrics(
+    port: int,
+    source_id: str,
+    stats: Callable[[], block_source_pb2.SourceStats],
+    loop: asyncio.AbstractEventLoop,
+) -> Callable[[], None]:
+    """Serves until the returned function is called. `stats` is called in `loop`.
+
+    Raises: Unsupported without prometheus-client; Unavailable if the port is taken.
+    """
+    try:
+        from prometheus_client import CollectorRegistry, start_http_server
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+    except ImportError as error:
+        raise Unsupported("metrics need prometheus-client", hint="pip install 'kvpool[server]'") from error
+
+    async def read() -> block_source_pb2.SourceStats:
+        return stats()
+
+    class Collector:
+        """Asks the source once a scrape."""
+
+        def collect(self) -> Iterator[Metric]:
+            now = asyncio.run_coroutine_threadsafe(read(), loop).result(SCRAPE_TIMEOUT_S)
+            for field in now.DESCRIPTOR.fields:
+                family = CounterMetricFamily if field.name in _COUNTERS else GaugeMetricFamily
+                metric = family(f"kvpool_source_{field.name}", f"SourceStats.{field.name}", labels=["source"])
+                metric.add_metric([source_id], getattr(now, field.name))
+                yield metric
+
+        def describe(self) -> list[Metric]:
+            return []
+
+    registry = CollectorRegistry()
+    registry.register(Collector())  # type: ignore[arg-type]
+    try:
+        server, thread = start_http_server(port, addr="0.0.0.0", registry=registry)
+    except OSError as error:
+        raise Unavailable(f"can't serve metrics on port {port}: {error.strerror}") from error
+
+    def stop() -> None:
+        server.shutdown()
+        thread.join(SCRAPE_TIMEOUT_S)
+
+    return stop

@@ -1,0 +1,140 @@
+"""Sessions of a source's clients: who may write how, and what happens to what they held when they are gone."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from kvpool.channels.tcp_server import TcpDataServer
+from kvpool.core.errors import DeadlineExceeded, Overloaded, UnknownSession
+from kvpool.core.ids import SessionId
+from kvpool.service.grants import Grants
+from kvpool.service.source_driver import SourceDriver
+from kvpool.service.writer_lock import WriterProof
+
+log = logging.getLogger(__name__)
+
+#: Data threads end within this once their connections are shut down.
+DRAIN_TIMEOUT_S = 5.0
+#: How often the locks of writers that have not proven to be gone are tried.
+PROOF_INTERVAL_S = 0.25
+#: Ended sessions whose writers may still live; more than these, and no new session is opened.
+ORPHANS_MAX = 1024
+
+
+@dataclass
+class Session:
+    """What the shell knows of a live session."""
+
+    id: SessionId
+    client: str
+    host_id: str
+    proof: WriterProof | None  # None: it may not write shared memory
+
+
+@dataclass
+class _Orphan:
+    """An ended session with quarantined slots."""
+
+    proof: WriterProof | None
+    reservations: list[int]
+
+
+class Sessions:
+    """Opens and ends sessions in the core, the grants and the data server, in the order that keeps slots safe."""
+
+    def __init__(self, driver: SourceDriver, grants: Grants, data_server: TcpDataServer) -> None:
+        self._driver, self._grants, self._data_server = driver, grants, data_server
+        self._live: dict[SessionId, Session] = {}
+        self._orphans: dict[SessionId, _Orphan] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._closing = False
+        self._spawn(self._adopt_orphans())
+
+    def open(self, client: str, host_id: str, writer_lock: str) -> Session:
+        """Raises: Overloaded at the bound of sessions."""
+        if self._closing or len(self._orphans) >= ORPHANS_MAX:
+            raise Overloaded("no session can be opened now", hint="try again shortly")
+        proof = WriterProof.open(writer_lock) if writer_lock else None
+        try:
+            with self._driver.turn() as now:
+                session_id = self._driver.core.open_session(client, now)
+        except BaseException:
+            if proof is not None:
+                proof.close()
+            raise
+        self._grants.open_session(session_id)
+        session = self._live[session_id] = Session(session_id, client, host_id, proof)
+        log.info("session %d of %s opened%s", session_id, client, "" if proof else " (writes over tcp only)")
+        return session
+
+    def get(self, session_id: int) -> Session:
+        """Raises: UnknownSession."""
+        session = self._live.get(SessionId(session_id))
+        if session is None:
+            raise UnknownSession(f"no session {session_id}", hint="it ended, or the source restarted: open another")
+        return session
+
+    def end_soon(self, session: Session, why: str) -> None:
+        """Ends a session; what it holds is freed as soon as that is safe. Calls in its name fail from now on."""
+        if self._live.pop(session.id, None) is not None:
+            log.info("session %d of %s ended: %s", session.id, session.client, why)
+            self._spawn(self._end(session))
+
+    async def revoke_writes(self, session: Session, reservation: int) -> None:
+        """Returns once no data thread can write into the reservation any more. Raises: DeadlineExceeded."""
+        self._grants.revoke_write(session.id, reservation)
+        if not await self._drained([reservation]):
+            raise DeadlineExceeded("a write into this reservation is still under way")
+
+    async def close(self) -> None:
+        """Ends all sessions."""
+        self._closing = True
+        for session in list(self._live.values()):
+            self.end_soon(session, "the source stops")
+        tasks = [t for t in self._tasks if t.get_name() != "adopt"]
+        if tasks:
+            await asyncio.wait(tasks, timeout=DRAIN_TIMEOUT_S)
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for orphan in self._orphans.values():
+            if orphan.proof is not None:
+                orphan.proof.close()
+
+    async def _end(self, session: Session) -> None:
+        reservations = self._grants.close_session(session.id)
+        self._data_server.close_session(session.id)
+        drained = await self._drained(reservations)
+        gone = drained and (session.proof is None or session.proof.gone())
+        with self._driver.turn() as now:
+            self._driver.core.close_session(session.id, now, writer_gone=gone)
+        if not gone:
+            self._orphans[session.id] = _Orphan(session.proof, reservations)
+
+    async def _drained(self, reservations: list[int]) -> bool:
+        if not self._grants.busy(reservations):
+            return True
+        return await asyncio.to_thread(self._grants.wait_idle, reservations, DRAIN_TIMEOUT_S)
+
+    async def _adopt_orphans(self) -> None:
+        """Frees the slots of ended sessions once their writers have proven to be gone."""
+        while True:
+            await asyncio.sleep(PROOF_INTERVAL_S)
+            for session_id, orphan in list(self._orphans.items()):
+                if self._grants.busy(orphan.reservations) or not (orphan.proof is None or orphan.proof.gone()):
+                    continue
+                del self._orphans[session_id]
+                log.info("session %d: its writer is gone, its slots are free again", session_id)
+                with self._driver.turn() as now:
+                    self._driver.core.writer_gone(session_id, now)
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        if coroutine.__name__ == "_adopt_orphans":
+            task.set_name("adopt")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

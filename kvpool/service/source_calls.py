@@ -1,0 +1,313 @@
+"""The calls of a source, one method each: requests and replies translated, sessions found, errors typed.
+
+Synchronous, for any thread. `kvpool.client.PoolClient` builds the whole operations on it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpool.channels.base import ChannelError, Opener
+from kvpool.channels.shm import ShmChannel
+from kvpool.channels.tcp import TcpChannel
+from kvpool.core.errors import BadArgument, Unavailable, UnknownNamespace, UnknownSession
+from kvpool.core.ids import KEY_BYTES, KeyArray, NamespaceId, qualify
+from kvpool.core.namespace import GroupSpec, NamespaceSpec
+from kvpool.service import wire
+from kvpool.service.client_session import Session, SessionKeeper
+from kvpool.service.client_types import Bools, Counters, Hold, Reservation, Waited
+from kvpool.service.rpc import from_rpc_error
+from kvpool.v1 import block_source_pb2 as pb
+from kvpool.v1 import common_pb2
+
+log = logging.getLogger(__name__)
+
+OPENERS: dict[str, Opener] = {"shm": ShmChannel.open, "tcp": TcpChannel.open}
+
+Reply = TypeVar("Reply")
+Keys = KeyArray
+
+
+class SourceCalls:
+    """A connection to one source.
+
+    Args:
+        address: host:port of its BlockSource service.
+        client: name for its logs.
+        channels: kinds of data channel to use; the source decides which of them is best.
+        timeout_s: deadline of each call that takes none of its own.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        client: str = "client",
+        credential: str = "",
+        channels: Sequence[str] = ("shm", "tcp"),
+        timeout_s: float = 5.0,
+    ) -> None:
+        unknown = [kind for kind in channels if kind not in OPENERS]
+        if unknown or not channels:
+            raise BadArgument(f"unknown channels {unknown}", hint=f"known are {', '.join(OPENERS)}")
+        self.address, self._timeout_s = address, timeout_s
+        self._specs: dict[NamespaceId, NamespaceSpec] = {}
+        openers = {kind: OPENERS[kind] for kind in channels}
+        self._keeper = SessionKeeper(address, client, credential, openers, self._register_again, timeout_s)
+        self._lock = threading.Lock()
+        self._counters = Counters()
+
+    # ------------------------------------------------------------ the connection
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the session, and with it all that it holds."""
+        self._keeper.close()
+
+    @property
+    def connected(self) -> bool:
+        return self._keeper.current is not None
+
+    @property
+    def source_id(self) -> str:
+        """Raises: Unavailable."""
+        return self._session().source_id
+
+    @property
+    def epoch(self) -> int:
+        """Of the source's process. Raises: Unavailable."""
+        return self._session().epoch
+
+    @property
+    def channel(self) -> str:
+        """Kind of the data channel in use. Raises: Unavailable."""
+        return self._session().channel.kind
+
+    @property
+    def counters(self) -> Counters:
+        with self._lock:
+            return Counters(**{**self._counters.__dict__, "sessions": self._keeper.sessions_opened})
+
+    def info(self) -> pb.SourceInfo:
+        return self._call(lambda s, t: s.stub.GetSourceInfo(pb.GetSourceInfoRequest(), timeout=t))
+
+    def stats(self) -> pb.SourceStats:
+        return self._call(lambda s, t: s.stub.GetSourceStats(pb.GetSourceStatsRequest(), timeout=t))
+
+    def register(self, spec: NamespaceSpec) -> NamespaceId:
+        """Makes a namespace known to the source, and again to a source that was restarted."""
+        spec.validate()
+        request = pb.RegisterNamespaceRequest(namespace=wire.namespace_to_proto(spec))
+        namespace = spec.id()
+        with self._lock:
+            self._specs[namespace] = spec
+        reply = self._call(lambda s, t: s.stub.RegisterNamespace(request, timeout=t))
+        if reply.namespace_id != namespace:
+            raise BadArgument("the source computes another id for this namespace", hint="run one release on both sides")
+        return namespace
+
+    # ------------------------------------------------------------ writing
+
+    def reserve(
+        self,
+        namespace: NamespaceId,
+        keys: Keys,
+        *,
+        group: int = 0,
+        shard: int = 0,
+        ttl_s: float = 30.0,
+        hold: Hold | None = None,
+    ) -> Reservation:
+        """Raises: NoSpace if not one slot could be had."""
+        section_count = self._group(namespace, group).section_count
+        wire_hold = common_pb2.HandoffHold(request_id=hold.request_id, ttl_ms=milliseconds(hold.ttl_s)) if hold else None
+
+        def call(session: Session, timeout_s: float) -> Reservation:
+            request = pb.ReserveRequest(
+                session_id=session.id, namespace_id=namespace, keys=key_list(keys, group, shard), ttl_ms=milliseconds(ttl_s),
+                hold=wire_hold,
+            )  # fmt: skip
+            reply = session.stub.Reserve(request, timeout=timeout_s)
+            slots = wire.descriptors_from_proto(reply.slots, qualify(keys, group, shard), section_count)
+            return Reservation(reply.reservation_id, wire.array(reply.status, np.uint8), slots, session)
+
+        return self._call(call)
+
+    def write(
+        self,
+        reservation: Reservation,
+        indices: NDArray[np.int64],
+        blocks: NDArray[np.uint8],
+        rows: NDArray[np.int64] | None = None,
+        *,
+        deadline_s: float | None = None,
+    ) -> NDArray[np.uint64]:
+        """Moves bytes into reserved slots; nothing is readable before `commit`.
+
+        Args:
+            indices: which keys of the reservation.
+            rows: row of `blocks` for each of `indices`; None = row i.
+        Returns: digests uint64 (len(indices), sections) for `commit`.
+        Raises: ChannelError, Unavailable.
+        """
+        session = reservation.session
+        # The lock tells the source that this process may still be writing, also when the session is lost meanwhile.
+        if session.lost or (session.lock is not None and not session.lock.enter()):
+            raise Unavailable("the session of this reservation has ended")
+        try:
+            slots = reservation.slots.take(np.asarray(indices, dtype=np.int64))
+            digests = session.channel.write(
+                reservation.id, slots, blocks, rows, deadline_s=deadline_s or self._timeout_s
+            )
+        except ChannelError:
+            self._count(channel_errors=1)
+            raise
+        finally:
+            if session.lock is not None:
+                session.lock.leave()
+        self._count(bytes_written=int(slots.sizes.sum(dtype=np.uint64)))
+        return digests
+
+    def commit(self, reservation: Reservation, indices: NDArray[np.int64], digests: NDArray[np.uint64]) -> int:
+        """Commits whole blocks; digests as `write` returned them. Returns how many became readable."""
+        count, sections = digests.shape
+        return self.commit_sections(
+            reservation, np.repeat(indices, sections), np.tile(np.arange(sections), count), digests.ravel()
+        )
+
+    def commit_sections(
+        self,
+        reservation: Reservation,
+        indices: NDArray[np.int64],
+        sections: NDArray[np.int64],
+        digests: NDArray[np.uint64],
+    ) -> int:
+        """Commits single sections; all arrays have one element a section."""
+        request = pb.CommitRequest(
+            session_id=reservation.session.id, reservation_id=reservation.id, indices=indices.tolist(),
+            sections=sections.tolist(), digests=digests.tolist(),
+        )  # fmt: skip
+        return self._call(lambda s, t: s.stub.Commit(request, timeout=t).blocks_complete, session=reservation.session)
+
+    def abort(self, reservation: Reservation) -> int:
+        """Gives a reservation back; says to the source that nothing writes into it any more."""
+        request = pb.AbortRequest(session_id=reservation.session.id, reservation_id=reservation.id)
+        return self._call(lambda s, t: s.stub.Abort(request, timeout=t).blocks_dropped, session=reservation.session)
+
+    # ------------------------------------------------------------ looking, waiting
+
+    def lookup(self, namespace: NamespaceId, keys: Keys, *, group: int = 0, shard: int = 0) -> Bools:
+        """Which keys are readable; holds nothing."""
+        request = pb.LookupRequest(namespace_id=namespace, keys=key_list(keys, group, shard))
+        reply = self._call(lambda s, t: s.stub.Lookup(request, timeout=t))
+        return np.fromiter(reply.found, dtype=np.bool_, count=len(keys))
+
+    def wait(
+        self,
+        namespace: NamespaceId,
+        keys: Keys,
+        *,
+        deadline_s: float,
+        absent_is_abandoned: bool = False,
+        group: int = 0,
+        shard: int = 0,
+    ) -> Iterator[Waited]:
+        """News of keys until each has ended in COMMITTED, ABANDONED or DEADLINE. The wait has begun on return.
+
+        Raises: Unavailable, here or from the iterator, when the source is lost: treat what has not ended as abandoned.
+        """
+
+        def call(session: Session, _: float) -> Any:
+            request = pb.AwaitRequest(
+                session_id=session.id, namespace_id=namespace, keys=key_list(keys, group, shard),
+                deadline_ms=milliseconds(deadline_s), absent_is_abandoned=absent_is_abandoned,
+            )  # fmt: skip
+            # The source ends the wait by itself; the extra time is for its last answer.
+            stream = session.stub.Await(request, timeout=deadline_s + self._timeout_s)
+            # Comes as soon as the wait is known there, long before the first news.
+            stream.initial_metadata()
+            return stream
+
+        return self._news(self._call(call))
+
+    def _news(self, stream: Any) -> Iterator[Waited]:
+        try:
+            for reply in stream:
+                yield Waited(
+                    wire.array(reply.indices, np.int64),
+                    wire.array(reply.states, np.uint8),
+                    wire.array(reply.sections, np.int64),
+                )
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, self.address) from error
+        finally:
+            stream.cancel()
+
+    # ------------------------------------------------------------ calls
+
+    def _group(self, namespace: NamespaceId, group: int) -> GroupSpec:
+        spec = self._specs.get(namespace)
+        if spec is None:
+            raise UnknownNamespace("this client does not know the namespace", hint="call register first")
+        if not 0 <= group < len(spec.groups):
+            raise BadArgument(f"group {group} is not one of the namespace's {len(spec.groups)}")
+        return spec.groups[group]
+
+    def _session(self) -> Session:
+        return self._keeper.session(self._timeout_s)
+
+    def _call(self, call: Callable[[Session, float], Reply], *, session: Session | None = None) -> Reply:
+        """Runs one call in the live session, or in the one it belongs to, with its errors translated."""
+        live = session or self._session()
+        if live.lost:
+            raise Unavailable(f"the session with {self.address} has ended")
+        try:
+            return call(live, self._timeout_s)
+        except grpc.RpcError as rpc_error:
+            error = from_rpc_error(rpc_error, self.address)
+            if isinstance(error, UnknownSession):
+                self._keeper.forget(live)
+                raise Unavailable(
+                    f"{self.address} has ended the session", hint="the next call opens another"
+                ) from error
+            raise error from rpc_error
+        except ValueError as error:  # how gRPC says that its channel was closed meanwhile
+            if live.lost:
+                raise Unavailable(f"the session with {self.address} has ended") from error
+            raise
+
+    def _register_again(self, stub: Any) -> None:
+        """A new session may be with a restarted source, which knows no namespaces."""
+        for spec in list(self._specs.values()):
+            request = pb.RegisterNamespaceRequest(namespace=wire.namespace_to_proto(spec))
+            stub.RegisterNamespace(request, timeout=self._timeout_s)
+
+    def _count(self, **amounts: int) -> None:
+        with self._lock:
+            for name, amount in amounts.items():
+                setattr(self._counters, name, getattr(self._counters, name) + amount)
+
+
+def key_list(keys: Keys, group: int, shard: int) -> common_pb2.KeyList:
+    if keys.dtype != np.uint8 or keys.ndim != 2 or keys.shape[1] != KEY_BYTES:
+        raise BadArgument("keys must be uint8 (keys, 16)")
+    return common_pb2.KeyList(group=group, shard=shard, keys=keys.tobytes())
+
+
+def milliseconds(seconds: float) -> int:
+    return max(1, round(seconds * 1000))

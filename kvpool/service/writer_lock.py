@@ -1,0 +1,106 @@
+"""Proof that a writer of shared memory is gone: a file whose flock the kernel drops with the writer's process.
+
+Client side `WriterLock`, source side `WriterProof`. The source opens the file while the client is known to hold it, so
+that later on neither its name nor its folder matters.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+import tempfile
+import threading
+import uuid
+from pathlib import Path
+
+PREFIX = "kvpool-writer-"
+
+
+class WriterLock:
+    """Held by a client for one session, at least as long as it may be copying into the source's memory."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.path = (folder or lock_folder()) / f"{PREFIX}{os.getpid()}-{uuid.uuid4().hex}.lock"
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._fd, fcntl.LOCK_EX)
+        self._lock = threading.Lock()
+        self._users = 0
+        self._retired = False
+
+    def enter(self) -> bool:
+        """Before a write. False: the lock is retired, nothing may be written any more."""
+        with self._lock:
+            if self._retired:
+                return False
+            self._users += 1
+            return True
+
+    def leave(self) -> None:
+        """After a write."""
+        with self._lock:
+            self._users -= 1
+            self._drop_if_unused()
+
+    def retire(self) -> None:
+        """No write begins any more; the lock goes when the last one under way has left."""
+        with self._lock:
+            if not self._retired:
+                self._retired = True
+                self._drop_if_unused()
+
+    def _drop_if_unused(self) -> None:
+        if self._retired and self._users == 0:
+            self.path.unlink(missing_ok=True)
+            os.close(self._fd)
+
+
+class WriterProof:
+    """The source's handle on a client's lock file."""
+
+    def __init__(self, path: Path, fd: int) -> None:
+        self._path, self._fd = path, fd
+
+    @classmethod
+    def open(cls, path: str) -> WriterProof | None:
+        """None if the file is not a writer lock, can't be opened here, or is not held: then it could prove nothing."""
+        name = Path(path)
+        if not name.is_absolute() or not name.name.startswith(PREFIX):
+            return None
+        try:
+            fd = os.open(name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            return None
+        if stat.S_ISREG(os.fstat(fd).st_mode) and not _take(fd):
+            return cls(name, fd)
+        os.close(fd)
+        return None
+
+    def gone(self) -> bool:
+        """Whether the writer can't write any more. Once true, the handle is used up."""
+        if self._fd < 0:
+            return True
+        if not _take(self._fd):
+            return False
+        self._path.unlink(missing_ok=True)
+        self.close()
+        return True
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def lock_folder() -> Path:
+    """A folder that processes which share memory also share."""
+    shared = Path("/dev/shm")
+    return shared if os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
+
+
+def _take(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,169 @@
+"""The Scheduler service on the wire: life lines of instances and gateways, placements, and why they are as they are."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from kvpool import __version__
+from kvpool.core.errors import BadArgument, UnknownRequest
+from kvpool.core.namespace import HASHES
+from kvpool.v1 import engine_pb2, scheduler_pb2, scheduler_pb2_grpc
+from scheduler.core.cluster import Instance, State
+from scheduler.core.commands import Placed, Refused
+from scheduler.core.events import Event, GatewayClosed, InstanceLeft
+from scheduler.service import answers, wire
+from scheduler.service.shell import Shell
+from scheduler.service.streams import serve_life_line
+
+
+class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
+    def __init__(self, shell: Shell) -> None:
+        self._shell = shell
+
+    # ------------------------------------------------------------ life lines
+
+    def _greeting(self) -> scheduler_pb2.SchedulerMessage:
+        config = self._shell.core.config
+        return scheduler_pb2.SchedulerMessage(
+            report_interval_ms=config.report_interval_us // 1000, scheduler_id=config.scheduler_id
+        )
+
+    async def Join(
+        self, messages: AsyncIterator[scheduler_pb2.InstanceMessage], context: Any
+    ) -> AsyncIterator[scheduler_pb2.SchedulerMessage]:
+        async for reply in serve_life_line(
+            self._shell,
+            messages,
+            begin=lambda first, stream: wire.instance_joined(_info_of(first), stream),
+            read=_instance_message,
+            end=InstanceLeft,
+            greeting=self._greeting(),
+            answer=lambda seq, want_snapshot: self._greeting(),
+        ):
+            yield reply
+
+    async def OpenGateway(
+        self, messages: AsyncIterator[scheduler_pb2.GatewayMessage], context: Any
+    ) -> AsyncIterator[scheduler_pb2.SchedulerMessage]:
+        async for reply in serve_life_line(
+            self._shell,
+            messages,
+            begin=lambda first, stream: wire.gateway_opened(_hello_of(first), stream),
+            read=wire.gateway_message,
+            end=GatewayClosed,
+            greeting=self._greeting(),
+            answer=lambda seq, want_snapshot: self._greeting(),
+        ):
+            yield reply
+
+    # ------------------------------------------------------------ placements
+
+    async def Place(self, request: scheduler_pb2.PlaceRequest, context: Any) -> scheduler_pb2.PlaceReply:
+        for command in self._shell.submit(wire.place_requested(request)):
+            if isinstance(command, Placed | Refused) and command.request_id == request.request_id:
+                return answers.place_reply(command)
+        raise AssertionError("the core answers each placement request")
+
+    async def Explain(self, request: scheduler_pb2.ExplainRequest, context: Any) -> scheduler_pb2.Explanation:
+        entry = self._shell.core.ledger.get(request.request_id)
+        if entry is None:
+            raise UnknownRequest(
+                f"request {request.request_id!r} was never placed here, or too long ago",
+                hint="the scheduler remembers a bounded number of requests; older ones are in its journal",
+            )
+        return answers.explanation(entry, self._shell.now_us())
+
+    # ------------------------------------------------------------ lists
+
+    async def ListModels(self, request: scheduler_pb2.ListModelsRequest, context: Any) -> scheduler_pb2.ListModelsReply:
+        """Each model as the first of its instances describes it; the context is the longest that one of them takes."""
+        cluster = self._shell.core.cluster
+        reply = scheduler_pb2.ListModelsReply()
+        for model in sorted(cluster.by_model):
+            instances = [cluster.instances[i] for i in cluster.by_model[model]]
+            info = instances[0].info
+            reply.models.add(
+                model=model,
+                namespace=answers.namespace_message(info.namespace),
+                tokenizer=info.tokenizer,
+                context_tokens_max=max(i.info.context_tokens_max for i in instances),
+                instances=len(instances),
+                eos_token_ids=info.eos_token_ids,
+            )
+        return reply
+
+    async def ListInstances(
+        self, request: scheduler_pb2.ListInstancesRequest, context: Any
+    ) -> scheduler_pb2.ListInstancesReply:
+        instances = self._shell.core.cluster.instances
+        return scheduler_pb2.ListInstancesReply(
+            instances=[self._instance_status(instances[i]) for i in sorted(instances)]
+        )
+
+    def _instance_status(self, instance: Instance) -> scheduler_pb2.InstanceStatus:
+        core, now_us = self._shell.core, self._shell.now_us()
+        holdings = core.book.on(instance.id)
+        prefill, decode = core.costs.prefill[instance.id].current(), core.costs.decode[instance.id].current()
+        hbm_source_id = instance.info.hbm_source_id
+        return scheduler_pb2.InstanceStatus(
+            info=answers.engine_info(instance.info),
+            state="draining" if instance.draining and instance.state is State.ALIVE else instance.state.value,
+            running=instance.running,
+            waiting=instance.waiting,
+            kv_tokens_free=instance.kv_tokens_free,
+            kv_tokens_reserved=holdings.kv_tokens,
+            queue_us=holdings.queue_left_us(now_us),
+            report_age_ms=(now_us - instance.seen_us) // 1000,
+            hbm_blocks=core.directory.held_count(hbm_source_id) if hbm_source_id in core.cluster.sources else 0,
+            prefill_base_us=prefill[0],
+            prefill_per_token_us=prefill[1],
+            prefill_attention_us=prefill[2],
+            decode_base_us=decode[0],
+            decode_per_sequence_us=decode[1],
+            decode_per_kv_token_us=decode[2],
+        )
+
+    async def GetStatus(self, request: scheduler_pb2.GetStatusRequest, context: Any) -> scheduler_pb2.ClusterStatus:
+        core, journal = self._shell.core, self._shell.journal
+        cluster, blocks = core.cluster, core.directory.counts()
+        instances, sources = cluster.instances.values(), cluster.sources.values()
+        return scheduler_pb2.ClusterStatus(
+            scheduler_id=core.config.scheduler_id,
+            version=__version__,
+            uptime_ms=(self._shell.now_us() - self._shell.started_us) // 1000,
+            instances_alive=sum(i.state is State.ALIVE for i in instances),
+            instances_suspect=sum(i.state is State.SUSPECT for i in instances),
+            sources_alive=sum(s.state is State.ALIVE for s in sources),
+            sources_suspect=sum(s.state is State.SUSPECT for s in sources),
+            directory_blocks=blocks.blocks,
+            directory_replicas=blocks.replicas,
+            placements=core.counts["placements"],
+            refusals=core.counts["refusals"],
+            splits=core.counts["splits"],
+            active_requests=len(core.book.placements),
+            kv_tokens_reserved=core.book.kv_tokens_total(),
+            gateways=len(cluster.gateways),
+            policies=sorted(core.policies, key=lambda name: (name != core.config.policy, name)),
+            journal=journal.path if journal is not None and not journal.error else "",
+            journal_bytes=journal.bytes_total if journal is not None else 0,
+            hashes=HASHES,
+        )
+
+
+def _info_of(message: scheduler_pb2.InstanceMessage) -> engine_pb2.EngineInfo:
+    if message.WhichOneof("message") != "info":
+        raise BadArgument("the first message of an instance must be its info")
+    return message.info
+
+
+def _instance_message(message: scheduler_pb2.InstanceMessage, stream: int) -> Event:
+    if message.WhichOneof("message") != "report":
+        raise BadArgument("expected a report")
+    return wire.instance_reported(message.report, stream)
+
+
+def _hello_of(message: scheduler_pb2.GatewayMessage) -> scheduler_pb2.GatewayHello:
+    if message.WhichOneof("message") != "hello":
+        raise BadArgument("the first message of a gateway must be its hello")
+    return message.hello

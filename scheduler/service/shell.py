@@ -1,0 +1,177 @@
+"""The asyncio shell around the core: one thread, one clock, one entrance. Everything passes through `submit`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from scheduler.core import checkpoint
+from scheduler.core.commands import (
+    AcknowledgeSource,
+    CloseStream,
+    Command,
+    PlacementEnded,
+    Refused,
+    StateChanged,
+)
+from scheduler.core.core import SchedulerCore
+from scheduler.core.events import Event, SourceDetached, TimePassed
+from scheduler.service.journal import Journal
+
+log = logging.getLogger(__name__)
+
+FLUSH_INTERVAL_S = 1.0
+
+
+def monotonic_us() -> int:
+    return time.monotonic_ns() // 1000
+
+
+class LifeLine(Protocol):
+    """The sending side of a stream that the core may answer on or end. Neither call blocks."""
+
+    def acknowledge(self, seq: int, want_snapshot: bool) -> None: ...
+
+    def close(self, reason: str) -> None: ...
+
+
+class Shell:
+    """Drives one core. Not thread-safe: all calls come from the loop that `start` was called in."""
+
+    def __init__(
+        self, core: SchedulerCore, journal: Journal | None = None, *, clock_us: Callable[[], int] = monotonic_us
+    ) -> None:
+        self.core = core
+        self.journal = journal
+        self._clock_us = clock_us
+        self.started_us = clock_us()
+        self._streams: dict[int, LifeLine] = {}
+        self._next_stream = 1
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at_us = 0
+        self._flusher: asyncio.Task[None] | None = None
+        self._running = False
+
+    # ------------------------------------------------------------ life
+
+    def start(self) -> None:
+        if self.journal is not None:
+            self.journal.begin(self.core)
+            self._flusher = asyncio.create_task(self._flush_regularly(self.journal))
+        self._running = True
+        self._set_timer()
+
+    async def stop(self) -> None:
+        self._running = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._flusher is not None:
+            self._flusher.cancel()
+            await asyncio.gather(self._flusher, return_exceptions=True)
+            self._flusher = None
+        if self.journal is not None:
+            self.journal.close()
+
+    async def _flush_regularly(self, journal: Journal) -> None:
+        while True:
+            await asyncio.sleep(FLUSH_INTERVAL_S)
+            journal.flush()
+
+    # ------------------------------------------------------------ the entrance
+
+    def now_us(self) -> int:
+        """The core's time: never before that of the last event."""
+        return max(self._clock_us(), self.core.now_us)
+
+    def submit(self, event: Event) -> list[Command]:
+        """Journals an event, lets the core handle it, and does what it asks for."""
+        now_us = self.now_us()
+        if self.journal is None:
+            commands = self.core.handle(event, now_us)
+        else:
+            self.journal.event(event, now_us)
+            commands = self.core.handle(event, now_us)
+            self.journal.commands(commands)
+        for command in commands:
+            self._carry_out(command)
+        self._set_timer()
+        if self.journal is not None and self.journal.rotation_due():
+            self._rotate(self.journal)
+        return commands
+
+    def _rotate(self, journal: Journal) -> None:
+        """Begins a new journal file as soon as no source is half through a snapshot."""
+        unsynced = checkpoint.unsynced_streams(self.core)
+        if not unsynced:
+            self.core = journal.next_file(self.core)
+        elif journal.rotation_overdue():
+            # They come again; the last of these ends has no unsynced source left and lands in the branch above.
+            for stream in unsynced:
+                line = self._streams.get(stream)
+                if line is not None:
+                    line.close("the journal needs a checkpoint")
+                self.submit(SourceDetached(stream))
+
+    def _carry_out(self, command: Command) -> None:
+        if isinstance(command, AcknowledgeSource):
+            line = self._streams.get(command.stream)
+            if line is not None:
+                line.acknowledge(command.seq, command.want_snapshot)
+        elif isinstance(command, CloseStream):
+            line = self._streams.get(command.stream)
+            if line is not None:
+                line.close(command.reason)
+        elif isinstance(command, StateChanged):
+            log.info("%s %s is %s", command.kind, command.id, command.state)
+        elif isinstance(command, Refused):
+            log.info("request %s refused: %s: %s", command.request_id, command.reason.name, command.message)
+        elif isinstance(command, PlacementEnded) and command.why == "expired":
+            log.warning("the placement of request %s expired without an outcome", command.request_id)
+
+    # ------------------------------------------------------------ streams
+
+    def open_stream(self, line: LifeLine) -> int:
+        """A number, never given twice, by which the core can speak on a life line."""
+        stream = self._next_stream
+        self._next_stream += 1
+        self._streams[stream] = line
+        return stream
+
+    def close_stream(self, stream: int, ended: Event) -> None:
+        """Forgets a life line and tells the core of its end."""
+        del self._streams[stream]
+        if self._running:
+            self.submit(ended)
+
+    @property
+    def streams(self) -> int:
+        return len(self._streams)
+
+    # ------------------------------------------------------------ time
+
+    def _set_timer(self) -> None:
+        """One timer, for the core's next deadline. A later deadline leaves it: it fires early, once, and moves on."""
+        if not self._running:
+            return
+        at_us = self.core.next_deadline_us()
+        if at_us is None:
+            return
+        if self._timer is not None:
+            if self._timer_at_us <= at_us:
+                return
+            self._timer.cancel()
+        self._timer_at_us = at_us
+        delay_s = max(at_us - self._clock_us(), 0) / 1e6
+        self._timer = asyncio.get_running_loop().call_later(delay_s, self._timer_fired)
+
+    def _timer_fired(self) -> None:
+        self._timer = None
+        at_us = self.core.next_deadline_us()
+        if at_us is not None and at_us <= self.now_us():
+            self.submit(TimePassed())
+        else:
+            self._set_timer()

@@ -1,0 +1,106 @@
+"""Life lines: one long stream a source, instance or gateway, read and answered at the same time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any, TypeVar
+
+from kvpool.core.errors import BadArgument, Overloaded
+from scheduler.core.events import Event
+from scheduler.service.shell import Shell
+
+Message = TypeVar("Message")
+Reply = TypeVar("Reply")
+
+
+class Outbox:
+    """What is to be said on a life line. Holds at most one answer: a newer one takes the older one in."""
+
+    def __init__(self) -> None:
+        self._acknowledged: tuple[int, bool] | None = None
+        self._closed: str | None = None
+        self._changed = asyncio.Event()
+
+    def acknowledge(self, seq: int, want_snapshot: bool) -> None:
+        wanted_before = self._acknowledged is not None and self._acknowledged[1]
+        self._acknowledged = (seq, want_snapshot or wanted_before)
+        self._changed.set()
+
+    def close(self, reason: str) -> None:
+        self._closed = reason
+        self._changed.set()
+
+    def wake(self) -> None:
+        self._changed.set()
+
+    async def changed(self) -> None:
+        await self._changed.wait()
+        self._changed.clear()
+
+    def take(self) -> tuple[int, bool] | None:
+        answer, self._acknowledged = self._acknowledged, None
+        return answer
+
+    @property
+    def closed(self) -> str | None:
+        return self._closed
+
+
+async def serve_life_line(
+    shell: Shell,
+    messages: AsyncIterator[Message],
+    *,
+    begin: Callable[[Message, int], Event],
+    read: Callable[[Message, int], Event],
+    end: Callable[[int], Event],
+    greeting: Reply,
+    answer: Callable[[int, bool], Reply],
+) -> AsyncIterator[Reply]:
+    """Serves one life line from its first message to its end.
+
+    Args:
+        begin, read: make events of the first and of each later message; they raise BadArgument for wrong ones.
+        end: makes the event of the stream's end, whatever ended it.
+        greeting: said when the first message has been taken in.
+    Raises: BadArgument for wrong messages; Overloaded when the core ends the life line, with its reason.
+    """
+    try:
+        first = await anext(messages)
+    except StopAsyncIteration:
+        raise BadArgument("the stream ended before its first message") from None
+    outbox = Outbox()
+    stream = shell.open_stream(outbox)
+    try:
+        shell.submit(begin(first, stream))
+    except BaseException:
+        shell.close_stream(stream, end(stream))
+        raise
+    reader = asyncio.create_task(_read(shell, messages, read, stream, outbox))
+    try:
+        if outbox.closed is None:
+            yield greeting
+        while True:
+            await outbox.changed()
+            taken = outbox.take()
+            if taken is not None:
+                yield answer(*taken)
+            if outbox.closed is not None:
+                raise Overloaded(outbox.closed, hint="connect again")
+            if reader.done():
+                reader.result()
+                return
+    finally:
+        reader.cancel()
+        shell.close_stream(stream, end(stream))
+        await asyncio.gather(reader, return_exceptions=True)
+
+
+async def _read(
+    shell: Shell, messages: AsyncIterator[Any], read: Callable[[Any, int], Event], stream: int, outbox: Outbox
+) -> None:
+    try:
+        async for message in messages:
+            shell.submit(read(message, stream))
+    finally:
+        outbox.wake()

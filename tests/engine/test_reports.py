@@ -1,0 +1,120 @@
+"""Life lines: facts, reports and announcements reach a scheduler, and a restarted one by themselves."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent import futures
+
+import grpc
+import pytest
+
+from engines.torch.model import LoadedModel
+from engines.torch.reports import NodeWatch
+from kvpool.core.errors import Unavailable
+from kvpool.v1 import directory_pb2, directory_pb2_grpc, scheduler_pb2, scheduler_pb2_grpc
+
+from .driving import prompt
+from .serving import Gateway, eventually, worker
+
+
+class Recorder(scheduler_pb2_grpc.SchedulerServicer, directory_pb2_grpc.DirectoryServicer):
+    """Speaks both life lines and keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.infos: list[scheduler_pb2.InstanceMessage] = []
+        self.reports: list[scheduler_pb2.InstanceReport] = []
+        self.held: set[bytes] = set()
+        self.hello: directory_pb2.SourceHello | None = None
+        self.ended = threading.Event()
+
+    def Join(
+        self, requests: Iterator[scheduler_pb2.InstanceMessage], context: grpc.ServicerContext
+    ) -> Iterator[scheduler_pb2.SchedulerMessage]:
+        context.add_callback(self.ended.set)
+        self.infos.append(next(requests).info)
+        yield scheduler_pb2.SchedulerMessage(report_interval_ms=50, scheduler_id="s")
+        for message in requests:
+            self.reports.append(message.report)
+
+    def Attach(
+        self, requests: Iterator[directory_pb2.SourceMessage], context: grpc.ServicerContext
+    ) -> Iterator[directory_pb2.DirectoryMessage]:
+        self.hello = next(requests).hello
+        yield directory_pb2.DirectoryMessage(want_snapshot=True, heartbeat_interval_ms=100)
+        for message in requests:
+            self._hear(message)
+
+    def _hear(self, message: directory_pb2.SourceMessage) -> None:
+        if message.HasField("snapshot"):
+            self.held = set(_keys(message.snapshot.keys.keys))
+        for event in message.events.events:
+            change = self.held.update if event.kind == directory_pb2.BlockEvent.STORED else self.held.difference_update
+            change(_keys(event.keys.keys))
+
+
+def _keys(packed: bytes) -> list[bytes]:
+    return [packed[i : i + 16] for i in range(0, len(packed), 16)]
+
+
+def serve(recorder: Recorder, address: str = "127.0.0.1:0") -> tuple[grpc.Server, str]:
+    server = grpc.server(futures.ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
+    scheduler_pb2_grpc.add_SchedulerServicer_to_server(recorder, server)
+    directory_pb2_grpc.add_DirectoryServicer_to_server(recorder, server)
+    port = server.add_insecure_port(address)
+    server.start()
+    return server, f"127.0.0.1:{port}"
+
+
+@pytest.fixture
+def recorder() -> Iterator[tuple[Recorder, str, list[grpc.Server]]]:
+    recorder = Recorder()
+    server, address = serve(recorder)
+    servers = [server]
+    yield recorder, address, servers
+    servers[-1].stop(None).wait(5)
+
+
+def test_a_worker_reports_and_announces(llama: LoadedModel, recorder: tuple[Recorder, str, list[grpc.Server]]) -> None:
+    heard, address, servers = recorder
+    with worker(llama, "w7", scheduler=address, role="decode") as own:
+        assert own.wait_joined(20)
+        info = heard.infos[0]
+        assert (info.instance_id, info.role, info.model, info.address) == ("w7", 2, "llama", own.address)
+        assert info.kv_tokens_total == 4096 and info.namespace.groups[0].block_tokens == 16
+        assert heard.hello is not None and heard.hello.instance_id == "w7"
+        assert heard.hello.source_id == info.hbm_source_id and not heard.hello.address
+        with Gateway(own) as gateway:
+            gateway.submit("r", prompt(1, 70), max_tokens=30)
+            gateway.tokens("r")
+            reports = lambda: list(heard.reports)  # noqa: E731
+            eventually(lambda: any("r" in r.finished_prefills for r in reports()), "the prefill's end is reported")
+            eventually(lambda: sum(len(r.decode) for r in reports()) == 29, "decode steps are reported")
+            samples = [s for r in reports() for s in r.prefill]
+            assert [(s.new_tokens, s.cached_tokens) for s in samples] == [(70, 0)] and samples[0].duration_us > 0
+            cached = {key.tobytes() for key in own.engine.cached_keys()}
+            eventually(lambda: heard.held == cached and len(cached) == 6, "HBM blocks are announced")
+
+            servers[-1].stop(None).wait(5)
+            restarted = Recorder()
+            servers.append(serve(restarted, address)[0])
+            eventually(lambda: bool(restarted.infos and restarted.reports), "it joins a restarted scheduler")
+            eventually(lambda: restarted.held == cached, "and announces all it holds")
+            gateway.submit("s", prompt(2, 20))
+            assert len(gateway.tokens("s")) == 12
+    assert restarted.ended.wait(5), "a worker that stops leaves at once"
+
+
+def test_a_late_node_is_found(llama: LoadedModel) -> None:
+    asked, found = [], threading.Event()
+
+    def ask() -> str:
+        asked.append(1)
+        if len(asked) < 2:
+            raise Unavailable("not yet")
+        return "node-7"
+
+    watch = NodeWatch(ask, found.set)
+    watch.start()
+    assert watch.wait(10) and found.wait(10) and watch.source_id == "node-7"
+    watch.close()

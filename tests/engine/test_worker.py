@@ -1,0 +1,270 @@
+"""Workers over real gRPC with a real node: split requests, pulls, publishing, aborts, losses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engines.torch.engine import Engine
+from engines.torch.generate import generate
+from engines.torch.hbm import CpuBlocks
+from engines.torch.model import LoadedModel
+from engines.torch.request import Finish, Sampling
+from engines.torch.worker import EngineWorker
+from kvpool.client import PoolClient
+from kvpool.core.hashing import block_keys
+from kvpool.v1 import directory_pb2, engine_pb2
+
+from .conftest import EXACT
+from .driving import prompt
+from .late import LateBlocks
+from .serving import Gateway, Node, eventually, worker
+
+pytestmark = pytest.mark.processes
+PREFILL, DECODE = engine_pb2.PHASE_PREFILL, engine_pb2.PHASE_DECODE
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    node = Node("node-t", tmp_path_factory.mktemp("node"))
+    yield node
+    node.stop()
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def expected(model: LoadedModel, tokens: np.ndarray, count: int, **sampling: float) -> list[int]:
+    wanted = Sampling(count, ignore_eos=True, **sampling)  # type: ignore[arg-type]
+    return list(generate(Engine(model, EXACT), [tokens.tolist()], wanted)[0].tokens)
+
+
+def split(prefill: Gateway, decode: Gateway, node: Node, name: str, tokens: np.ndarray, **more: object) -> list[int]:
+    """What a gateway does with a split request."""
+    decode.submit(name, tokens, DECODE, handoff=node.address, **more)  # type: ignore[arg-type]
+    prefill.submit(name, tokens, PREFILL, **more)  # type: ignore[arg-type]
+    first = prefill.first(name)
+    decode.first_token(name, first)
+    return [first, *decode.tokens(name)]
+
+
+def all_free(worker: EngineWorker) -> bool:
+    load = worker.engine.load()
+    return worker.idle() and load.kv_tokens_free == load.kv_tokens_total
+
+
+def test_a_worker_alone_serves_many(llama: LoadedModel, stack: ExitStack) -> None:
+    own = stack.enter_context(worker(llama))
+    gateway = stack.enter_context(Gateway(own))
+    prompts = [prompt(i, 10 + 23 * i) for i in range(10)]
+    for i, tokens in enumerate(prompts):
+        gateway.submit(str(i), tokens, temperature=0.5 * (i % 2), seed=i)
+    for i, tokens in enumerate(prompts):
+        assert gateway.tokens(str(i)) == expected(llama, tokens, 12, temperature=0.5 * (i % 2), seed=i)
+        assert gateway.end(str(i)).times.computed_tokens == len(tokens)
+    eventually(lambda: all_free(own), "everything released")
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 100, 128])
+def test_split_requests_answer_like_one_engine(llama: LoadedModel, node: Node, stack: ExitStack, length: int) -> None:
+    workers = [stack.enter_context(worker(llama, name, node.address)) for name in ("p", "d")]
+    prefill, decode = (stack.enter_context(Gateway(w)) for w in workers)
+    tokens = prompt(100 + length, length)
+    answer = split(prefill, decode, node, "first", tokens, temperature=0.7, seed=3, max_tokens=30)
+    assert answer == expected(llama, tokens, 30, temperature=0.7, seed=3)
+    times = decode.end("first").times
+    assert times.computed_tokens == 0 and times.cached_tokens_pool == length and times.pull_failures == 0
+    handed = prefill.end("first")
+    assert handed.finish_reason == engine_pb2.FINISH_REASON_HANDED_OFF
+    assert handed.times.blocks_published == -(-length // 16)
+    # Again: all blocks are there before the prefill begins, and on the decode side before the hand-off.
+    assert split(prefill, decode, node, "again", tokens, max_tokens=8) == expected(llama, tokens, 8)
+    assert decode.end("again").times.computed_tokens == 0
+    eventually(lambda: all(all_free(w) for w in workers), "workers release everything")
+    eventually(node.nothing_held, "holds are freed")
+
+
+def test_many_split_requests_at_once(llama: LoadedModel, node: Node, stack: ExitStack) -> None:
+    workers = [stack.enter_context(worker(llama, name, node.address)) for name in ("p", "d1", "d2")]
+    prefill, *decodes = (stack.enter_context(Gateway(w)) for w in workers)
+    prompts = {f"m{i}": prompt(200 + i % 7, 40 + 11 * (i % 7)) for i in range(14)}
+    for i, (name, tokens) in enumerate(prompts.items()):
+        decodes[i % 2].submit(name, tokens, DECODE, handoff=node.address)
+        prefill.submit(name, tokens, PREFILL)
+    firsts = {}
+    for i, name in enumerate(prompts):
+        firsts[name] = prefill.first(name)
+        decodes[i % 2].first_token(name, firsts[name])
+    for i, (name, tokens) in enumerate(prompts.items()):
+        assert [firsts[name], *decodes[i % 2].tokens(name)] == expected(llama, tokens, 12)
+    eventually(lambda: all(all_free(w) for w in workers), "workers release everything")
+    eventually(node.nothing_held, "holds are freed")
+
+
+def test_generated_blocks_are_pulled_by_another_worker(llama: LoadedModel, node: Node, stack: ExitStack) -> None:
+    first, second = (stack.enter_context(worker(llama, name, node.address)) for name in ("a", "b"))
+    tokens = prompt(300, 50)
+    gateway = stack.enter_context(Gateway(first))
+    gateway.submit("turn1", tokens, max_tokens=40)
+    longer = np.concatenate([tokens, np.array(gateway.tokens("turn1"), dtype=np.uint32), prompt(301, 9)])
+    keys = block_keys(first.engine.namespace.id(), longer, 16)
+    client = stack.enter_context(PoolClient(node.address))
+    client.register(first.engine.namespace)
+    # 89 tokens have KV: five blocks, three of which end in generated text.
+    eventually(lambda: client.lookup(first.engine.namespace.id(), keys[:5]).all(), "generated blocks are published")
+    other = stack.enter_context(Gateway(second))
+    run = directory_pb2.Run(source_id="node-t", tier=2, first=0, count=6, address=node.address)
+    other.submit("turn2", longer, pull=[run])
+    assert other.tokens("turn2") == expected(llama, longer, 12)
+    times = other.end("turn2").times
+    assert (times.cached_tokens_pool, times.pull_failures) == (80, 1) and times.computed_tokens == len(longer) - 80
+    assert times.bytes_pulled == 5 * second.engine.namespace.groups[0].block_bytes
+    assert first.counters()["blocks_published"] == 5
+    eventually(node.nothing_held, "leases are released")
+
+
+def test_nothing_is_committed_before_its_copy(llama: LoadedModel, node: Node, stack: ExitStack) -> None:
+    source = worker(llama, "late", node.address)
+    source.stop()
+    memory = LateBlocks(CpuBlocks(source.engine.cache))
+    late = EngineWorker(source.config, model=llama, memory=memory)
+    memory._below = CpuBlocks(late.engine.cache)
+    stack.enter_context(late)
+    gateway = stack.enter_context(Gateway(late))
+    tokens = prompt(400, 96)
+    keys = block_keys(late.engine.namespace.id(), tokens, 16)
+    client = stack.enter_context(PoolClient(node.address))
+    client.register(late.engine.namespace)
+    gateway.submit("late", tokens, PREFILL)
+    gateway.first("late")
+    seen = 0
+    while gateway_open(gateway, "late"):
+        eventually(lambda: bool(memory.pending) or not gateway_open(gateway, "late"), "a copy is begun")
+        if memory.pending:
+            found = client.lookup(late.engine.namespace.id(), keys)
+            assert found.sum() == seen, "committed before the copy's event"
+            seen = min(seen + 4, 6)
+            memory.complete()
+            eventually(lambda: bool(memory.pending) or not gateway_open(gateway, "late"), "the next copy")
+    assert client.lookup(late.engine.namespace.id(), keys).all() and memory.staged == 0
+    out = np.zeros((6, memory.block_bytes), dtype=np.uint8)
+    assert client.get(late.engine.namespace.id(), keys, out, handoff="late").found.all()
+    plain = stack.enter_context(Gateway(stack.enter_context(worker(llama, "plain"))))
+    run = directory_pb2.Run(source_id="node-t", tier=2, first=0, count=6, address=node.address)
+    plain.submit("r", tokens, pull=[run])
+    assert plain.tokens("r") == expected(llama, tokens, 12)
+    assert plain.end("r").times.cached_tokens_pool == 80
+
+
+def gateway_open(gateway: Gateway, name: str) -> bool:
+    return not any(e.finish_reason for e in list(gateway._events[name]))
+
+
+def test_a_lost_node_costs_computing_only(llama: LoadedModel, tmp_path: Path, stack: ExitStack) -> None:
+    node = Node("node-lost", tmp_path)
+    stack.callback(node.stop)
+    workers = [stack.enter_context(worker(llama, name, node.address)) for name in ("p", "d")]
+    prefill, decode = (stack.enter_context(Gateway(w)) for w in workers)
+    tokens = [prompt(500 + i, 150) for i in range(4)]
+    for i in range(4):
+        decode.submit(str(i), tokens[i], DECODE, handoff=node.address)
+    node.kill()
+    for i in range(4):
+        prefill.submit(str(i), tokens[i], PREFILL)
+        first = prefill.first(str(i))
+        decode.first_token(str(i), first)
+        assert [first, *decode.tokens(str(i))] == expected(llama, tokens[i], 12)
+        assert prefill.end(str(i)).finish_reason == engine_pb2.FINISH_REASON_HANDED_OFF
+    eventually(lambda: all(all_free(w) for w in workers), "workers release everything")
+
+
+def test_blocks_that_never_come_are_computed(llama: LoadedModel, node: Node, stack: ExitStack) -> None:
+    own = stack.enter_context(worker(llama, "d", node.address))
+    decode = stack.enter_context(Gateway(own))
+    tokens = prompt(600, 90)
+    answer = expected(llama, tokens, 12)
+    decode.submit("r", tokens, DECODE, handoff=node.address)
+    decode.first_token("r", answer[0])
+    assert decode.tokens("r") == answer[1:]
+    times = decode.end("r").times
+    assert times.pull_failures == 6 and times.computed_tokens >= 90
+    eventually(node.nothing_held, "waits end")
+
+
+def test_aborts_and_ended_streams_leave_nothing(llama: LoadedModel, node: Node, stack: ExitStack) -> None:
+    own = stack.enter_context(worker(llama, "w", node.address))
+    gateway = stack.enter_context(Gateway(own))
+    gateway.submit("decoding", prompt(700, 40), max_tokens=900)
+    gateway.submit("handed", prompt(701, 40), DECODE, handoff=node.address)
+    gateway.first("decoding")
+    for name in ("decoding", "handed", "unknown"):
+        gateway.abort(name)
+    for name in ("decoding", "handed"):
+        assert gateway.end(name).finish_reason == engine_pb2.FINISH_REASON_ABORT
+    eventually(lambda: all_free(own), "aborted requests release everything")
+    with Gateway(own) as other:
+        other.submit("lost", prompt(702, 40), max_tokens=900)
+        other.submit("waits", prompt(703, 40), DECODE, handoff=node.address)
+        other.first("lost")
+    eventually(lambda: all_free(own), "requests of an ended stream release everything")
+    assert own.counters()["streams_lost"] == 1 and own.counters()["requests_aborted"] == 4
+    gateway.submit("alive", prompt(704, 20))
+    assert gateway.tokens("alive") == expected(llama, prompt(704, 20), 12)
+    eventually(node.nothing_held, "holds and waits end")
+
+
+def test_deadlines_end_requests_that_wait(llama: LoadedModel, node: Node, stack: ExitStack) -> None:
+    own = stack.enter_context(worker(llama, "w", node.address))
+    gateway = stack.enter_context(Gateway(own))
+    gateway.submit("r", prompt(800, 40), DECODE, handoff=node.address, deadline_ms=200)
+    end = gateway.end("r")
+    assert end.finish_reason == engine_pb2.FINISH_REASON_ERROR and "deadline" in end.error
+    eventually(lambda: all_free(own), "everything released")
+    eventually(node.nothing_held, "waits end")
+
+
+GARBAGE = [
+    ({"namespace_id": b"x" * 16}, "namespace"),
+    ({"token_ids": b"123"}, "multiple of 4"),
+    ({"token_ids": b""}, "at least one token"),
+    ({"token_ids": b"\xff" * 8}, "under 160"),
+    ({"phase": 0}, "phase"),
+    ({"phase": 77}, "phase"),
+    ({"root_key": b"short"}, "16 bytes"),
+    ({"sampling": engine_pb2.Sampling(max_tokens=0)}, "max_tokens"),
+    ({"sampling": engine_pb2.Sampling(max_tokens=2**31)}, "context"),
+    ({"sampling": engine_pb2.Sampling(max_tokens=1, temperature=float("nan"))}, "temperature"),
+    ({"sampling": engine_pb2.Sampling(max_tokens=1, temperature=-1.0)}, "temperature"),
+    ({"sampling": engine_pb2.Sampling(max_tokens=1, top_p=1.5)}, "top_p"),
+    ({"request_id": ""}, "id"),
+]
+
+
+def test_garbage_is_refused_and_leaves_nothing(llama: LoadedModel, stack: ExitStack) -> None:
+    own = stack.enter_context(worker(llama))
+    gateway = stack.enter_context(Gateway(own))
+    good = gateway.submit("good", prompt(1, 20), max_tokens=200)
+    for i, (change, words) in enumerate(GARBAGE):
+        submit = engine_pb2.Submit()
+        submit.CopyFrom(good)
+        submit.request_id = f"bad-{i}"
+        for name, value in change.items():
+            if isinstance(value, (bytes, str, int)):
+                setattr(submit, name, value)
+            else:
+                getattr(submit, name).CopyFrom(value)
+        gateway.send(submit)
+        end = gateway.end(submit.request_id)
+        assert end.finish_reason == Finish.ERROR and words in end.error, (change, end.error)
+    gateway.first_token("good", 3)
+    gateway.first_token("nobody", 3)
+    gateway.send(engine_pb2.Submit())
+    assert gateway.end("good").error, "a first token for a request that has its own is an error"
+    eventually(lambda: all_free(own), "everything released")

@@ -1,0 +1,284 @@
+"""The pool through its library face, against a real node process."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from kvpool.client import (
+    ABANDONED,
+    BEING_WRITTEN,
+    COMMITTED,
+    DEADLINE,
+    RESERVED,
+    SECTION,
+    Hold,
+    PoolClient,
+)
+from kvpool.core.errors import BadArgument, KvpoolError, Unavailable, UnknownNamespace, UnknownReservation
+from kvpool.core.ids import NamespaceId
+from tests.pool.node_process import SECTIONS, NodeProcess, eventually, held, namespace_spec, random_blocks
+
+Connect = Callable[..., PoolClient]
+
+
+@pytest.fixture(params=["shm", "tcp"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def client(shared_node: NodeProcess, connect: Connect, kind: str) -> PoolClient:
+    return connect(shared_node, channels=(kind,), client=f"test-{kind}")
+
+
+@pytest.fixture
+def namespace(client: PoolClient, kind: str, request: pytest.FixtureRequest) -> NamespaceId:
+    """A namespace of its own for each test."""
+    return client.register(namespace_spec(f"{request.node.name}"))
+
+
+def test_stored_bytes_are_loaded_bytes(client: PoolClient, namespace: NamespaceId, kind: str) -> None:
+    keys, data = random_blocks(30, [1, *namespace])
+    put = client.put(namespace, keys, data)
+    assert put.stored.all() and not put.existed.any() and put.channel == kind
+    out = np.zeros_like(data)
+    got = client.get(namespace, keys, out)
+    assert got.found.all() and not got.corrupt.any() and got.bytes == data.nbytes
+    assert np.array_equal(out, data)
+    assert client.lookup(namespace, keys).all()
+
+
+def test_a_second_put_leaves_blocks_alone(client: PoolClient, namespace: NamespaceId) -> None:
+    keys, data = random_blocks(4, [2, *namespace])
+    client.put(namespace, keys[:2], data)
+    again = client.put(namespace, keys, data)
+    assert again.existed.tolist() == [True, True, False, False]
+    assert again.stored.tolist() == [False, False, True, True]
+
+
+def test_misses_are_results(client: PoolClient, namespace: NamespaceId) -> None:
+    keys, data = random_blocks(6, [3, *namespace])
+    client.put(namespace, keys[::2], data[::2])
+    out = np.zeros_like(data)
+    got = client.get(namespace, keys, out)
+    assert got.found.tolist() == [True, False] * 3
+    assert np.array_equal(out[::2], data[::2]) and not out[1::2].any()
+    nothing = client.get(namespace, random_blocks(2, [4, *namespace])[0], out)
+    assert not nothing.found.any() and nothing.bytes == 0
+
+
+def test_rows(client: PoolClient, namespace: NamespaceId) -> None:
+    keys, data = random_blocks(5, [5, *namespace])
+    rows = np.array([4, 2, 0, 1, 3])
+    client.put(namespace, keys, data, rows=rows)
+    out = np.zeros((12, data.shape[1]), np.uint8)
+    assert client.get(namespace, keys, out, rows=rows + 6).found.all()
+    assert np.array_equal(out[6:11], data)
+
+
+def test_shards_are_different_blocks(client: PoolClient, namespace: NamespaceId) -> None:
+    keys, data = random_blocks(3, [6, *namespace])
+    client.put(namespace, keys, data, shard=1)
+    assert not client.lookup(namespace, keys).any()
+    out = np.zeros_like(data)
+    assert client.get(namespace, keys, out, shard=1).found.all()
+    assert np.array_equal(out, data)
+
+
+def test_sections_wake_readers_as_they_come(client: PoolClient, namespace: NamespaceId) -> None:
+    keys, data = random_blocks(1, [7, *namespace])
+    reservation = client.reserve(namespace, keys)
+    assert client.reserve(namespace, keys).status.tolist() == [BEING_WRITTEN]
+    news = client.wait(namespace, keys, deadline_s=20)
+    digests = client.write(reservation, np.array([0]), data)
+    for section in range(SECTIONS):
+        client.commit_sections(reservation, np.array([0]), np.array([section]), digests[0, section : section + 1])
+    seen = [(s, x) for w in news for s, x in zip(w.states.tolist(), w.sections.tolist(), strict=True)]
+    assert [x for s, x in seen if s == SECTION] == list(range(SECTIONS))
+    assert seen[-1][0] == COMMITTED
+
+
+def test_one_waits_for_what_another_writes(
+    shared_node: NodeProcess, connect: Connect, client: PoolClient, namespace: NamespaceId
+) -> None:
+    keys, data = random_blocks(8, [8, *namespace])
+    reader = connect(shared_node, client="reader")
+    reader.register(namespace_spec())
+    states: dict[int, int] = {}
+
+    def read() -> None:
+        for news in reader.wait(namespace, keys, deadline_s=20):
+            states.update(zip(news.indices.tolist(), news.states.tolist(), strict=True))
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    assert eventually(lambda: client.stats().waiters == 1)
+    client.put(namespace, keys, data)
+    thread.join(20)
+    assert states == dict.fromkeys(range(8), COMMITTED)
+
+
+def test_waits_end(client: PoolClient, namespace: NamespaceId) -> None:
+    keys, data = random_blocks(3, [9, *namespace])
+    client.put(namespace, keys[:1], data)
+
+    def last_states(**options: object) -> list[int]:
+        states = [0, 0, 0]
+        for news in client.wait(namespace, keys, **options):  # type: ignore[arg-type]
+            for i, state in zip(news.indices.tolist(), news.states.tolist(), strict=True):
+                states[i] = state
+        return states
+
+    assert last_states(deadline_s=20, absent_is_abandoned=True) == [COMMITTED, ABANDONED, ABANDONED]
+    assert last_states(deadline_s=0.05) == [COMMITTED, DEADLINE, DEADLINE]
+    reservation = client.reserve(namespace, keys[1:])
+    waiting = client.wait(namespace, keys, deadline_s=20)
+    client.abort(reservation)
+    final = [(i, s) for w in waiting for i, s in zip(w.indices.tolist(), w.states.tolist(), strict=True)]
+    assert sorted(final) == [(0, COMMITTED), (1, ABANDONED), (2, ABANDONED)]
+
+
+def test_abort_frees_the_keys(client: PoolClient, namespace: NamespaceId) -> None:
+    keys, data = random_blocks(2, [10, *namespace])
+    reservation = client.reserve(namespace, keys)
+    assert reservation.status.tolist() == [RESERVED, RESERVED]
+    client.write(reservation, np.array([0, 1]), data)
+    assert client.abort(reservation) == 2
+    with pytest.raises(UnknownReservation):
+        client.abort(reservation)
+    assert client.put(namespace, keys, data).stored.all()
+
+
+def test_handoff_hold_ends_with_its_reader(client: PoolClient, namespace: NamespaceId) -> None:
+    keys, data = random_blocks(4, [11, *namespace])
+    client.put(namespace, keys, data, hold=Hold("request-1", ttl_s=60))
+    assert client.stats().pins > 0
+    client.get(namespace, keys, np.zeros_like(data), handoff="request-1")
+    assert eventually(lambda: client.stats().pins == 0)
+
+
+def test_hold_is_added_to_blocks_that_exist(client: PoolClient, namespace: NamespaceId) -> None:
+    keys, data = random_blocks(2, [12, *namespace])
+    client.put(namespace, keys, data)
+    assert client.put(namespace, keys, data, hold=Hold("request-2")).existed.all()
+    assert client.stats().pins > 0
+    client.get(namespace, keys, np.zeros_like(data), handoff="request-2")
+    assert eventually(lambda: client.stats().pins == 0)
+
+
+def test_many_threads_many_clients(
+    shared_node: NodeProcess, connect: Connect, client: PoolClient, namespace: NamespaceId, kind: str
+) -> None:
+    other = connect(shared_node, channels=(kind,))
+    other.register(namespace_spec(f"test_many_threads_many_clients[{kind}]"))
+    keys, data = random_blocks(48, [13, *namespace])
+
+    def work(seed: int) -> bool:
+        rng = np.random.default_rng(seed)
+        one = client if seed % 2 else other
+        for _ in range(6):
+            some = rng.permutation(48)[:16]
+            one.put(namespace, keys[some], data[some])
+            out = np.zeros((16, data.shape[1]), np.uint8)
+            got = one.get(namespace, keys[some], out)
+            if got.corrupt.any() or not np.array_equal(out[got.found], data[some][got.found]):
+                return False
+        return True
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(work, range(8)))
+    assert client.get(namespace, keys, np.zeros_like(data)).found.all()
+    assert client.counters.digest_errors == other.counters.digest_errors == 0
+
+
+def test_a_corrupt_block_is_a_miss_reported_and_dropped(
+    shared_node: NodeProcess, client: PoolClient, namespace: NamespaceId
+) -> None:
+    keys, data = random_blocks(3, [14, *namespace])
+    client.put(namespace, keys, data)
+    errors = client.stats().digest_errors
+    marked = data[1, 5000:5064].tobytes()
+    with shared_node.segment.open("r+b") as file:
+        at = file.read().index(marked)
+        file.seek(at)
+        file.write(b"\0" * 64)
+    got = client.get(namespace, keys, np.zeros_like(data))
+    assert got.found.tolist() == [True, False, True] and got.corrupt.tolist() == [False, True, False]
+    assert client.counters.digest_errors == 1 and client.stats().digest_errors == errors + 1
+    assert client.lookup(namespace, keys).tolist() == [True, False, True], "the bad copy is still offered"
+    assert client.put(namespace, keys, data).stored.tolist() == [False, True, False]
+    assert client.get(namespace, keys, np.zeros_like(data)).found.all()
+
+
+def test_nothing_is_held_after_all_that(shared_node: NodeProcess, connect: Connect, client: PoolClient) -> None:
+    observer = connect(shared_node, client="observer")
+    assert client.connected or client.epoch
+    client.close()
+    assert eventually(lambda: held(observer.stats()) == {"sessions": 1}), held(observer.stats())
+
+
+def test_bad_arguments(shared_node: NodeProcess, connect: Connect) -> None:
+    with pytest.raises(BadArgument):
+        PoolClient(shared_node.address, channels=("pigeon",))
+    client = connect(shared_node)
+    keys, data = random_blocks(1, [15])
+    with pytest.raises(UnknownNamespace):
+        client.put(NamespaceId(b"0" * 16), keys, data)
+    namespace = client.register(namespace_spec())
+    for bad in (keys[0], keys.astype(np.uint16), keys[:, :8]):
+        with pytest.raises(BadArgument):
+            client.lookup(namespace, bad)
+    with pytest.raises(BadArgument):
+        client.put(namespace, keys, data, group=3)
+    with pytest.raises(BadArgument):
+        client.put(namespace, keys, data[:, :100])
+    with pytest.raises(BadArgument):
+        client.reserve(namespace, keys, ttl_s=3600)
+    assert eventually(lambda: client.stats().reservations == 0)
+
+
+def test_nobody_there(connect: Connect) -> None:
+    client = PoolClient("127.0.0.1:1", timeout_s=2.0)
+    try:
+        for _ in range(3):
+            with pytest.raises(Unavailable):
+                client.stats()
+    finally:
+        client.close()
+    with pytest.raises(KvpoolError):
+        client.stats()
+
+
+def test_credentials(start_node: Callable[..., NodeProcess], connect: Connect) -> None:
+    node = start_node(credential="secret")
+    with pytest.raises(KvpoolError, match="credential"):
+        connect(node).stats()
+    assert connect(node, credential="secret").stats().bytes_total > 0
+
+
+def test_a_restarted_node_is_found_again(start_node: Callable[..., NodeProcess], connect: Connect) -> None:
+    node = start_node()
+    client = connect(node)
+    namespace = client.register(namespace_spec())
+    keys, data = random_blocks(2, [16, *namespace])
+    client.put(namespace, keys, data)
+    epoch = client.epoch
+    node.kill()
+    with pytest.raises(KvpoolError):
+        client.get(namespace, keys, np.zeros_like(data))
+    start_node(listen=node.address)
+
+    def stored() -> bool:
+        try:
+            return bool(client.put(namespace, keys, data).stored.all())
+        except KvpoolError:
+            return False
+
+    assert eventually(stored)
+    assert client.epoch > epoch and client.counters.sessions == 2
+    assert client.get(namespace, keys, np.zeros_like(data)).found.all()
