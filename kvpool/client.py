@@ -38,7 +38,7 @@ from kvpool.service.client_types import (
     Reservation,
     Waited,
 )  # fmt: skip
-from kvpool.service.source_calls import OPENERS, Keys, SourceCalls, key_list, milliseconds
+from kvpool.service.source_calls import OPENERS, Keys, SourceCalls, key_list, ms
 from kvpool.v1 import block_source_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ class PoolClient(SourceCalls):
             stored[indices] = True
             moved = int(reservation.slots.sizes[indices].sum(dtype=np.uint64))
         existed: Bools = reservation.status == EXISTS
-        return PutResult(stored, existed, moved, time.monotonic() - begin_s, reservation.session.channel.kind)
+        return PutResult(stored, existed, moved, time.monotonic() - begin_s, reservation.session.writer.kind)
 
     def get(
         self,
@@ -137,7 +137,7 @@ class PoolClient(SourceCalls):
 
         def lease(session: Session, timeout_s: float) -> tuple[Session, pb.LeaseReply]:
             request = pb.LeaseRequest(
-                session_id=session.id, namespace_id=namespace, keys=key_list(keys, group, shard), ttl_ms=milliseconds(ttl_s),
+                session_id=session.id, namespace_id=namespace, keys=key_list(keys, group, shard), ttl_ms=ms(ttl_s),
                 handoff_request_id=handoff,
             )  # fmt: skip
             return session, session.stub.Lease(request, timeout=timeout_s)
@@ -177,7 +177,7 @@ class PoolClient(SourceCalls):
         def call(session: Session, timeout_s: float) -> int:
             request = pb.LeaseRequest(
                 session_id=session.id, namespace_id=namespace, keys=key_list(keys, group, shard),
-                ttl_ms=milliseconds(self._timeout_s), handoff_request_id=request_id,
+                ttl_ms=ms(self._timeout_s), handoff_request_id=request_id,
             )  # fmt: skip
             reply = session.stub.Lease(request, timeout=timeout_s)
             if reply.lease_id:
@@ -205,4 +205,3 @@ class PoolClient(SourceCalls):
                 self._releases.release()
                 raise
             future.add_done_callback(lambda _: self._releases.release())
-

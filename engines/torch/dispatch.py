@@ -188,8 +188,11 @@ class Dispatcher:
             action()
         except Exception as error:
             log.exception("computing failed: %d requests end with an error", len(self._records))
-            for request_id in list(self._records):
-                self._engine.abort(request_id, Finish.ERROR, f"the engine failed: {type(error).__name__}: {error}")
+            why = f"the engine failed: {type(error).__name__}: {error}"
+            for request_id, record in list(self._records.items()):
+                if not self._engine.abort(request_id, Finish.ERROR, why) and not record.exports:
+                    self._send(record.stream, wire.failure(request_id, why))
+                    self._forget(request_id, record)
 
     def _patience_s(self) -> float:
         deadline_us = self._engine.next_deadline_us()

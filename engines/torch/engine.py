@@ -36,6 +36,9 @@ from kvpool.core.errors import BadArgument, Overloaded, UnknownRequest
 from kvpool.core.hashing import tail_key
 from kvpool.core.ids import KEY_BYTES, KeyArray
 
+#: Part of cache and batch that requests without their first token may hold together.
+WAITING_SHARE = 0.5
+
 
 def monotonic_us() -> int:
     return time.monotonic_ns() // 1000
@@ -156,7 +159,7 @@ class Engine:
         """Whether `step` would compute or return something now."""
         return (
             bool(self._events)
-            or (bool(self._waiting) and self._fits(self._waiting[0]) is not None)
+            or self._next_admitted() is not None
             or bool(self._runnable(list(self._admitted.values())))
         )
 
@@ -219,13 +222,30 @@ class Engine:
         needed = sequence.blocks_worst() - len(hits) + self.pool.unreferenced(hits)
         return hits if needed <= self.pool.available else None
 
-    def _admit(self, now_us: int) -> None:
-        while self._waiting:
-            sequence = self._waiting[0]
+    def _next_admitted(self) -> tuple[Running, list[int]] | None:
+        """Who is admitted next, and the cached blocks it begins with; None while the first one has to wait.
+
+        Requests keep their order, but for those that wait for a token from elsewhere: they may hold only a share of the
+        cache, else two instances that prefill for each other could each hold what the other needs.
+        """
+        for sequence in self._waiting:
+            if sequence.waits_for_token and not self._within_share(sequence):
+                continue
             hits = self._fits(sequence)
-            if hits is None:
-                return
-            self._waiting.popleft()
+            return None if hits is None else (sequence, hits)
+        return None
+
+    def _within_share(self, sequence: Running) -> bool:
+        held = [s.blocks_worst() for s in self._admitted.values() if s.waits_for_token]
+        return (
+            len(held) < self.config.batch_max * WAITING_SHARE
+            and sum(held) + sequence.blocks_worst() <= self.pool.block_count * WAITING_SHARE
+        )
+
+    def _admit(self, now_us: int) -> None:
+        while (admitted := self._next_admitted()) is not None:
+            sequence, hits = admitted
+            self._waiting.remove(sequence)
             self.pool.acquire(hits)
             sequence.promised = sequence.blocks_worst() - len(hits)
             self.pool.promise(sequence.promised)

@@ -10,9 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from kvpool.client import PoolClient
+from kvpool.core.errors import DeadlineExceeded, Unavailable
 from kvpool.core.namespace import NamespaceSpec
 
 CLIENTS_MAX = 64
+#: How long a source is left alone after a failure.
+AVOID_S = 1.0
 SAMPLES_MAX = 1024
 
 
@@ -36,6 +39,7 @@ class Links:
         self._clients: OrderedDict[str, PoolClient] = OrderedDict()
         self._busy: dict[str, int] = {}
         self._registered: set[PoolClient] = set()
+        self._avoided_until_s: dict[str, float] = {}
         self._samples: list[LinkSample] = []
         self._lock = threading.Lock()
 
@@ -43,14 +47,21 @@ class Links:
     def client(self, address: str) -> Iterator[PoolClient]:
         """The client for a source, registered for the namespace, kept open while it is used.
 
+        A source that failed is left alone for a moment: what hangs must not hold up everybody, one after another.
+
         Raises: KvpoolError.
         """
+        if time.monotonic() < self._avoided_until_s.get(address, 0.0):
+            raise Unavailable(f"{address} failed just now and is left alone for a moment")
         client = self._take(address)
         try:
             if client not in self._registered:
                 client.register(self.spec)
                 self._registered.add(client)
             yield client
+        except (Unavailable, DeadlineExceeded):
+            self._avoided_until_s[address] = time.monotonic() + AVOID_S
+            raise
         finally:
             with self._lock:
                 self._busy[address] -= 1
@@ -105,6 +116,7 @@ class Links:
         if idle is None:
             return None
         self._busy.pop(idle, None)
+        self._avoided_until_s.pop(idle, None)
         client = self._clients.pop(idle)
         self._registered.discard(client)
         return client

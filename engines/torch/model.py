@@ -108,6 +108,9 @@ class LoadedModel:
             rows: whose logits are wanted; at least one row is computed in any case.
         Returns: float (>= len(rows), vocabulary); rows beyond are padding.
         """
+        if self.module.config._attn_implementation != ATTENTION:
+            # Somebody used the module by itself: with other attention a step would silently see no cache.
+            self.module.set_attn_implementation(ATTENTION)
         with torch.inference_mode():
             batch = PagedBatch(cache, chunks, exact=exact)
             ids = torch.tensor([*token_ids, *([0] * batch.padding)], device=self.device)

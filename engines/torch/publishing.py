@@ -7,6 +7,7 @@ given up and counted: whoever misses it computes it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -28,7 +29,6 @@ BATCH_BLOCKS = 32
 COPY_TIMEOUT_S = 30.0
 RESERVATION_TTL_S = 60.0
 _RESERVED, _EXISTS, _BEING_WRITTEN = 1, 2, 3
-_QUEUE_POLL_S = 0.5
 
 
 @dataclass(eq=False, slots=True)
@@ -60,8 +60,8 @@ class Publisher:
     ) -> None:
         self._memory, self._links, self._counters, self._on_ended = memory, links, counters, on_ended
         self._closing = threading.Event()
-        self._handoffs: queue.Queue[PublishJob] = queue.Queue(jobs_max)
-        self._others: queue.Queue[PublishJob] = queue.Queue(jobs_max)
+        self._handoffs: queue.Queue[PublishJob | None] = queue.Queue(jobs_max)
+        self._others: queue.Queue[PublishJob | None] = queue.Queue(jobs_max)
         self._threads = [
             threading.Thread(target=self._run, args=(jobs,), name=name, daemon=True)
             for name, jobs in (("publish-handoff", self._handoffs), ("publish", self._others))
@@ -79,16 +79,16 @@ class Publisher:
     def close(self) -> None:
         """Ends after the batches under way; jobs that wait are given up."""
         self._closing.set()
-        for thread in self._threads:
+        for jobs, thread in zip((self._handoffs, self._others), self._threads, strict=True):
+            with contextlib.suppress(queue.Full):  # a busy thread looks for itself
+                jobs.put_nowait(None)
             thread.join(COPY_TIMEOUT_S)
 
-    def _run(self, jobs: queue.Queue[PublishJob]) -> None:
+    def _run(self, jobs: queue.Queue[PublishJob | None]) -> None:
         while not self._closing.is_set():
-            try:
-                job = jobs.get(timeout=_QUEUE_POLL_S)
-            except queue.Empty:
-                continue
-            self._publish(job)
+            job = jobs.get()
+            if job is not None:
+                self._publish(job)
 
     def _publish(self, job: PublishJob) -> None:
         count, there = len(job.export.blocks), 0

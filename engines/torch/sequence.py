@@ -60,7 +60,12 @@ class Sequence:
     @property
     def samples(self) -> bool:
         """Whether a token is drawn after the known ones: a DECODE request gets its first from elsewhere."""
-        return self.request.phase is not Phase.DECODE or self.generated > 0
+        return not self.waits_for_token
+
+    @property
+    def waits_for_token(self) -> bool:
+        """Whether its end depends on another instance, which has still to send the first token."""
+        return self.request.phase is Phase.DECODE and self.generated == 0
 
     def tokens(self, first: int, end: int) -> NDArray[np.uint32]:
         return self._tokens[first:end]

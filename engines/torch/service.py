@@ -80,6 +80,14 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
 
     def __init__(self, commands: Commands) -> None:
         self._commands = commands
+        self._streams: dict[Stream, None] = {}
+        self._draining = False
+
+    def end_streams(self) -> None:
+        """Ends all streams, and each that is still opened. On the loop only."""
+        self._draining = True
+        for stream in self._streams:
+            stream.end()
 
     async def GetEngineInfo(
         self, request: engine_pb2.GetEngineInfoRequest, context: grpc.aio.ServicerContext
@@ -90,6 +98,9 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         self, requests: AsyncIterator[engine_pb2.EngineCommand], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[engine_pb2.EngineEvents]:
         stream = Stream(asyncio.get_running_loop())
+        self._streams[stream] = None
+        if self._draining:
+            stream.end()
         # Called however the stream ends, also where this generator is not resumed any more.
         context.add_done_callback(lambda _: self._ended(stream))
         reader = asyncio.create_task(self._read(requests, stream))
@@ -104,6 +115,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
     def _ended(self, stream: Stream) -> None:
         if not stream.closed:
             stream.closed = True
+            self._streams.pop(stream, None)
             self._commands.stream_ended(stream)
 
     async def _read(self, requests: AsyncIterator[engine_pb2.EngineCommand], stream: Stream) -> None:
@@ -127,7 +139,8 @@ class EngineServer:
     """Runs the service in a thread. `start` returns once it listens."""
 
     def __init__(self, commands: Commands, listen: str, *, credential: str = "") -> None:
-        self._commands, self._listen, self._credential = commands, listen, credential
+        self._servicer = EngineServicer(commands)
+        self._listen, self._credential = listen, credential
         self._ready = threading.Event()
         self._failure: Exception | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -159,8 +172,10 @@ class EngineServer:
             return
         self._ready.set()
         await self._stopping.wait()
+        # Streams that are cut off by the server's end are logged as errors by gRPC, on both sides.
+        self._servicer.end_streams()
         await server.stop(STOP_GRACE_S)
 
     def _register(self, server: grpc.aio.Server) -> Sequence[str]:
-        engine_pb2_grpc.add_EngineServicer_to_server(EngineServicer(self._commands), server)
+        engine_pb2_grpc.add_EngineServicer_to_server(self._servicer, server)
         return ["kvpool.v1.Engine"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,8 @@ class LocalCluster:
         o, start = self.options, self.supervisor.start
         scheduler = ["scheduler", "--listen", f"{o.host}:{o.scheduler_port}"]
         yield [start("scheduler", [*scheduler, *(["--journal", o.journal] if o.journal else [])])]
-        node = ["node", "--id", "node-0", "--listen", f"{o.host}:0", "--scheduler", self.scheduler_address]
+        # Two clusters of one machine must not want the same segment.
+        node = ["node", "--id", f"node-{os.getpid()}", "--listen", f"{o.host}:0", "--scheduler", self.scheduler_address]
         yield [start("node", [*node, "--memory", str(o.memory_bytes), "--segment-dir", o.segment_dir])]
         roles = [(f"prefill-{i}", "prefill") for i in range(o.prefill)]
         roles += [(f"decode-{i}", "decode") for i in range(o.decode)]

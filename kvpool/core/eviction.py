@@ -27,19 +27,35 @@ class LruLists:
         self._stamps = np.zeros(entries_max, dtype=np.uint64)
         self._clock = 0
         self._class_of: dict[int, int] = {}  # slot bytes -> sentinel
+        self._entries_of: dict[int, int] = {}  # slot bytes -> entries of that size, listed or not
+        self._free_sentinels = list(range(entries_max, size))[::-1]
         for sentinel in range(entries_max, size):
             self._previous[sentinel] = self._following[sentinel] = sentinel
 
-    def has_class(self, slot_bytes: int) -> bool:
-        """Whether blocks of this size can be listed (a new size may not fit in the table)."""
-        return slot_bytes in self._class_of or len(self._class_of) < CLASSES_MAX
+    def open_class(self, slot_bytes: int) -> bool:
+        """Makes a list for blocks of this size; False if too many sizes are in use."""
+        if slot_bytes in self._class_of:
+            return True
+        if not self._free_sentinels:
+            unused = next((size for size, count in self._entries_of.items() if count == 0), None)
+            if unused is None:
+                return False
+            del self._entries_of[unused]
+            self._free_sentinels.append(self._class_of.pop(unused))
+        self._class_of[slot_bytes] = self._free_sentinels.pop()
+        self._entries_of[slot_bytes] = 0
+        return True
+
+    def count(self, slot_bytes: int, change: int) -> None:
+        """Entries of this size came or went; the list of a size without entries may be given to another."""
+        self._entries_of[slot_bytes] += change
 
     def append(self, run: Entries, slot_bytes: int) -> None:
         """Lists a run of blocks in prompt order as just used; its tail counts as used before its head."""
         tail_first = np.ascontiguousarray(run[::-1])
         self._stamps[tail_first] = np.arange(self._clock, self._clock + len(run), dtype=np.uint64)
         self._clock += len(run)
-        list_append(tail_first, self._sentinel(slot_bytes), self._previous, self._following)
+        list_append(tail_first, self._class_of[slot_bytes], self._previous, self._following)
 
     def unlink(self, entries: Entries) -> None:
         """Takes entries out of their lists; those that are in none stay so."""
@@ -73,10 +89,5 @@ class LruLists:
                 assert self._previous[self._following[entry]] == entry
                 seen += 1
                 entry = int(self._following[entry])
+        assert all(count >= 0 for count in self._entries_of.values())
         assert seen == int(np.count_nonzero(self._following[: self._entries_max] != -1))
-
-    def _sentinel(self, slot_bytes: int) -> int:
-        if slot_bytes not in self._class_of:
-            assert len(self._class_of) < CLASSES_MAX, "ask has_class first"
-            self._class_of[slot_bytes] = self._entries_max + len(self._class_of)
-        return self._class_of[slot_bytes]

@@ -51,32 +51,56 @@ class SourceCounts:
     evictions: int
 
 
+def count_source(source: SourceCore) -> SourceCounts:
+    """The counts of a source now."""
+    states, store, holds = source.arrays.states, source.store, source.holds
+    return SourceCounts(
+        bytes_total=store.slots.capacity_bytes,
+        bytes_used=store.slots.bytes_used,
+        blocks=int(np.count_nonzero(states == EntryState.READABLE)),
+        blocks_writing=int(np.count_nonzero(states == EntryState.WRITING)),
+        sessions=len(source.sessions),
+        leases=len(holds.leases),
+        pins=len(holds.pins) + len(holds.handoffs),
+        reservations=source.reservations.live,
+        quarantined=source.reservations.quarantined,
+        waiters=len(source.waits),
+        hits=source.hits,
+        misses=source.misses,
+        evictions=store.evictions,
+    )
+
+
 def list_blocks(
     source: SourceCore, namespaces: Sequence[NamespaceId], cursor: int, limit: int
 ) -> tuple[list[BlockRecord], int]:
-    """A page in entry order, quarantined slots last; the cursor is one more than the last entry shown."""
-    arrays, holds = source.arrays, source.holds
-    used = np.flatnonzero(arrays.states[cursor:] != EntryState.FREE)[: limit + 1] + cursor
-    page = [
-        BlockRecord(
-            key=arrays.keys[e].tobytes(),
-            namespace_id=namespaces[source.store.namespace_of(e)],
-            fidelity=Fidelity(int(arrays.fidelities[e])),
-            offset=int(arrays.offsets[e]),
-            size=int(arrays.sizes[e]),
-            generation=int(arrays.generations[e]),
-            leases=int(holds.lease_counts[e]),
-            pins=int(holds.pin_counts[e]),
-            state=STATE_NAMES[EntryState(int(arrays.states[e]))],
-        )
-        for e in used[:limit].tolist()
-    ]
+    """A page in entry order, quarantined slots last; the cursor says where the next page begins, 0 = nowhere."""
+    entries = source.arrays.entries
+    used = np.flatnonzero(source.arrays.states[cursor:] != EntryState.FREE)[: limit + 1] + cursor
+    page = [_record(source, namespaces, int(entry)) for entry in used[:limit]]
     if len(used) > limit:
-        return page, int(used[limit - 1]) + 1
+        return page, int(used[limit])
+    begin = max(0, cursor - entries)
+    slots = source.reservations.quarantined_slots()
+    shown = slots[begin : begin + limit - len(page)]
     page += [
-        BlockRecord(
-            slot.key, NamespaceId(b""), Fidelity.EXACT, slot.offset, slot.size, slot.generation, 0, 0, "quarantined"
-        )
-        for slot in source.reservations.quarantined_slots()[: limit - len(page)]
+        BlockRecord(s.key, NamespaceId(b""), Fidelity.EXACT, s.offset, s.size, s.generation, 0, 0, "quarantined")
+        for s in shown
     ]
-    return page, 0
+    end = begin + len(shown)
+    return page, entries + end if end < len(slots) else 0
+
+
+def _record(source: SourceCore, namespaces: Sequence[NamespaceId], entry: int) -> BlockRecord:
+    arrays, holds = source.arrays, source.holds
+    return BlockRecord(
+        key=arrays.keys[entry].tobytes(),
+        namespace_id=namespaces[source.store.namespace_of(entry)],
+        fidelity=Fidelity(int(arrays.fidelities[entry])),
+        offset=int(arrays.offsets[entry]),
+        size=int(arrays.sizes[entry]),
+        generation=int(arrays.generations[entry]),
+        leases=int(holds.lease_counts[entry]),
+        pins=int(holds.pin_counts[entry]),
+        state=STATE_NAMES[EntryState(int(arrays.states[entry]))],
+    )

@@ -1,16 +1,27 @@
-"""Reservations, and the quarantine of slots whose writer may still be at work."""
+"""Reservations, and the quarantine of slots whose writer may still be at work.
+
+A reservation is live until each of its blocks is complete, aborted, or out of time. It then is finished (kept for a
+while, to answer a repeated commit) or expired (kept until its writer has stopped).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import IntEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpool.core.errors import BadArgument, UnknownReservation
+from kvpool.core.errors import AlreadyCommitted, BadArgument, UnknownReservation
 from kvpool.core.holds import Hold
 from kvpool.core.ids import ReservationId, SessionId
 from kvpool.core.index import NO_ENTRY, Entries
+
+
+class ReservationState(IntEnum):
+    LIVE = 1
+    FINISHED = 2
+    EXPIRED = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +36,11 @@ class QuarantinedSlot:
 
 @dataclass(slots=True, eq=False)
 class Reservation:
-    """Slots that a session writes. `rows[i]` is the index, in the reserve call's keys, of `entries[i]`."""
+    """Slots that a session writes. `rows[i]` is the index, in the reserve call's keys, of `entries[i]`.
+
+    Entries belong to the reservation only while they are pending: a complete block may be evicted, and its entry be
+    somebody else's, before the reservation ends. What was committed is therefore remembered here.
+    """
 
     session: SessionId
     rows: NDArray[np.int64]
@@ -33,43 +48,85 @@ class Reservation:
     section_count: int
     expires_us: int
     hold: Hold | None
-    expired: bool = False
-    pending: dict[int, None] = field(default_factory=dict)  # entries not complete yet
+    state: ReservationState = ReservationState.LIVE
     quarantined: list[QuarantinedSlot] = field(default_factory=list)
+    pending: NDArray[np.bool_] = field(init=False)
+    _masks: NDArray[np.uint32] = field(init=False)  # sections committed, a bit each
+    _digests: NDArray[np.uint64] = field(init=False)
 
-    def entries_of(self, indices: NDArray[np.uint32]) -> Entries:
-        """Raises: BadArgument for an index that is not reserved here."""
+    def __post_init__(self) -> None:
+        count = len(self.rows)
+        self.pending = np.ones(count, dtype=bool)
+        self._masks = np.zeros(count, dtype=np.uint32)
+        self._digests = np.zeros((count, self.section_count), dtype=np.uint64)
+
+    @property
+    def pending_entries(self) -> Entries:
+        return self.entries[self.pending]
+
+    def positions(self, indices: NDArray[np.uint32]) -> NDArray[np.int64]:
+        """Where indices of the reserve call stand in `rows`. Raises: BadArgument for one that is not reserved here."""
         size = int(self.rows.max()) + 1
-        by_row = np.full(size, NO_ENTRY, dtype=np.int32)
-        by_row[self.rows] = self.entries
-        if len(indices) and int(indices.max()) >= size:
-            raise BadArgument(f"index {int(indices.max())} is not part of the reservation")
-        entries = by_row[indices]
-        if (entries == NO_ENTRY).any():
-            raise BadArgument(f"index {int(indices[entries == NO_ENTRY][0])} is not part of the reservation")
-        return entries
+        by_row = np.full(size, NO_ENTRY, dtype=np.int64)
+        by_row[self.rows] = np.arange(len(self.rows))
+        wrong = indices >= size
+        wrong[~wrong] = by_row[indices[~wrong]] == NO_ENTRY
+        if wrong.any():
+            raise BadArgument(f"index {int(indices[wrong][0])} is not part of the reservation")
+        return by_row[indices]
+
+    def accept(
+        self, positions: NDArray[np.int64], sections: NDArray[np.uint32], digests: NDArray[np.uint64]
+    ) -> NDArray[np.int64]:
+        """Notes sections as committed, all or none. Returns which of them (indices into the arguments) are new.
+
+        Raises: BadArgument for a section that does not exist; AlreadyCommitted for one that has another digest.
+        """
+        if len(sections) and int(sections.max()) >= self.section_count:
+            raise BadArgument(f"section {int(sections.max())} is not one of {self.section_count}")
+        places = positions * self.section_count + sections
+        _, first = np.unique(places, return_index=True)
+        again = np.ones(len(places), dtype=bool)
+        again[first] = (self._masks[positions[first]] >> sections[first]) & np.uint32(1) != 0
+        known = self._digests.reshape(-1).copy()
+        fresh = np.sort(first[~again[first]])
+        known[places[fresh]] = digests[fresh]
+        clash = known[places] != digests
+        if clash.any():
+            raise AlreadyCommitted(f"section {int(sections[clash][0])} was committed with another digest")
+        self._digests.reshape(-1)[places[fresh]] = digests[fresh]
+        np.bitwise_or.at(self._masks, positions[fresh], np.uint32(1) << sections[fresh])
+        return fresh
+
+    def take_complete(self) -> Entries:
+        """Entries that are complete by now and no longer the reservation's."""
+        complete = self.pending & (self._masks == np.uint32((1 << self.section_count) - 1))
+        self.pending &= ~complete
+        return self.entries[complete]
 
 
 class Reservations:
-    """Live reservations, and expired ones whose slots are in quarantine."""
+    """All reservations of a source."""
 
     def __init__(self) -> None:
         self._reservations: dict[ReservationId, Reservation] = {}
+        self._finished: dict[ReservationId, None] = {}  # oldest first
         self._next = 1
         self.quarantined = 0
+        self.live = 0
 
     def __len__(self) -> int:
         return len(self._reservations)
 
     @property
-    def live(self) -> int:
-        return sum(not r.expired for r in self._reservations.values())
+    def unfinished(self) -> int:
+        return len(self._reservations) - len(self._finished)
 
     def add(self, reservation: Reservation) -> ReservationId:
         number = ReservationId(self._next)
         self._next += 1
-        reservation.pending = dict.fromkeys(reservation.entries.tolist())
         self._reservations[number] = reservation
+        self.live += 1
         return number
 
     def get(self, number: ReservationId) -> Reservation | None:
@@ -83,41 +140,49 @@ class Reservations:
         return found
 
     def of_session(self, session: SessionId) -> list[ReservationId]:
-        """Live ones."""
-        return [n for n, r in self._reservations.items() if r.session == session and not r.expired]
+        return [n for n, r in self._reservations.items() if r.session == session]
 
-    def complete(self, number: ReservationId, entries: Entries) -> bool:
-        """Takes complete blocks off; True if none is left."""
-        pending = self._reservations[number].pending
-        for entry in entries.tolist():
-            del pending[entry]
-        return not pending
+    def finish(self, number: ReservationId) -> None:
+        """Each block is complete: kept only to answer a repeated commit."""
+        self._reservations[number].state = ReservationState.FINISHED
+        self._finished[number] = None
+        self.live -= 1
 
-    def remove(self, number: ReservationId) -> None:
-        del self._reservations[number]
+    def forget_finished(self, count: int) -> list[ReservationId]:
+        """Forgets the oldest finished reservations."""
+        oldest = list(self._finished)[:count]
+        for number in oldest:
+            self.remove(number)
+        return oldest
 
-    def pending(self, number: ReservationId) -> Entries:
-        return np.fromiter(self._reservations[number].pending, dtype=np.int32)
+    def remove(self, number: ReservationId) -> list[QuarantinedSlot]:
+        """Forgets a reservation; returns the slots it had in quarantine."""
+        found = self._reservations.pop(number)
+        self.live -= found.state is ReservationState.LIVE
+        self._finished.pop(number, None)
+        self.quarantined -= len(found.quarantined)
+        return found.quarantined
 
     def quarantine(self, number: ReservationId, slots: list[QuarantinedSlot]) -> None:
         """Keeps the slots of a dropped reservation from being used until its writer has stopped."""
         found = self._reservations[number]
-        found.expired, found.quarantined = True, slots
-        found.pending.clear()
+        found.state, found.quarantined = ReservationState.EXPIRED, slots
+        found.pending[:] = False
+        self.live -= 1
         self.quarantined += len(slots)
-
-    def release_quarantine(self, number: ReservationId) -> list[QuarantinedSlot]:
-        found = self._reservations.pop(number)
-        self.quarantined -= len(found.quarantined)
-        return found.quarantined
-
-    def release_quarantine_of(self, session: SessionId) -> list[QuarantinedSlot]:
-        expired = [n for n, r in self._reservations.items() if r.session == session and r.expired]
-        return [slot for number in expired for slot in self.release_quarantine(number)]
 
     def quarantined_slots(self) -> list[QuarantinedSlot]:
         return [slot for r in self._reservations.values() for slot in r.quarantined]
 
     def entries_being_written(self) -> Entries:
-        entries = [e for r in self._reservations.values() for e in r.pending]
-        return np.sort(np.asarray(entries, dtype=np.int32))
+        entries = [r.pending_entries for r in self._reservations.values()]
+        return np.sort(np.concatenate(entries)) if entries else np.empty(0, dtype=np.int32)
+
+    def check_invariants(self) -> None:
+        states = [r.state for r in self._reservations.values()]
+        assert states.count(ReservationState.LIVE) == self.live
+        assert states.count(ReservationState.FINISHED) == len(self._finished)
+        assert self.quarantined == len(self.quarantined_slots())
+        for r in self._reservations.values():
+            assert r.pending.any() == (r.state is ReservationState.LIVE)
+            assert not r.quarantined or r.state is ReservationState.EXPIRED

@@ -6,10 +6,7 @@ moves the bytes.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import IntEnum
 from typing import Final
 
 import numpy as np
@@ -18,7 +15,6 @@ from numpy.typing import NDArray
 from kvpool.core.arrays import Descriptors, EntryState, SourceArrays
 from kvpool.core.changes import BlockChange
 from kvpool.core.errors import (
-    AlreadyCommitted,
     BadArgument,
     NoSpace,
     Overloaded,
@@ -28,76 +24,33 @@ from kvpool.core.errors import (
     UnknownReservation,
     UnknownSession,
 )
+from kvpool.core.expiry import Expiries, Expiry
 from kvpool.core.holds import Hold, Holds
 from kvpool.core.ids import Fidelity, KeyArray, LeaseId, NamespaceId, PinId, ReservationId, SessionId, WaitId
 from kvpool.core.index import NO_ENTRY, BlockIndex, Entries
-from kvpool.core.listing import BlockRecord, SourceCounts, list_blocks
+from kvpool.core.listing import BlockRecord, SourceCounts, count_source, list_blocks
 from kvpool.core.namespace import SECTIONS_MAX, GroupSpec, NamespaceSpec
-from kvpool.core.reservations import Reservation, Reservations
+from kvpool.core.reservations import Reservation, Reservations, ReservationState
+from kvpool.core.results import Leased, Pinned, Reserved, ReserveStatus, SourceConfig
 from kvpool.core.store import BlockStore
 from kvpool.core.waits import Waits, WaitState, Wakeup
 
 TTL_US_MAX: Final = 600_000_000
 NAMESPACES_MAX: Final = 1024
 
-
-class ReserveStatus(IntEnum):
-    """What became of one key of a reserve; numbers as on the wire."""
-
-    RESERVED = 1
-    EXISTS = 2
-    BEING_WRITTEN = 3
-    NO_SPACE = 4
-
-
-@dataclass(frozen=True, slots=True)
-class SourceConfig:
-    """Sizes and bounds. At a bound a call is refused with Overloaded, unless said otherwise."""
-
-    capacity_bytes: int
-    entries_max: int  # blocks, whatever their size; beyond it the oldest are evicted
-    slab_bytes: int = 64 << 20
-    high_watermark: float = 0.95  # of capacity: beyond it `tick` evicts ...
-    low_watermark: float = 0.90  # ... down to here
-    sessions_max: int = 1024
-    reservations_max: int = 65_536
-    leases_max: int = 65_536  # leases and pins together
-    waits_max: int = 16_384
-    handoffs_max: int = 65_536
-    keys_per_call_max: int = 65_536
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Reserved:
-    """Status of each key; `slots` has a row a key, meaningful where RESERVED. `reservation` 0 = nothing reserved."""
-
-    reservation: ReservationId
-    status: NDArray[np.uint8]
-    slots: Descriptors
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Leased:
-    """`blocks` has a row a key, meaningful where found. `lease` 0 = nothing found."""
-
-    lease: LeaseId
-    found: NDArray[np.bool_]
-    blocks: Descriptors
-    fidelity: NDArray[np.uint8]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Pinned:
-    pin: PinId
-    found: NDArray[np.bool_]
-
-
-class _Expiry(IntEnum):
-    LEASE = 1
-    PIN = 2
-    HANDOFF = 3
-    RESERVATION = 4
-    WAIT = 5
+__all__ = [
+    "BlockRecord",
+    "Hold",
+    "Leased",
+    "Pinned",
+    "ReserveStatus",
+    "Reserved",
+    "SourceConfig",
+    "SourceCore",
+    "SourceCounts",
+    "WaitState",
+    "Wakeup",
+]
 
 
 class SourceCore:
@@ -111,13 +64,13 @@ class SourceCore:
         self.holds = Holds(config.entries_max)
         self.store = BlockStore(self.index, self.holds, config.capacity_bytes, config.slab_bytes)
         self.reservations = Reservations()
-        self._waits = Waits()
+        self.waits = Waits()
+        self.sessions: dict[SessionId, str] = {}
+        self.hits = self.misses = 0  # blocks asked for by lease
         self._namespaces: dict[NamespaceId, NamespaceSpec] = {}
         self._namespace_numbers: dict[NamespaceId, int] = {}
-        self._sessions: dict[SessionId, str] = {}
-        self._expiries: list[tuple[int, int, int | str]] = []
+        self._expiries = Expiries()
         self._next_session = 1
-        self._hits = self._misses = 0
 
     # ---------------------------------------------------------------- namespaces and sessions
 
@@ -144,38 +97,47 @@ class SourceCore:
 
     def open_session(self, client: str, now_us: int) -> SessionId:
         """Raises: Overloaded."""
-        if len(self._sessions) >= self.config.sessions_max:
+        if len(self.sessions) >= self.config.sessions_max:
             raise Overloaded(f"{self.config.sessions_max} sessions are open already", hint="close idle clients")
         session = SessionId(self._next_session)
         self._next_session += 1
-        self._sessions[session] = client
+        self.sessions[session] = client
         return session
 
     def ping(self, session: SessionId, now_us: int) -> None:
         """Raises: UnknownSession."""
-        if session not in self._sessions:
+        if session not in self.sessions:
             raise UnknownSession(f"no session {session}", hint="the connection was lost; open a new session")
 
     def close_session(self, session: SessionId, now_us: int, *, writer_gone: bool) -> None:
         """Ends what a session holds. Its slots go to quarantine unless its writer is proven gone. Idempotent."""
-        if self._sessions.pop(session, None) is None:
+        if self.sessions.pop(session, None) is None:
             return
         leases, pins = self.holds.of_session(session)
         for lease in leases:
-            self.store.unhold(self.holds.end_lease(lease))
+            self._end_lease(lease)
         for pin in pins:
-            self.store.unhold(self.holds.end_pin(pin))
-        self._waits.cancel_session(session)
+            self._end_pin(pin)
+        for wait in self.waits.of_session(session):
+            self.cancel_wait(wait)
         for reservation in self.reservations.of_session(session):
-            self._drop_reservation(reservation, quarantine=not writer_gone)
+            if self.reservations.find(session, reservation).state is ReservationState.LIVE:
+                self._drop_reservation(reservation, quarantine=not writer_gone)
+            elif self.reservations.find(session, reservation).state is ReservationState.FINISHED:
+                self.reservations.remove(reservation)
+                self._expiries.cancel(Expiry.RESERVATION, reservation)
         if writer_gone:
             self.writer_gone(session, now_us)
 
     def writer_gone(self, session: SessionId, now_us: int) -> int:
         """The writer behind a session can't write any more: its quarantined slots are free. Returns how many."""
-        slots = self.reservations.release_quarantine_of(session)
-        self.store.free_slots(slots)
-        return len(slots)
+        freed = 0
+        for reservation in self.reservations.of_session(session):
+            if self.reservations.find(session, reservation).state is ReservationState.EXPIRED:
+                slots = self.reservations.remove(reservation)
+                self.store.free_slots(slots)
+                freed += len(slots)
+        return freed
 
     # ---------------------------------------------------------------- writing
 
@@ -198,29 +160,24 @@ class SourceCore:
         self._check_call(session, namespace_id, keys, ttl_us)
         if hold is not None:
             self._check_hold(hold)
-        if len(self.reservations) >= self.config.reservations_max:
-            raise Overloaded(f"{self.config.reservations_max} reservations are open already")
-        status = np.empty(len(keys), dtype=np.uint8)
-        entries = self.index.lookup(keys)
-        known = entries != NO_ENTRY
-        readable = np.zeros(len(keys), dtype=bool)
-        readable[known] = self.arrays.states[entries[known]] == EntryState.READABLE
-        status[readable] = ReserveStatus.EXISTS
-        status[known & ~readable] = ReserveStatus.BEING_WRITTEN
+        self._check_room_for_reservation()
+        status, entries = self._status(namespace_id, keys)
+        found = status == ReserveStatus.EXISTS
         # Held first, so that what this call found is not what it evicts.
-        guard = entries[readable]
-        self.store.guard(guard)
-        fresh = self._first_of_each(keys, np.flatnonzero(~known))
-        status[~known] = ReserveStatus.BEING_WRITTEN
-        status[fresh] = ReserveStatus.NO_SPACE
+        guarded = entries[found]
+        self.store.guard(guarded)
+        firsts = self._first_of_each(keys, np.flatnonzero(status == 0))
+        fresh = np.fromiter(dict.fromkeys(firsts.values()), dtype=np.int64)
         taken = self.store.allocate(keys[fresh], group.block_bytes)
         if hold is not None:
-            self._hand_off(guard.tolist(), hold, now_us)
-        self.store.unguard(guard)
-        rows = fresh[: len(taken)]
-        status[rows] = ReserveStatus.RESERVED
-        entries[rows] = taken
-        if len(fresh) and not len(taken) and not readable.any():
+            self._hand_off(guarded, hold, now_us)
+        self.store.unguard(guarded)
+        reserved = fresh[: len(taken)]
+        for row, first in firsts.items():
+            status[row] = ReserveStatus.BEING_WRITTEN if first in reserved else ReserveStatus.NO_SPACE
+        status[reserved] = ReserveStatus.RESERVED
+        entries[reserved] = taken
+        if len(fresh) and not len(taken) and not found.any():
             raise NoSpace(
                 f"no room for {len(fresh)} blocks of {group.block_bytes} bytes: all others are held or being written",
                 hint="give the node more --memory, or wait until readers release",
@@ -228,11 +185,11 @@ class SourceCore:
         reservation = ReservationId(0)
         if len(taken):
             self.arrays.fidelities[taken] = fidelity
-            self.store.set_namespace(taken, self._namespace_numbers[NamespaceId(namespace_id)])
+            self.store.set_namespace(taken, self._namespace(namespace_id))
             reservation = self.reservations.add(
-                Reservation(session, rows, taken, group.section_count, now_us + ttl_us, hold)
+                Reservation(session, reserved, taken, group.section_count, now_us + ttl_us, hold)
             )
-            self._expire_at(now_us + ttl_us, _Expiry.RESERVATION, reservation)
+            self._expiries.set(Expiry.RESERVATION, reservation, now_us + ttl_us)
         return Reserved(reservation, status, self._describe(keys, entries, status == ReserveStatus.RESERVED, 0))
 
     def commit(
@@ -246,32 +203,31 @@ class SourceCore:
     ) -> int:
         """Commits written sections; all or none. Returns the blocks that became readable.
 
+        Committing a section again with the same digest changes nothing, until the reservation's time is over.
+
         Args: indices (n) into the keys of the reserve call; sections (n); digests (n).
         Raises: UnknownReservation, ReservationExpired, BadArgument, AlreadyCommitted (same section, other digest).
         """
         if not len(indices) == len(sections) == len(digests):
             raise BadArgument("indices, sections and digests must have the same length")
         found = self.reservations.find(session, reservation)
-        if found.expired or found.expires_us <= now_us:
+        if found.state is ReservationState.EXPIRED or found.expires_us <= now_us:
             raise ReservationExpired(f"reservation {reservation} has expired", hint="abort it and reserve again")
-        entries = found.entries_of(indices)
-        if len(sections) and int(sections.max()) >= found.section_count:
-            raise BadArgument(f"section {int(sections.max())} is not one of {found.section_count}")
-        done = self.store.section_done(entries, sections)
-        again = done & (self.arrays.digests[entries, sections] != digests)
-        if again.any():
-            raise AlreadyCommitted(f"section {int(sections[again][0])} was committed with another digest")
-        complete = self.store.commit_sections(entries, sections, digests, found.section_count)
-        self._tell_sections(entries[~done], sections[~done])
+        positions = found.positions(indices)
+        fresh = found.accept(positions, sections, digests)
+        entries = found.entries[positions[fresh]]
+        self.store.commit_sections(entries, sections[fresh], digests[fresh])
+        self._tell_sections(entries, sections[fresh])
+        complete = found.take_complete()
         if len(complete):
             # Held before anybody else acts, so that nothing evicts a block on its way to its reader.
             if found.hold is not None:
-                self._hand_off(complete.tolist(), found.hold, now_us)
+                self._hand_off(complete, found.hold, now_us)
             self.store.publish(complete)
             for key in self._keys(complete):
-                self._waits.key_changed(key, WaitState.COMMITTED)
-            if self.reservations.complete(reservation, complete):
-                self.reservations.remove(reservation)
+                self.waits.key_changed(key, WaitState.COMMITTED)
+            if not found.pending.any():
+                self.reservations.finish(reservation)
         return len(complete)
 
     def abort(self, session: SessionId, reservation: ReservationId, now_us: int) -> int:
@@ -280,10 +236,11 @@ class SourceCore:
         Raises: UnknownReservation.
         """
         found = self.reservations.find(session, reservation)
-        if found.expired:
-            self.store.free_slots(self.reservations.release_quarantine(reservation))
-            return 0
-        return self._drop_reservation(reservation, quarantine=False)
+        if found.state is ReservationState.LIVE:
+            return self._drop_reservation(reservation, quarantine=False)
+        self.store.free_slots(self.reservations.remove(reservation))
+        self._expiries.cancel(Expiry.RESERVATION, reservation)
+        return 0
 
     # ---------------------------------------------------------------- reading
 
@@ -297,14 +254,14 @@ class SourceCore:
         self._check_call(session, namespace_id, keys, ttl_us)
         self._check_room_for_hold()
         entries, found = self._readable(namespace_id, keys)
-        self._hits += int(found.sum())
-        self._misses += int((~found).sum())
+        self.hits += int(found.sum())
+        self.misses += int((~found).sum())
         lease = LeaseId(0)
         if found.any():
             held = np.ascontiguousarray(entries[found])
             self.store.hold(held)
             lease = self.holds.add_lease(session, held, now_us + ttl_us, handoff)
-            self._expire_at(now_us + ttl_us, _Expiry.LEASE, lease)
+            self._expiries.set(Expiry.LEASE, lease, now_us + ttl_us)
         fidelity = np.zeros(len(keys), dtype=np.uint8)
         fidelity[found] = self.arrays.fidelities[entries[found]]
         return Leased(lease, found, self._describe(keys, entries, found, SECTIONS_MAX), fidelity)
@@ -318,7 +275,7 @@ class SourceCore:
             if found is None or found.session != session:
                 unknown = number
                 continue
-            self.store.unhold(self.holds.end_lease(lease))
+            self._end_lease(lease)
         if unknown is not None:
             raise UnknownLease(f"no lease {unknown}", hint="it has expired; what was read under it may be stale")
 
@@ -330,13 +287,16 @@ class SourceCore:
         return self.index.describe(found.entries)
 
     def writable_extents(self, reservation: int) -> Descriptors:
-        """Where a live reservation allows to write. Raises: UnknownReservation, ReservationExpired."""
+        """Where a live reservation allows to write: blocks that are not complete.
+
+        Raises: UnknownReservation, ReservationExpired.
+        """
         found = self.reservations.get(ReservationId(reservation))
         if found is None:
             raise UnknownReservation(f"no reservation {reservation}")
-        if found.expired:
+        if found.state is ReservationState.EXPIRED:
             raise ReservationExpired(f"reservation {reservation} has expired")
-        return self.index.describe(found.entries)
+        return self.index.describe(found.pending_entries)
 
     def pin(self, session: SessionId, namespace_id: bytes, keys: KeyArray, ttl_us: int, now_us: int) -> Pinned:
         """Holds blocks against eviction; ttl 0 = until released. Raises: as `lease`."""
@@ -349,7 +309,7 @@ class SourceCore:
             self.store.hold(held)
             pin = self.holds.add_pin(session, held, now_us + ttl_us if ttl_us else 0)
             if ttl_us:
-                self._expire_at(now_us + ttl_us, _Expiry.PIN, pin)
+                self._expiries.set(Expiry.PIN, pin, now_us + ttl_us)
         return Pinned(pin, found)
 
     def unpin(self, session: SessionId, pin: int, now_us: int) -> None:
@@ -357,7 +317,7 @@ class SourceCore:
         found = self.holds.pins.get(PinId(pin))
         if found is None or found.session != session:
             raise UnknownLease(f"no pin {pin}")
-        self.store.unhold(self.holds.end_pin(PinId(pin)))
+        self._end_pin(PinId(pin))
 
     def lookup(self, namespace_id: bytes, keys: KeyArray) -> NDArray[np.bool_]:
         """Which keys are readable. Changes nothing, holds nothing. Raises: UnknownNamespace, BadArgument."""
@@ -382,33 +342,37 @@ class SourceCore:
         Raises: BadArgument, UnknownSession, UnknownNamespace, Overloaded.
         """
         self._check_call(session, namespace_id, keys, deadline_us - now_us)
-        if len(self._waits) >= self.config.waits_max:
+        if len(self.waits) >= self.config.waits_max:
             raise Overloaded(f"{self.config.waits_max} readers are waiting already")
-        wait = self._waits.add(session, deadline_us)
+        if self.waits.awaited_keys + len(keys) > self.config.awaited_keys_max:
+            raise Overloaded(f"{self.config.awaited_keys_max} keys are awaited already")
+        wait = self.waits.add(session)
         entries = self.index.lookup(keys)
         for i, (entry, key) in enumerate(zip(entries.tolist(), self._split(keys), strict=True)):
             if entry != NO_ENTRY and self.store.namespace_of(entry) != self._namespace(namespace_id):
-                self._waits.tell(wait, i, WaitState.ABANDONED)
+                self.waits.tell(wait, i, WaitState.ABANDONED)
             elif entry == NO_ENTRY:
                 if absent_is_abandoned:
-                    self._waits.tell(wait, i, WaitState.ABANDONED)
+                    self.waits.tell(wait, i, WaitState.ABANDONED)
                 else:
-                    self._waits.await_key(wait, i, key)
+                    self.waits.await_key(wait, i, key)
             elif self.arrays.states[entry] == EntryState.READABLE:
-                self._waits.tell(wait, i, WaitState.COMMITTED)
+                self.waits.tell(wait, i, WaitState.COMMITTED)
             else:
                 for section in self.store.sections_of(entry):
-                    self._waits.tell(wait, i, WaitState.SECTION, section)
-                self._waits.await_key(wait, i, key)
-        self._waits.close_if_complete(wait)
-        self._expire_at(deadline_us, _Expiry.WAIT, wait)
+                    self.waits.tell(wait, i, WaitState.SECTION, section)
+                self.waits.await_key(wait, i, key)
+        self.waits.close_if_complete(wait)
+        self._expiries.set(Expiry.WAIT, wait, deadline_us)
         return wait
 
     def cancel_wait(self, wait: WaitId) -> None:
-        self._waits.cancel(wait)
+        """Forgets a wait; nothing more is told to it."""
+        self._expiries.cancel(Expiry.WAIT, wait)
+        self.waits.cancel(wait)
 
     def take_wakeups(self) -> list[Wakeup]:
-        return self._waits.take()
+        return self.waits.take()
 
     # ---------------------------------------------------------------- removal, time, inspection
 
@@ -427,16 +391,15 @@ class SourceCore:
 
     def tick(self, now_us: int) -> None:
         """Ends what has expired, and evicts down to the low watermark where the high one is passed."""
-        while self._expiries and self._expiries[0][0] <= now_us:
-            _, kind, number = heapq.heappop(self._expiries)
-            self._expire(_Expiry(kind), number, now_us)
+        for kind, number in self._expiries.due(now_us):
+            self._expire(kind, number, now_us)
         config = self.config
         if self.store.slots.bytes_used > config.high_watermark * config.capacity_bytes:
             self.store.evict_to(int(config.low_watermark * config.capacity_bytes))
 
     def next_deadline_us(self) -> int | None:
         """When `tick` has something to do."""
-        return self._expiries[0][0] if self._expiries else None
+        return self._expiries.next_us()
 
     def take_changes(self) -> list[BlockChange]:
         """What became readable or was removed since the last call, in order."""
@@ -454,33 +417,19 @@ class SourceCore:
         return list_blocks(self, list(self._namespaces), cursor, limit)
 
     def counts(self) -> SourceCounts:
-        states = self.arrays.states
-        return SourceCounts(
-            bytes_total=self.store.slots.capacity_bytes,
-            bytes_used=self.store.slots.bytes_used,
-            blocks=int(np.count_nonzero(states == EntryState.READABLE)),
-            blocks_writing=int(np.count_nonzero(states == EntryState.WRITING)),
-            sessions=len(self._sessions),
-            leases=len(self.holds.leases),
-            pins=len(self.holds.pins) + len(self.holds.handoffs),
-            reservations=self.reservations.live,
-            quarantined=self.reservations.quarantined,
-            waiters=len(self._waits),
-            hits=self._hits,
-            misses=self._misses,
-            evictions=self.store.evictions,
-        )
+        return count_source(self)
 
     def check_invariants(self) -> None:
         self.index.check_invariants()
         self.holds.check_invariants()
-        self._waits.check_invariants()
+        self.waits.check_invariants()
+        self.reservations.check_invariants()
         self.store.check_invariants(self.reservations.quarantined_slots())
         writing = np.flatnonzero(self.arrays.states == EntryState.WRITING)
         assert np.array_equal(writing, self.reservations.entries_being_written())
         owners = [lease.session for lease in self.holds.leases.values()]
         owners += [pin.session for pin in self.holds.pins.values()]
-        assert all(session in self._sessions for session in owners)
+        assert all(session in self.sessions for session in owners)
 
     # ---------------------------------------------------------------- parts
 
@@ -509,6 +458,12 @@ class SourceCore:
         if len(self.holds.handoffs) >= self.config.handoffs_max:
             raise Overloaded(f"{self.config.handoffs_max} hand-offs are held already")
 
+    def _check_room_for_reservation(self) -> None:
+        if self.reservations.unfinished >= self.config.reservations_max:
+            raise Overloaded(f"{self.config.reservations_max} reservations are open already")
+        for number in self.reservations.forget_finished(len(self.reservations) + 1 - self.config.reservations_max):
+            self._expiries.cancel(Expiry.RESERVATION, number)
+
     def _check_room_for_hold(self) -> None:
         if len(self.holds.leases) + len(self.holds.pins) >= self.config.leases_max:
             raise Overloaded(f"{self.config.leases_max} leases and pins are held already")
@@ -529,13 +484,25 @@ class SourceCore:
             column[blank] = 0
         return Descriptors(keys, rows.offsets, rows.sizes, rows.generations, rows.digests)
 
+    def _status(self, namespace_id: bytes, keys: KeyArray) -> tuple[NDArray[np.uint8], Entries]:
+        """What a reserve finds: EXISTS, BEING_WRITTEN, NO_SPACE (the key is another namespace's) or 0; and entries."""
+        entries = self.index.lookup(keys)
+        status = np.zeros(len(keys), dtype=np.uint8)
+        known = np.flatnonzero(entries != NO_ENTRY)
+        readable = self.arrays.states[entries[known]] == EntryState.READABLE
+        status[known] = np.where(readable, ReserveStatus.EXISTS, ReserveStatus.BEING_WRITTEN)
+        ours = self.store.in_namespace(entries[known], self._namespace(namespace_id))
+        status[known[~ours]] = ReserveStatus.NO_SPACE
+        return status, entries
+
     @staticmethod
-    def _first_of_each(keys: KeyArray, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Rows without those whose key stands in an earlier one."""
+    def _first_of_each(keys: KeyArray, rows: NDArray[np.int64]) -> dict[int, int]:
+        """For each row the first one with the same key."""
         seen: dict[bytes, int] = {}
-        for row, key in zip(rows.tolist(), SourceCore._split(keys[rows]), strict=True):
-            seen.setdefault(key, row)
-        return np.fromiter(seen.values(), dtype=np.int64, count=len(seen))
+        rows_list = rows.tolist()
+        return {
+            row: seen.setdefault(key, row) for row, key in zip(rows_list, SourceCore._split(keys[rows]), strict=True)
+        }
 
     @staticmethod
     def _split(keys: KeyArray) -> list[bytes]:
@@ -546,49 +513,60 @@ class SourceCore:
         return self._split(self.arrays.keys[entries].view(np.uint8).reshape(-1, 16))
 
     def _tell_sections(self, entries: Entries, sections: NDArray[np.uint32]) -> None:
-        if len(self._waits):
+        if len(self.waits):
             for key, section in zip(self._keys(entries), sections.tolist(), strict=True):
-                self._waits.key_changed(key, WaitState.SECTION, section)
+                self.waits.key_changed(key, WaitState.SECTION, section)
 
-    def _hand_off(self, entries: list[int], hold: Hold, now_us: int) -> None:
-        if not entries:
+    def _hand_off(self, entries: Entries, hold: Hold, now_us: int) -> None:
+        if not len(entries):
             return
-        self.store.hold(np.asarray(entries, dtype=np.int32))
-        for entry in entries:
+        self.store.hold(entries)
+        for entry in entries.tolist():
             self.holds.add_handoff(hold.request_id, entry, now_us + hold.ttl_us)
-        self._expire_at(now_us + hold.ttl_us, _Expiry.HANDOFF, hold.request_id)
+        self._expiries.set(Expiry.HANDOFF, hold.request_id, self.holds.handoffs[hold.request_id].expires_us)
+
+    def _end_lease(self, lease: LeaseId) -> None:
+        self._expiries.cancel(Expiry.LEASE, lease)
+        handoff = self.holds.leases[lease].handoff
+        self.store.unhold(self.holds.end_lease(lease))
+        if handoff and handoff not in self.holds.handoffs:
+            self._expiries.cancel(Expiry.HANDOFF, handoff)
+
+    def _end_pin(self, pin: PinId) -> None:
+        self._expiries.cancel(Expiry.PIN, pin)
+        self.store.unhold(self.holds.end_pin(pin))
 
     def _drop_reservation(self, reservation: ReservationId, *, quarantine: bool) -> int:
-        entries = self.reservations.pending(reservation)
+        """Ends a live reservation: its incomplete blocks are dropped, their slots freed or put in quarantine."""
+        found = self.reservations.get(reservation)
+        assert found is not None and found.state is ReservationState.LIVE
+        entries = found.pending_entries
         keys = self._keys(entries)
         slots = self.store.discard(entries)
+        self._expiries.cancel(Expiry.RESERVATION, reservation)
         if quarantine:
             self.reservations.quarantine(reservation, slots)
         else:
             self.reservations.remove(reservation)
             self.store.free_slots(slots)
         for key in keys:
-            self._waits.key_changed(key, WaitState.ABANDONED)
+            self.waits.key_changed(key, WaitState.ABANDONED)
         return len(entries)
 
-    def _expire_at(self, deadline_us: int, kind: _Expiry, number: int | str) -> None:
-        heapq.heappush(self._expiries, (deadline_us, int(kind), number))
-
-    def _expire(self, kind: _Expiry, number: int | str, now_us: int) -> None:
-        """Ends one hold if it is still there and its time has come; it may have ended or been prolonged since."""
-        if kind is _Expiry.HANDOFF:
-            handoff = self.holds.handoffs.get(str(number))
-            if handoff is not None and handoff.expires_us <= now_us:
-                self.store.unhold(self.holds.end_handoff(str(number)))
-        elif kind is _Expiry.LEASE:
-            if LeaseId(int(number)) in self.holds.leases:
-                self.store.unhold(self.holds.end_lease(LeaseId(int(number))))
-        elif kind is _Expiry.PIN:
-            if PinId(int(number)) in self.holds.pins:
-                self.store.unhold(self.holds.end_pin(PinId(int(number))))
-        elif kind is _Expiry.WAIT:
-            self._waits.expire(WaitId(int(number)), now_us)
+    def _expire(self, kind: Expiry, number: int | str, now_us: int) -> None:
+        """Ends one holder whose time has come."""
+        if kind is Expiry.HANDOFF:
+            self.store.unhold(self.holds.end_handoff(str(number)))
+        elif kind is Expiry.LEASE:
+            self._end_lease(LeaseId(int(number)))
+        elif kind is Expiry.PIN:
+            self._end_pin(PinId(int(number)))
+        elif kind is Expiry.WAIT:
+            self.waits.expire(WaitId(int(number)))
         else:
             found = self.reservations.get(ReservationId(int(number)))
-            if found is not None and not found.expired:
+            assert found is not None
+            if found.state is ReservationState.LIVE:
                 self._drop_reservation(ReservationId(int(number)), quarantine=True)
+            else:
+                self.reservations.remove(ReservationId(int(number)))

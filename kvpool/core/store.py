@@ -34,22 +34,25 @@ class BlockStore:
     def allocate(self, keys: KeyArray, size: int) -> Entries:
         """Entries with slots for as many leading keys as there is room for, after evicting just what that needs."""
         slot_bytes = self.slots.slot_bytes(size)
-        if not self.lru.has_class(slot_bytes):
+        if not len(keys) or not self.slots.can_ever_fit(size) or not self.lru.open_class(slot_bytes):
             return np.empty(0, dtype=np.int32)
         offsets: list[int] = []
         for _ in range(len(keys)):
-            if self.index.free_count == len(offsets) and not self._evict_one_entry():
-                break
             offset = self.slots.allocate(size)
             if offset is None and self._make_room(slot_bytes):
                 offset = self.slots.allocate(size)
             if offset is None:
+                break
+            # Making room may have given entries back; evict for an entry only once there is a slot for it.
+            if self.index.free_count == len(offsets) and not self._evict_one_entry():
+                self.slots.free(offset, size)
                 break
             offsets.append(offset)
         entries = self.index.insert(keys[: len(offsets)])
         self.arrays.offsets[entries] = offsets
         self.arrays.sizes[entries] = size
         self._masks[entries] = 0
+        self.lru.count(slot_bytes, len(entries))
         return entries
 
     def evict_to(self, bytes_used: int) -> None:
@@ -68,25 +71,15 @@ class BlockStore:
 
     # ---------------------------------------------------------------- writing
 
-    def section_done(self, entries: Entries, sections: NDArray[np.uint32]) -> NDArray[np.bool_]:
-        done: NDArray[np.bool_] = (self._masks[entries] >> sections) & np.uint32(1) != 0
-        return done
-
     def sections_of(self, entry: int) -> list[int]:
         mask = int(self._masks[entry])
         return [s for s in range(self.arrays.sections) if mask >> s & 1]
 
-    def commit_sections(
-        self, entries: Entries, sections: NDArray[np.uint32], digests: NDArray[np.uint64], section_count: int
-    ) -> Entries:
-        """Notes digests; returns the entries (still being written) whose sections are all there now."""
-        writing = self.arrays.states[entries] == EntryState.WRITING
-        entries, sections, digests = entries[writing], sections[writing], digests[writing]
+    def commit_sections(self, entries: Entries, sections: NDArray[np.uint32], digests: NDArray[np.uint64]) -> None:
+        """Notes digests of sections of blocks that are being written."""
+        assert (self.arrays.states[entries] == EntryState.WRITING).all()
         self.arrays.digests[entries, sections] = digests
         np.bitwise_or.at(self._masks, entries, np.uint32(1) << sections)
-        full = np.uint32((1 << section_count) - 1)
-        touched = np.fromiter(dict.fromkeys(entries.tolist()), dtype=np.int32)
-        return touched[self._masks[touched] == full]
 
     def publish(self, entries: Entries) -> None:
         """Makes blocks readable; those that nobody holds may be evicted from now on."""
@@ -98,7 +91,7 @@ class BlockStore:
         """Drops blocks that were never completed; their slots are the caller's to free."""
         slots = self._slots(entries)
         self.index.unlink(entries)
-        self.index.free(entries)
+        self._free_entries(entries)
         return slots
 
     # ---------------------------------------------------------------- holding and removal
@@ -219,7 +212,13 @@ class BlockStore:
     def _release(self, entries: Entries) -> None:
         for slot in self._slots(entries):
             self.slots.free(slot.offset, slot.size)
+        self._free_entries(entries)
+
+    def _free_entries(self, entries: Entries) -> None:
+        sizes = self.arrays.sizes[entries].tolist()
         self.index.free(entries)
+        for size in sizes:
+            self.lru.count(self.slots.slot_bytes(size), -1)
 
     def _slots(self, entries: Entries) -> list[QuarantinedSlot]:
         a = self.arrays

@@ -31,7 +31,6 @@ class Wakeup:
 @dataclass(slots=True)
 class _Wait:
     session: SessionId
-    deadline_us: int
     pending: dict[int, bytes]  # index -> key
 
 
@@ -43,18 +42,20 @@ class Waits:
         self._by_key: dict[bytes, dict[tuple[WaitId, int], None]] = {}
         self._news: dict[WaitId, Wakeup] = {}
         self._next = 1
+        self.awaited_keys = 0
 
     def __len__(self) -> int:
         return len(self._waits)
 
-    def add(self, session: SessionId, deadline_us: int) -> WaitId:
+    def add(self, session: SessionId) -> WaitId:
         wait = WaitId(self._next)
         self._next += 1
-        self._waits[wait] = _Wait(session, deadline_us, {})
+        self._waits[wait] = _Wait(session, {})
         return wait
 
     def await_key(self, wait: WaitId, index: int, key: bytes) -> None:
         self._waits[wait].pending[index] = key
+        self.awaited_keys += 1
         self._by_key.setdefault(key, {})[(wait, index)] = None
 
     def tell(self, wait: WaitId, index: int, state: WaitState, section: int = 0) -> None:
@@ -93,14 +94,13 @@ class Waits:
             for index, key in found.pending.items():
                 self._forget(wait, index, key)
 
-    def cancel_session(self, session: SessionId) -> None:
-        for wait in [w for w, found in self._waits.items() if found.session == session]:
-            self.cancel(wait)
+    def of_session(self, session: SessionId) -> list[WaitId]:
+        return [w for w, found in self._waits.items() if found.session == session]
 
-    def expire(self, wait: WaitId, now_us: int) -> None:
-        """Ends a wait whose deadline has passed."""
+    def expire(self, wait: WaitId) -> None:
+        """Ends a wait whose deadline has come, if it has not ended."""
         found = self._waits.get(wait)
-        if found is None or found.deadline_us > now_us:
+        if found is None:
             return
         for index, key in list(found.pending.items()):
             self.tell(wait, index, WaitState.DEADLINE)
@@ -115,6 +115,7 @@ class Waits:
         listed = {(w, i, k) for k, waiting in self._by_key.items() for w, i in waiting}
         pending = {(w, i, k) for w, found in self._waits.items() for i, k in found.pending.items()}
         assert listed == pending
+        assert self.awaited_keys == len(pending)
         assert all(found.pending for found in self._waits.values())
         assert all(self._by_key.values())
 
@@ -125,5 +126,6 @@ class Waits:
     def _forget(self, wait: WaitId, index: int, key: bytes) -> None:
         waiting = self._by_key[key]
         del waiting[(wait, index)]
+        self.awaited_keys -= 1
         if not waiting:
             del self._by_key[key]

@@ -30,7 +30,6 @@ from kvpool.v1 import block_source_pb2_grpc
 
 log = logging.getLogger(__name__)
 
-PING_INTERVAL_S = 2.0
 PINGS_MISSED_MAX = 5
 HELLO_TIMEOUT_S = 5.0
 #: Blocks of one report whose stored bytes are hashed again; the rest is counted only.
@@ -59,9 +58,11 @@ class BlockSourceServicer(block_source_pb2_grpc.BlockSourceServicer):
         data: NDArray[np.uint8],
         facts: SourceFacts,
         channels: Channels,
+        ping_interval_s: float,
     ) -> None:
         self._driver, self._core, self._sessions, self._grants = driver, driver.core, sessions, grants
         self._data, self._facts, self._channels = data, facts, channels
+        self._ping_interval_s = ping_interval_s
         self.digest_errors = 0
 
     async def GetSourceInfo(self, request: pb.GetSourceInfoRequest, context: object) -> pb.SourceInfo:
@@ -89,7 +90,7 @@ class BlockSourceServicer(block_source_pb2_grpc.BlockSourceServicer):
         why = "its stream ended"
         try:
             yield self._pong(session)
-            async for _ in _pings(reads):
+            async for _ in _pings(reads, self._ping_interval_s):
                 with self._driver.turn() as now:
                     self._core.ping(session.id, now)
                 yield self._pong(session)
@@ -101,7 +102,7 @@ class BlockSourceServicer(block_source_pb2_grpc.BlockSourceServicer):
 
     def _pong(self, session: Session) -> pb.SessionPong:
         return pb.SessionPong(
-            session_id=session.id, epoch=self._facts.epoch, ping_interval_ms=int(PING_INTERVAL_S * 1000)
+            session_id=session.id, epoch=self._facts.epoch, ping_interval_ms=round(self._ping_interval_s * 1000)
         )
 
     async def OpenChannel(self, request: pb.OpenChannelRequest, context: object) -> pb.OpenChannelReply:
@@ -313,7 +314,7 @@ class BlockSourceServicer(block_source_pb2_grpc.BlockSourceServicer):
         return np.array(rows, dtype=np.int64)
 
 
-async def _pings(reads: AsyncIterator[pb.SessionPing]) -> AsyncIterator[pb.SessionPing]:
+async def _pings(reads: AsyncIterator[pb.SessionPing], interval_s: float) -> AsyncIterator[pb.SessionPing]:
     """Pings until the client ends its stream. Raises: TimeoutError when too many in a row are missing.
 
     Intervals are counted, not seconds: a source that was stopped itself finds one missing, not all.
@@ -322,7 +323,7 @@ async def _pings(reads: AsyncIterator[pb.SessionPing]) -> AsyncIterator[pb.Sessi
     read = asyncio.ensure_future(anext(reads))
     try:
         while missing < PINGS_MISSED_MAX:
-            done, _ = await asyncio.wait({read}, timeout=PING_INTERVAL_S)
+            done, _ = await asyncio.wait({read}, timeout=interval_s)
             if not done:
                 missing += 1
                 continue

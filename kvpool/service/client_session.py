@@ -37,7 +37,8 @@ class Session:
     epoch: int
     source_id: str
     stub: Any
-    channel: Channel
+    channel: Channel  # for reads
+    writer: Channel  # for writes; the same one, unless the source lets this process only read its memory
     lock: WriterLock | None
     lost: bool = False
 
@@ -145,9 +146,9 @@ class SessionKeeper:
             first = next(call)
             interval_s[0] = max(first.ping_interval_ms, 10) / 1000
             self._on_open(stub)
-            channel = self._open_channel(stub, first.session_id)
+            channel, writer = self._open_channels(stub, first.session_id)
             watchdog.cancel()
-            session = Session(first.session_id, first.epoch, info.source_id, stub, channel, lock)
+            session = Session(first.session_id, first.epoch, info.source_id, stub, channel, writer, lock)
             with self._changed:
                 self._session, self._error = session, None
                 self.sessions_opened += 1
@@ -162,6 +163,7 @@ class SessionKeeper:
             if session is not None:
                 session.lost = True
                 session.channel.close()
+                session.writer.close()
             if lock is not None:
                 lock.retire()
             grpc_channel.close()
@@ -177,10 +179,23 @@ class SessionKeeper:
         while not wake.wait(interval_s[0]):
             yield pb.SessionPing()
 
-    def _open_channel(self, stub: Any, session_id: int) -> Channel:
+    def _open_channels(self, stub: Any, session_id: int) -> tuple[Channel, Channel]:
+        """The best channel to read with, and the best to write with."""
         request = pb.OpenChannelRequest(session_id=session_id, host_id=host_id(), channels=list(self._openers))
         reply = stub.OpenChannel(request, timeout=self._timeout_s)
-        offers: Sequence[Offer] = [Offer(o.kind, dict(o.parameters)) for o in reply.offers]
+        offers = [Offer(o.kind, dict(o.parameters)) for o in reply.offers]
+        channel = self._open_best(offers)
+        offer = next(o for o in offers if o.kind == channel.kind)
+        if offer.parameters.get("writable", "1") == "1":
+            return channel, channel
+        others = [o for o in offers if o is not offer]
+        try:
+            return channel, self._open_best(others) if others else channel
+        except BaseException:
+            channel.close()
+            raise
+
+    def _open_best(self, offers: Sequence[Offer]) -> Channel:
         channel, failures = open_best(offers, self._openers)
         for kind, why in failures.items():
             log.warning("%s: channel %s to %s does not open: %s", self._client, kind, self.address, why)

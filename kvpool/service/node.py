@@ -32,6 +32,7 @@ from kvpool.service.grants import Grants
 from kvpool.service.host import host_id
 from kvpool.service.sessions import Sessions
 from kvpool.service.source_driver import SourceDriver
+from kvpool.service.writer_lock import remove_orphans
 from kvpool.tiers.dram import Segment
 from kvpool.v1 import block_source_pb2_grpc
 
@@ -58,6 +59,7 @@ class NodeConfig:
     segment_dir: str = "/dev/shm"
     metrics_port: int = 0  # 0: no HTTP metrics
     credential: str = ""
+    ping_interval_s: float = 2.0  # clients ping so often; after five intervals without one a session is closed
 
 
 class NodeServer:
@@ -93,6 +95,7 @@ class NodeServer:
         )
         self._cleanup.callback(self.segment.close)
         self.segment.prefault()
+        remove_orphans()
         warm_up()
         arrays = SourceArrays.over(self.segment.index, entries, fresh=True)
         core = SourceCore(source_config(self.segment.layout.data_bytes, entries), arrays)
@@ -121,7 +124,9 @@ class NodeServer:
             shm={"path": str(self.segment.path), "uuid": self.segment.uuid.hex()},
             tcp={"address": reachable(self.data_server.address)},
         )
-        self.servicer = BlockSourceServicer(self.driver, self.sessions, self.grants, self.segment.data, facts, channels)
+        self.servicer = BlockSourceServicer(
+            self.driver, self.sessions, self.grants, self.segment.data, facts, channels, config.ping_interval_s
+        )
 
         def register(server: grpc.aio.Server) -> Sequence[str]:
             block_source_pb2_grpc.add_BlockSourceServicer_to_server(self.servicer, server)
@@ -240,12 +245,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--segment-dir", default=defaults.segment_dir)
     parser.add_argument("--metrics-port", type=int, default=defaults.metrics_port)
     parser.add_argument("--credential", default=defaults.credential)
+    parser.add_argument("--ping-interval-s", type=float, default=defaults.ping_interval_s)
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     config = NodeConfig(
         source_id=args.id, listen=args.listen, data_listen=args.data_listen, scheduler=args.scheduler,
         memory_bytes=args.memory_bytes, segment_dir=args.segment_dir, metrics_port=args.metrics_port,
-        credential=args.credential,
+        credential=args.credential, ping_interval_s=args.ping_interval_s,
     )  # fmt: skip
     try:
         run_node(config, on_ready=lambda facts: print(json.dumps(facts), flush=True))

@@ -78,6 +78,17 @@ _STATUS: dict[Reason, grpc.StatusCode] = {
     Reason.DEADLINE: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 
+
+class _PollerRace(logging.Filter):
+    """Drops what asyncio logs when two event loops of one process wake for one gRPC event: the second finds nothing."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return not (isinstance(error, BlockingIOError) and "PollerCompletionQueue" in record.getMessage())
+
+
+logging.getLogger("asyncio").addFilter(_PollerRace())
+
 # ---------------------------------------------------------------- errors
 
 

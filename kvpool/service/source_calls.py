@@ -135,11 +135,11 @@ class SourceCalls:
     ) -> Reservation:
         """Raises: NoSpace if not one slot could be had."""
         section_count = self._group(namespace, group).section_count
-        wire_hold = common_pb2.HandoffHold(request_id=hold.request_id, ttl_ms=milliseconds(hold.ttl_s)) if hold else None
+        wire_hold = common_pb2.HandoffHold(request_id=hold.request_id, ttl_ms=ms(hold.ttl_s)) if hold else None
 
         def call(session: Session, timeout_s: float) -> Reservation:
             request = pb.ReserveRequest(
-                session_id=session.id, namespace_id=namespace, keys=key_list(keys, group, shard), ttl_ms=milliseconds(ttl_s),
+                session_id=session.id, namespace_id=namespace, keys=key_list(keys, group, shard), ttl_ms=ms(ttl_s),
                 hold=wire_hold,
             )  # fmt: skip
             reply = session.stub.Reserve(request, timeout=timeout_s)
@@ -171,7 +171,7 @@ class SourceCalls:
             raise Unavailable("the session of this reservation has ended")
         try:
             slots = reservation.slots.take(np.asarray(indices, dtype=np.int64))
-            digests = session.channel.write(
+            digests = session.writer.write(
                 reservation.id, slots, blocks, rows, deadline_s=deadline_s or self._timeout_s
             )
         except ChannelError:
@@ -217,6 +217,29 @@ class SourceCalls:
         reply = self._call(lambda s, t: s.stub.Lookup(request, timeout=t))
         return np.fromiter(reply.found, dtype=np.bool_, count=len(keys))
 
+    def remove(self, namespace: NamespaceId, keys: Keys, *, group: int = 0, shard: int = 0) -> int:
+        """Drops blocks; those under lease when their last lease ends. Returns how many were there."""
+        request = pb.RemoveRequest(namespace_id=namespace, keys=key_list(keys, group, shard))
+        return self._call(lambda s, t: int(s.stub.Remove(request, timeout=t).blocks_removed))
+
+    def pin(
+        self, namespace: NamespaceId, keys: Keys, *, ttl_s: float = 0.0, group: int = 0, shard: int = 0
+    ) -> tuple[int, Bools]:
+        """Holds blocks against eviction, for `ttl_s` or until `unpin`. Returns the pin (or 0) and which it holds."""
+
+        def call(session: Session, timeout_s: float) -> tuple[int, Bools]:
+            request = pb.PinRequest(
+                session_id=session.id, namespace_id=namespace, keys=key_list(keys, group, shard),
+                ttl_ms=ms(ttl_s) if ttl_s else 0,
+            )  # fmt: skip
+            reply = session.stub.Pin(request, timeout=timeout_s)
+            return reply.pin_id, np.fromiter(reply.found, dtype=np.bool_, count=len(keys))
+
+        return self._call(call)
+
+    def unpin(self, pin: int) -> None:
+        self._call(lambda s, t: s.stub.Unpin(pb.UnpinRequest(session_id=s.id, pin_id=pin), timeout=t))
+
     def wait(
         self,
         namespace: NamespaceId,
@@ -235,7 +258,7 @@ class SourceCalls:
         def call(session: Session, _: float) -> Any:
             request = pb.AwaitRequest(
                 session_id=session.id, namespace_id=namespace, keys=key_list(keys, group, shard),
-                deadline_ms=milliseconds(deadline_s), absent_is_abandoned=absent_is_abandoned,
+                deadline_ms=ms(deadline_s), absent_is_abandoned=absent_is_abandoned,
             )  # fmt: skip
             # The source ends the wait by itself; the extra time is for its last answer.
             stream = session.stub.Await(request, timeout=deadline_s + self._timeout_s)
@@ -309,5 +332,6 @@ def key_list(keys: Keys, group: int, shard: int) -> common_pb2.KeyList:
     return common_pb2.KeyList(group=group, shard=shard, keys=keys.tobytes())
 
 
-def milliseconds(seconds: float) -> int:
+def ms(seconds: float) -> int:
+    """Milliseconds on the wire; nothing rounds to zero, which often means something else."""
     return max(1, round(seconds * 1000))

@@ -6,6 +6,7 @@ that later on neither its name nor its folder matters.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import stat
@@ -21,9 +22,13 @@ class WriterLock:
     """Held by a client for one session, at least as long as it may be copying into the source's memory."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        self.path = (folder or lock_folder()) / f"{PREFIX}{os.getpid()}-{uuid.uuid4().hex}.lock"
-        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        name = f"{PREFIX}{os.getpid()}-{uuid.uuid4().hex}.lock"
+        self.path = (folder or lock_folder()) / name
+        # Locked before it has its name: a file with such a name and no lock is one that a dead client left.
+        unnamed = self.path.with_name(f".{name}")
+        self._fd = os.open(unnamed, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._fd, fcntl.LOCK_EX)
+        unnamed.rename(self.path)
         self._lock = threading.Lock()
         self._users = 0
         self._retired = False
@@ -90,6 +95,18 @@ class WriterProof:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def remove_orphans(folder: Path | None = None) -> None:
+    """Removes the locks of clients that died while no source looked after them."""
+    for path in sorted((folder or lock_folder()).glob(f"{PREFIX}*")):
+        with contextlib.suppress(OSError):
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                if _take(fd):
+                    path.unlink(missing_ok=True)
+            finally:
+                os.close(fd)
 
 
 def lock_folder() -> Path:

@@ -111,13 +111,19 @@ class SchedulerCore:
         if none is not None:
             return self._refuse(none, commands)
         appraiser = self.appraiser(request, instances[0].block_tokens)
-        options.extend(policy.rank(appraiser, instances))
-        best = next((option for option in options if option.feasible), None)
+        ranked = policy.rank(appraiser, instances)
+        best: Option | None = None
+        for option in ranked:
+            options.append(option)
+            if option.feasible:
+                best = option
+                break
         if best is None:
             return self._refuse(admission.refusal(request, options, appraiser, self.config), commands)
-        if not options[0].feasible:
-            options.remove(best)
-            options.insert(0, best)
+        if isinstance(ranked, list):
+            options.extend(ranked[len(options) :])
+        options.remove(best)
+        options.insert(0, best)
         policy.chosen(request, best)
         return self._open(request, best, appraiser, commands)
 
@@ -161,7 +167,7 @@ class SchedulerCore:
             prefill=Target(prefill.id, info.address, info.epoch),
             decode=Target(decode.id, decode.info.address, decode.info.epoch),
             split=option.split,
-            pull=option.runs,
+            pull=appraiser.prefix.runs(option.pull),
             cached_tokens=option.cached_tokens,
             predicted_ttft_us=option.ttft_us,
             handoff_source_id=info.node_source_id if option.split else "",

@@ -120,12 +120,19 @@ class CostBook:
         """One decode step."""
         return int(self.decode[instance_id].predict(decode_features(batch, kv_tokens)))
 
+    def measured(self, instance_id: str, source_id: str) -> bool:
+        return (instance_id, source_id) in self.links
+
+    def unmeasured_costs(self, kind: str) -> tuple[float, float]:
+        """Latency and microseconds a byte of a link that nothing is known of but its class."""
+        latency, per_byte = self._link_prior(kind)
+        return latency, per_byte
+
     def link_costs(self, instance_id: str, source_id: str, kind: str, now_us: int) -> tuple[float, float] | None:
         """Latency and microseconds a byte; None while the link is taken for down."""
         link = self.links.get((instance_id, source_id))
         if link is None:
-            latency, per_byte = self._link_prior(kind)
-            return latency, per_byte
+            return self.unmeasured_costs(kind)
         if link.down_until_us > now_us:
             return None
         latency, per_byte = link.fit.current()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from scheduler.core.cluster import Cluster, Instance, State
-from scheduler.core.commands import PullRun
 from scheduler.core.config import SchedulerConfig
 from scheduler.core.cost import CostBook, link_class
 from scheduler.core.events import PlaceRequested
@@ -23,7 +22,7 @@ class Option:
     prefill: Instance
     decode: Instance
     split: bool
-    runs: tuple[PullRun, ...]
+    pull: Pull | None
     cached_tokens: int
     queue_us: int
     pull_us: int
@@ -69,6 +68,9 @@ class Load:
     context_tokens: int
     expected_tokens: int  # a request, on average
     step_us: int
+    step_with_us: int  # with this request in the batch
+    slow_us: int  # by which this request would slow the others down, and they it
+    wait_us: int  # until a place in a full batch is free
 
 
 class Appraiser:
@@ -89,10 +91,20 @@ class Appraiser:
         self._cluster, self._book, self._costs, self._config = cluster, book, costs, config
         self.expected_tokens = max(int(request.max_tokens * output_share), 1)
         self.context_tokens = request.prompt_tokens + self.expected_tokens // 2
+        self._covered = prefix.covered()
         self._prospects: dict[str, Prospect] = {}
         self._loads: dict[str, Load] = {}
 
     # ------------------------------------------------------------ one instance
+
+    def bound_us(self, instance: Instance) -> int:
+        """What prefill on an instance costs at least: as if all blocks that anybody holds were there at no cost.
+
+        Harm to what decodes there is counted in, harm where this request is decoded is not.
+        """
+        prefill_us = self._prefill_us(instance, self._covered)
+        harm_us = prefill_us * self.load(instance).batch
+        return self.queue_us(instance) + prefill_us + int(self._config.harm_weight * harm_us)
 
     def prospect(self, instance: Instance) -> Prospect:
         """Prefill on an instance: own blocks are reused, more are pulled if that is predicted to beat computing."""
@@ -138,6 +150,10 @@ class Appraiser:
         cached_tokens = cached_blocks * self.prefix.block_tokens
         return self._costs.prefill_us(instance.id, self.request.prompt_tokens - cached_tokens, cached_tokens)
 
+    def slow_cost_us(self, instance: Instance) -> int:
+        """What decoding on an instance adds to an option's cost at least."""
+        return int(self._config.harm_weight * self.load(instance).slow_us)
+
     def queue_us(self, instance: Instance) -> int:
         """Predicted prefill work before this request: placed and not finished, and waiting ones nobody placed."""
         holdings = self._book.on(instance.id)
@@ -150,14 +166,25 @@ class Appraiser:
     def load(self, instance: Instance) -> Load:
         known = self._loads.get(instance.id)
         if known is None:
-            holdings = self._book.on(instance.id)
-            placed = len(holdings.decoding)
-            batch = max(placed, instance.running if instance.kv_tokens_foreign else 0)
-            context_tokens = holdings.context_tokens + instance.kv_tokens_foreign
-            expected_tokens = holdings.expected_tokens // placed if placed else self.expected_tokens
-            step_us = self._costs.decode_us(instance.id, batch, context_tokens) if batch else 0
-            known = self._loads[instance.id] = Load(batch, context_tokens, expected_tokens, step_us)
+            known = self._loads[instance.id] = self._measure_load(instance)
         return known
+
+    def _measure_load(self, instance: Instance) -> Load:
+        holdings = self._book.on(instance.id)
+        placed = len(holdings.decoding)
+        batch = max(placed, instance.running if instance.kv_tokens_foreign else 0)
+        context_tokens = holdings.context_tokens + instance.kv_tokens_foreign
+        expected_tokens = holdings.expected_tokens // placed if placed else self.expected_tokens
+        step_with_us = self._costs.decode_us(instance.id, batch + 1, context_tokens + self.context_tokens)
+        if not batch:
+            return Load(0, context_tokens, expected_tokens, 0, step_with_us, 0, 0)
+        step_us = self._costs.decode_us(instance.id, batch, context_tokens)
+        alone_us = self._costs.decode_us(instance.id, 1, self.context_tokens)
+        shared_tokens = min(self.expected_tokens, expected_tokens)
+        slow_us = (max(step_with_us - step_us, 0) * batch + max(step_with_us - alone_us, 0)) * shared_tokens
+        excess = max(batch + 1 - instance.info.batch_max, 0)
+        wait_us = excess * step_us * expected_tokens // max(instance.info.batch_max, 1)
+        return Load(batch, context_tokens, expected_tokens, step_us, step_with_us, slow_us, wait_us)
 
     def kv_tokens_left(self, instance: Instance) -> int:
         """Free KV tokens with this request placed there; below zero if it does not fit."""
@@ -173,20 +200,19 @@ class Appraiser:
         """Prefill and decode on one instance: its running decodes are held up by all of the prefill."""
         p = prospect or self.prospect(instance)
         load = self.load(instance)
-        slow_us, step_us = self._slowdown(instance, load)
         return self._finish(
             Option(
                 prefill=instance,
                 decode=instance,
                 split=False,
-                runs=p.pull.runs if p.pull else (),
+                pull=p.pull,
                 cached_tokens=p.cached_tokens,
-                queue_us=p.queue_us + self._batch_wait_us(instance, load),
+                queue_us=p.queue_us + load.wait_us,
                 pull_us=p.pull_us,
                 prefill_us=p.prefill_us,
                 handoff_us=0,
-                harm_us=p.prefill_us * load.batch + slow_us,
-                step_us=step_us,
+                harm_us=p.prefill_us * load.batch + load.slow_us,
+                step_us=load.step_with_us,
                 cost_us=0,
                 kv_tokens_left=self.kv_tokens_left(instance),
             )
@@ -196,41 +222,25 @@ class Appraiser:
         """Prefill on one instance, decode on another, the blocks going through the prefill instance's node."""
         p = prospect or self.prospect(prefill)
         load = self.load(decode)
-        slow_us, step_us = self._slowdown(decode, load)
         handoff_us, reason = self._handoff(prefill, decode, p)
         return self._finish(
             Option(
                 prefill=prefill,
                 decode=decode,
                 split=True,
-                runs=p.pull.runs if p.pull else (),
+                pull=p.pull,
                 cached_tokens=p.cached_tokens,
                 queue_us=p.queue_us,
                 pull_us=p.pull_us,
                 prefill_us=p.prefill_us,
-                handoff_us=handoff_us + self._batch_wait_us(decode, load),
-                harm_us=p.prefill_us * self.load(prefill).batch + slow_us,
-                step_us=step_us,
+                handoff_us=handoff_us + load.wait_us,
+                harm_us=p.prefill_us * self.load(prefill).batch + load.slow_us,
+                step_us=load.step_with_us,
                 cost_us=0,
                 kv_tokens_left=self.kv_tokens_left(decode),
                 reason=reason,
             )
         )
-
-    def _slowdown(self, instance: Instance, load: Load) -> tuple[int, int]:
-        """By how much one more decode slows the others down, and they it, and a step with it in the batch."""
-        alone_us = self._costs.decode_us(instance.id, 1, self.context_tokens)
-        step_us = self._costs.decode_us(instance.id, load.batch + 1, load.context_tokens + self.context_tokens)
-        shared_tokens = min(self.expected_tokens, load.expected_tokens)
-        others_us = max(step_us - load.step_us, 0) * shared_tokens * load.batch
-        return others_us + max(step_us - alone_us, 0) * shared_tokens, step_us
-
-    def _batch_wait_us(self, instance: Instance, load: Load) -> int:
-        """Until a place in a full batch is free."""
-        excess = load.batch + 1 - instance.info.batch_max
-        if excess <= 0:
-            return 0
-        return excess * load.step_us * load.expected_tokens // max(instance.info.batch_max, 1)
 
     def handoff_obstacle(self, prefill: Instance, decode: Instance) -> str:
         """Why blocks can't go from one instance to the other; empty if they can."""

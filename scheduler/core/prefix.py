@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from kvpool.core.directory import Directory, Run
 from kvpool.core.ids import Fidelity, unpack_keys
@@ -11,14 +12,17 @@ from scheduler.core.commands import PullRun
 from scheduler.core.cost import CostBook, link_class
 from scheduler.core.events import PlaceRequested
 
+#: (first, end, source, run): blocks from `first` to before `end` come from a source.
+Segment: TypeAlias = tuple[int, int, Source, Run]
+
 
 @dataclass(frozen=True, slots=True)
 class Pull:
-    """A way to get blocks `own` to `reach` (exclusive) of a prompt; none if they are equal."""
+    """A way to get the blocks of a prompt up to `reach` (exclusive) that an instance lacks; see `Prefix.runs`."""
 
     reach: int
     duration_us: int
-    runs: tuple[PullRun, ...]
+    segments: list[list[Segment]]  # of each key list; they may go beyond `reach`
 
 
 @dataclass(slots=True)
@@ -39,6 +43,9 @@ class Prefix:
     ) -> None:
         self.block_tokens = block_tokens
         self._lists: list[_Coverage] = []
+        self._covered = 0
+        #: Link class -> costs of links that were never measured.
+        self._unmeasured: dict[str, tuple[float, float]] = {}
         self.usable = max(request.prompt_tokens - 1, 0) // block_tokens
         for batch in request.keys:
             keys = unpack_keys(batch.keys)
@@ -48,8 +55,10 @@ class Prefix:
         if self.usable == 0:
             return
         exact = request.fidelity_min == Fidelity.EXACT
+        self._covered = self.usable
         for batch in request.keys:
             match = directory.match(unpack_keys(batch.keys)[: self.usable])
+            self._covered = min(self._covered, match.covered)
             coverage = _Coverage(batch.group, batch.shard, {}, [])
             for run in match.runs:
                 if exact and run.fidelity != Fidelity.EXACT:
@@ -66,6 +75,10 @@ class Prefix:
                 coverage.readable.sort(key=lambda pair: (-pair[1].first - pair[1].count, pair[0].id, pair[1].first))
                 del coverage.readable[sources_max:]
             self._lists.append(coverage)
+
+    def covered(self) -> int:
+        """Leading blocks that could be reused at most, wherever they are."""
+        return self._covered
 
     def own_blocks(self, source_id: str) -> int:
         """Leading blocks that one source holds of each key list."""
@@ -89,39 +102,65 @@ class Prefix:
         if own >= self.usable:
             return []
         links: dict[str, tuple[float, float] | None] = {}
-        per_list: list[list[tuple[int, int, Source, Run]]] = []
-        reach = self.usable
-        for coverage in self._lists:
-            segments = self._segments(coverage, own, instance, links, costs, now_us)
-            per_list.append(segments)
-            reach = min(reach, segments[-1][1] if segments else own)
+        segments = [self._segments(coverage, own, instance, links, costs, now_us) for coverage in self._lists]
+        reach = min(of_list[-1][1] if of_list else own for of_list in segments)
         if reach <= own:
             return []
-        cuts = {end: None for segments in per_list for _, end, _, _ in segments if own < end <= reach}
+        cuts = {end: None for of_list in segments for _, end, _, _ in of_list if end < reach}
         cuts[reach] = None
-        plans = []
-        for cut in sorted(cuts):
-            runs, total = [], 0.0
-            opened: dict[str, None] = {}
-            for coverage, segments in zip(self._lists, per_list, strict=True):
-                block_bytes = _block_bytes(instance, coverage.group)
-                for start, end, source, run in segments:
-                    if start >= cut:
-                        break
-                    count = min(end, cut) - start
-                    latency, per_byte = links[source.id] or (0.0, 0.0)
-                    if source.id not in opened:
-                        opened[source.id] = None
-                        total += latency
-                    total += per_byte * (block_bytes * count)
-                    runs.append(
-                        PullRun(
-                            source.id, run.tier, start, count, coverage.group, coverage.shard, run.fidelity,
-                            source.attached.address,
-                        )
-                    )  # fmt: skip
-            plans.append(Pull(cut, int(total), tuple(runs)))
-        return plans
+        return [Pull(cut, self._duration_us(cut, segments, instance, links), segments) for cut in sorted(cuts)]
+
+    def _duration_us(
+        self,
+        cut: int,
+        segments: list[list[Segment]],
+        instance: Instance,
+        links: dict[str, tuple[float, float] | None],
+    ) -> int:
+        """One source after another: each one's latency once, and its bytes."""
+        total = 0.0
+        opened: dict[str, None] = {}
+        for coverage, of_list in zip(self._lists, segments, strict=True):
+            block_bytes = _block_bytes(instance, coverage.group)
+            for first, end, source, _ in of_list:
+                if first >= cut:
+                    break
+                latency, per_byte = links[source.id] or (0.0, 0.0)
+                if source.id not in opened:
+                    opened[source.id] = None
+                    total += latency
+                total += per_byte * (block_bytes * (min(end, cut) - first))
+        return int(total)
+
+    def runs(self, pull: Pull | None) -> tuple[PullRun, ...]:
+        """What a pull takes from whom."""
+        if pull is None:
+            return ()
+        return tuple(
+            PullRun(
+                source_id=source.id,
+                tier=run.tier,
+                first=first,
+                count=min(end, pull.reach) - first,
+                group=coverage.group,
+                shard=coverage.shard,
+                fidelity=run.fidelity,
+                address=source.attached.address,
+            )
+            for coverage, of_list in zip(self._lists, pull.segments, strict=True)
+            for first, end, source, run in of_list
+            if first < pull.reach
+        )
+
+    def _link(self, instance: Instance, source: Source, costs: CostBook, now_us: int) -> tuple[float, float] | None:
+        """Latency and microseconds a byte; None while the link is down."""
+        kind = link_class(source.attached.host_id == instance.info.host_id, source.attached.tier)
+        if costs.measured(instance.id, source.id):
+            return costs.link_costs(instance.id, source.id, kind, now_us)
+        known = self._unmeasured.get(kind)
+        if known is None:
+            known = self._unmeasured[kind] = costs.unmeasured_costs(kind)
+        return known
 
     def _segments(
         self,
@@ -131,10 +170,10 @@ class Prefix:
         links: dict[str, tuple[float, float] | None],
         costs: CostBook,
         now_us: int,
-    ) -> list[tuple[int, int, Source, Run]]:
-        """Consecutive (start, end, source, run) from block `own` on, as far as usable sources reach."""
+    ) -> list[Segment]:
+        """Consecutive segments from block `own` on, as far as usable sources reach."""
         block_bytes = _block_bytes(instance, coverage.group)
-        segments: list[tuple[int, int, Source, Run]] = []
+        segments: list[Segment] = []
         at = own
         while at < self.usable:
             best: tuple[float, str] | None = None
@@ -143,13 +182,13 @@ class Prefix:
                 end = run.first + run.count
                 if not run.first <= at < end:
                     continue
-                if source.id not in links:
-                    kind = link_class(source.attached.host_id == instance.info.host_id, run.tier)
-                    links[source.id] = costs.link_costs(instance.id, source.id, kind, now_us)
-                link = links[source.id]
+                source_id = source.attached.source_id
+                if source_id not in links:
+                    links[source_id] = self._link(instance, source, costs, now_us)
+                link = links[source_id]
                 if link is None:
                     continue
-                rank = (link[0] / (end - at) + link[1] * block_bytes, source.id)
+                rank = (link[0] / (end - at) + link[1] * block_bytes, source_id)
                 if best is None or rank < best:
                     best, chosen = rank, (source, run)
             if chosen is None:

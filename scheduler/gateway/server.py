@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import sys
@@ -175,6 +176,8 @@ def run_gateway(config: GatewayConfig, *, on_ready: Callable[[dict[str, Any]], N
     """
     # The tokenizer's library imports torch where it finds it: a quarter of a gigabyte that a gateway never uses.
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+    # It says so, too.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         import uvloop
     except ImportError:

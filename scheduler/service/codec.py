@@ -11,8 +11,6 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import Any
 
-import numpy as np
-
 from kvpool.core import changes, ids, namespace
 from kvpool.core.errors import BadArgument, Reason
 from scheduler.core import (
@@ -62,9 +60,6 @@ def to_json(value: Any) -> Any:
         return {"$list": [to_json(item) for item in value]}
     if kind is dict:
         return {"$dict": [[to_json(k), to_json(v)] for k, v in value.items()]}
-    if kind is np.ndarray:
-        data = base64.b64encode(np.ascontiguousarray(value).tobytes()).decode()
-        return {"$array": value.dtype.str, "shape": list(value.shape), "data": data}
     raise TypeError(f"{kind.__name__} can't be journalled")
 
 
@@ -89,9 +84,6 @@ def from_json(data: Any) -> Any:
             return [from_json(item) for item in data["$list"]]
         if "$dict" in data:
             return {from_json(k): from_json(v) for k, v in data["$dict"]}
-        if "$array" in data:
-            flat = np.frombuffer(base64.b64decode(data["data"], validate=True), dtype=np.dtype(data["$array"]))
-            return flat.reshape(data["shape"]).copy()
     except (KeyError, TypeError, ValueError) as error:
         raise BadArgument(f"not a journal value: {error}") from error
     raise BadArgument("not a journal value: an object without a kind")

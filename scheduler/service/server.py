@@ -103,8 +103,8 @@ class SchedulerServer:
         log.info("scheduler %s listens on %s", self.config.scheduler_id, self.address)
 
     def _register(self, server: grpc.aio.Server) -> Sequence[str]:
-        directory_pb2_grpc.add_DirectoryServicer_to_server(DirectoryServicer(self.shell), server)
-        scheduler_pb2_grpc.add_SchedulerServicer_to_server(SchedulerServicer(self.shell), server)
+        directory_pb2_grpc.add_DirectoryServicer_to_server(DirectoryServicer(self.shell), server)  # type: ignore[no-untyped-call]
+        scheduler_pb2_grpc.add_SchedulerServicer_to_server(SchedulerServicer(self.shell), server)  # type: ignore[no-untyped-call]
         return [
             directory_pb2.DESCRIPTOR.services_by_name["Directory"].full_name,
             scheduler_pb2.DESCRIPTOR.services_by_name["Scheduler"].full_name,
@@ -118,9 +118,10 @@ class SchedulerServer:
         self._stop.set()
 
     async def shutdown(self) -> None:
-        """Ends all streams, then the journal. What streams' ends would set free dies with the process anyway."""
+        """Ends all life lines, then calls under way, then the journal."""
         server, self._server = self._server, None
         if server is not None:
+            self.shell.hang_up("the scheduler is stopping")
             await server.stop(STOP_GRACE_S)
         if self._http is not None:
             await self._http.stop()

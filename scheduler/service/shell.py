@@ -147,6 +147,11 @@ class Shell:
         if self._running:
             self.submit(ended)
 
+    def hang_up(self, reason: str) -> None:
+        """Ends every life line from this side."""
+        for line in self._streams.values():
+            line.close(reason)
+
     @property
     def streams(self) -> int:
         return len(self._streams)

@@ -306,3 +306,26 @@ def test_whatever_happens_nothing_is_left(llama: LoadedModel, actions: list[tupl
             engine.export_ended(export)
         pulls.clear(), exports.clear()
     assert all_free(engine) and finished.keys() == expected.keys()
+
+
+def test_requests_that_wait_for_others_hold_only_a_share(llama: LoadedModel) -> None:
+    """Two instances that prefill for each other must not each hold what the other needs."""
+    engine = Engine(llama, replace(EXACT, kv_tokens=16 * 16, batch_max=8))
+    for i in range(6):
+        engine.submit(request(engine, prompt(i, 30), f"d{i}", phase=Phase.DECODE, max_tokens=30, pull_tokens=30))
+    engine.submit(request(engine, prompt(9, 100), "p", phase=Phase.PREFILL))
+    log = run(engine)
+    assert log.finish == {"p": Finish.HANDED_OFF}
+    pulls = engine.take_pulls()
+    assert len(pulls) == 2 and engine.load().waiting == 4
+    for pull in pulls:
+        engine.pull_ended(pull)
+    # With its first token a request depends on nobody any more.
+    for i in reversed(range(6)):
+        engine.first_token(f"d{i}", 7)
+    while len(log.finish) < 7:
+        run(engine, log)
+        for pull in engine.take_pulls():
+            engine.pull_ended(pull)
+    assert all(log.finish[f"d{i}"] is Finish.LENGTH and len(log.tokens[f"d{i}"]) == 29 for i in range(6))
+    assert all_free(engine)

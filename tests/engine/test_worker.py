@@ -210,8 +210,8 @@ def test_aborts_and_ended_streams_leave_nothing(llama: LoadedModel, node: Node, 
         assert gateway.end(name).finish_reason == engine_pb2.FINISH_REASON_ABORT
     eventually(lambda: all_free(own), "aborted requests release everything")
     with Gateway(own) as other:
-        other.submit("lost", prompt(702, 40), max_tokens=900)
         other.submit("waits", prompt(703, 40), DECODE, handoff=node.address)
+        other.submit("lost", prompt(702, 40), max_tokens=900)
         other.first("lost")
     eventually(lambda: all_free(own), "requests of an ended stream release everything")
     assert own.counters()["streams_lost"] == 1 and own.counters()["requests_aborted"] == 4
@@ -267,4 +267,23 @@ def test_garbage_is_refused_and_leaves_nothing(llama: LoadedModel, stack: ExitSt
     gateway.first_token("nobody", 3)
     gateway.send(engine_pb2.Submit())
     assert gateway.end("good").error, "a first token for a request that has its own is an error"
+    eventually(lambda: all_free(own), "everything released")
+
+
+def test_a_failing_step_fails_its_requests_only(
+    llama: LoadedModel, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = stack.enter_context(worker(llama))
+    gateway = stack.enter_context(Gateway(own))
+
+    def fail(*_: object) -> None:
+        raise MemoryError("no memory for this step")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(own.engine, "_compute", fail)
+        gateway.submit("r", prompt(1, 40))
+        end = gateway.end("r")
+    assert end.finish_reason == Finish.ERROR and "no memory" in end.error
+    gateway.submit("s", prompt(1, 40))
+    assert gateway.tokens("s") == expected(llama, prompt(1, 40), 12)
     eventually(lambda: all_free(own), "everything released")

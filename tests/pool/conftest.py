@@ -39,7 +39,7 @@ def connect() -> Iterator[Callable[..., PoolClient]]:
     clients: list[PoolClient] = []
 
     def make(node: NodeProcess, **options: object) -> PoolClient:
-        clients.append(PoolClient(node.address, timeout_s=10.0, **options))  # type: ignore[arg-type]
+        clients.append(PoolClient(node.address, **{"timeout_s": 10.0, **options}))  # type: ignore[arg-type]
         return clients[-1]
 
     yield make

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -282,3 +283,29 @@ def test_a_restarted_node_is_found_again(start_node: Callable[..., NodeProcess],
     assert eventually(stored)
     assert client.epoch > epoch and client.counters.sessions == 2
     assert client.get(namespace, keys, np.zeros_like(data)).found.all()
+
+
+def test_pins_keep_blocks(client: PoolClient, namespace: NamespaceId) -> None:
+    keys, data = random_blocks(3, [17, *namespace])
+    client.put(namespace, keys[:2], data)
+    pin, pinned = client.pin(namespace, keys, ttl_s=60)
+    assert pin and pinned.tolist() == [True, True, False]
+    assert client.stats().pins == 1
+    assert client.remove(namespace, keys) == 2
+    assert not client.lookup(namespace, keys).any()
+    client.unpin(pin)
+    assert client.stats().pins == 0
+    assert client.pin(namespace, keys)[0] == 0
+
+
+def test_without_a_writer_lock_bytes_go_over_tcp(
+    shared_node: NodeProcess, connect: Connect, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("kvpool.service.writer_lock.lock_folder", lambda: tmp_path / "missing")
+    client = connect(shared_node)
+    namespace = client.register(namespace_spec("no lock"))
+    keys, data = random_blocks(3, [18])
+    assert client.put(namespace, keys, data).channel == "tcp"
+    out = np.zeros_like(data)
+    got = client.get(namespace, keys, out)
+    assert got.channel == "shm" and got.found.all() and np.array_equal(out, data)

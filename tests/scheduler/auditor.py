@@ -10,6 +10,8 @@ from scheduler.core.commands import ENDINGS, AcknowledgeSource, CloseStream, Com
 from scheduler.core.config import SchedulerConfig
 
 Owner = tuple[str, str]
+#: Policies that know roles and may split.
+AWARE = ("kvpool", "mooncake_algorithm1", "always_split")
 
 
 @dataclass
@@ -114,8 +116,8 @@ class Auditor:
             assert self._alive(node, now_us), "handed over through a source that is not alive"
             assert node is not None and isinstance(node.began, events.SourceAttached)
             assert node.began.address == placed.handoff_address
-            assert policy in ("kvpool", "mooncake_algorithm1")
-        if policy in ("kvpool", "mooncake_algorithm1"):
+            assert policy in AWARE
+        if policy in AWARE:
             decode = self._member(events.InstanceJoined, placed.decode.instance_id)
             assert decode is not None and isinstance(decode.began, events.InstanceJoined)
             assert decode.began.info.role != Role.PREFILL

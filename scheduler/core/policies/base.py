@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from scheduler.core.cluster import Instance
@@ -13,8 +13,10 @@ from scheduler.core.options import Appraiser, Option
 class Policy(Protocol):
     """Ranks options. Filtering is done: the instances serve the model, are alive and may be placed on."""
 
-    def rank(self, appraiser: Appraiser, instances: Sequence[Instance]) -> list[Option]:
+    def rank(self, appraiser: Appraiser, instances: Sequence[Instance]) -> Iterable[Option]:
         """Options in order of preference, those that are not feasible among them. Changes nothing.
+
+        It is asked no further than the first feasible one; of a list the others are kept for the ledger.
 
         Args:
             instances: sorted by id.

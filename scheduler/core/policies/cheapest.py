@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from scheduler.core.cluster import Instance
@@ -10,8 +10,8 @@ from scheduler.core.config import SchedulerConfig
 from scheduler.core.events import PlaceRequested
 from scheduler.core.options import Appraiser, Option
 
-#: Prefill instances for which a split is looked at, by predicted time to first token.
-SPLITS_MAX = 8
+#: Ways to co-locate, and as many prefill instances of a split, that are looked at even if others can't be beaten.
+APPRAISED_MIN = 8
 
 
 @dataclass(slots=True)
@@ -20,18 +20,25 @@ class Cheapest:
 
     cost = queue + pull + prefill + hand-off + weight * harm to running decodes. Decode instances for a split: the one
     with most free KV capacity, placements on the way counted, and the one that holds the longest part of the prompt.
+    Instances are looked at in the order of a lower bound of their cost, and no further than it can matter.
     Source: Qin et al., Mooncake, FAST'25, Algorithm 1.
     """
 
     config: SchedulerConfig
 
     def rank(self, appraiser: Appraiser, instances: Sequence[Instance]) -> list[Option]:
+        bounds = {i.id: appraiser.bound_us(i) for i in instances}
         decodes = [i for i in instances if i.decodes()]
-        options = [appraiser.colocated(i) for i in decodes]
+        options = _best(
+            [(bounds[i.id] + appraiser.slow_cost_us(i), i) for i in decodes], lambda i: [appraiser.colocated(i)]
+        )
         if appraiser.request.use_pool and decodes:
             targets = _decode_targets(appraiser, decodes)
-            for prefill in _prefill_sources(appraiser, instances):
-                options.extend(appraiser.split(prefill, d) for d in targets if d is not prefill)
+            slow_us = min(appraiser.slow_cost_us(d) for d in targets)
+            options += _best(
+                [(bounds[i.id] + slow_us, i) for i in instances if i.prefills()],
+                lambda p: [appraiser.split(p, d) for d in targets if d is not p],
+            )
         options.sort(key=lambda o: (not o.feasible, *o.order))
         return options
 
@@ -39,18 +46,26 @@ class Cheapest:
         """Keeps nothing."""
 
 
+def _best(bounded: Sequence[tuple[int, Instance]], options_of: Callable[[Instance], list[Option]]) -> list[Option]:
+    """Options of instances in order of their bounds, until a feasible one costs no more than the next bound.
+
+    Bounds are rounded down as often as costs or more often, so they are never above.
+    """
+    options: list[Option] = []
+    best_us: int | None = None
+    for count, (bound_us, instance) in enumerate(sorted(bounded, key=lambda b: (b[0], b[1].id))):
+        if count >= APPRAISED_MIN and best_us is not None and best_us <= bound_us:
+            break
+        for option in options_of(instance):
+            options.append(option)
+            if option.feasible and (best_us is None or option.cost_us < best_us):
+                best_us = option.cost_us
+    return options
+
+
 def _decode_targets(appraiser: Appraiser, decodes: Sequence[Instance]) -> list[Instance]:
-    freest = min(decodes, key=lambda i: (-appraiser.kv_tokens_left(i) / i.info.kv_tokens_total, i.id))
-    roomy = [i for i in decodes if appraiser.kv_tokens_left(i) >= 0]
-    nearest = min(roomy, key=lambda i: (-appraiser.prefix.own_blocks(i.info.hbm_source_id), i.id), default=freest)
-    if nearest is freest or appraiser.prefix.own_blocks(nearest.info.hbm_source_id) == 0:
-        return [freest]
-    return [freest, nearest]
-
-
-def _prefill_sources(appraiser: Appraiser, instances: Sequence[Instance]) -> list[Instance]:
-    def order(instance: Instance) -> tuple[int, str]:
-        p = appraiser.prospect(instance)
-        return p.queue_us + p.pull_us + p.prefill_us * (1 + appraiser.load(instance).batch), instance.id
-
-    return sorted((i for i in instances if i.prefills()), key=order)[:SPLITS_MAX]
+    room = [(appraiser.kv_tokens_left(i), appraiser.prefix.own_blocks(i.info.hbm_source_id), i) for i in decodes]
+    _, _, freest = min(room, key=lambda r: (-r[0] / r[2].info.kv_tokens_total, r[2].id))
+    roomy = [r for r in room if r[0] >= 0 and r[1] > 0]
+    _, _, nearest = min(roomy, key=lambda r: (-r[1], r[2].id), default=(0, 0, freest))
+    return [freest] if nearest is freest else [freest, nearest]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from scheduler.core.cluster import Instance
@@ -15,11 +15,11 @@ from scheduler.core.options import Appraiser, Option
 class LeastLoaded:
     config: SchedulerConfig
 
-    def rank(self, appraiser: Appraiser, instances: Sequence[Instance]) -> list[Option]:
+    def rank(self, appraiser: Appraiser, instances: Sequence[Instance]) -> Iterable[Option]:
         def order(instance: Instance) -> tuple[int, int, str]:
             return appraiser.queue_us(instance), -appraiser.kv_tokens_left(instance), instance.id
 
-        return [appraiser.colocated(i) for i in sorted(instances, key=order)]
+        return (appraiser.colocated(i) for i in sorted(instances, key=order))
 
     def chosen(self, request: PlaceRequested, option: Option) -> None:
         """Keeps nothing."""

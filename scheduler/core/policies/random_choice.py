@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import xxhash
@@ -19,12 +19,12 @@ class RandomChoice:
 
     config: SchedulerConfig
 
-    def rank(self, appraiser: Appraiser, instances: Sequence[Instance]) -> list[Option]:
+    def rank(self, appraiser: Appraiser, instances: Sequence[Instance]) -> Iterable[Option]:
         def draw(instance: Instance) -> tuple[int, str]:
             text = f"{appraiser.request.request_id}\0{instance.id}"
             return xxhash.xxh3_64_intdigest(text.encode()), instance.id
 
-        return [appraiser.colocated(i) for i in sorted(instances, key=draw)]
+        return (appraiser.colocated(i) for i in sorted(instances, key=draw))
 
     def chosen(self, request: PlaceRequested, option: Option) -> None:
         """Keeps nothing."""

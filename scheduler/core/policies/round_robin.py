@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from scheduler.core.cluster import Instance
@@ -17,10 +17,10 @@ class RoundRobin:
     #: Model -> instance that had the last turn; as many entries as models that were asked for and exist.
     last: dict[str, str] = field(default_factory=dict)
 
-    def rank(self, appraiser: Appraiser, instances: Sequence[Instance]) -> list[Option]:
+    def rank(self, appraiser: Appraiser, instances: Sequence[Instance]) -> Iterable[Option]:
         last = self.last.get(appraiser.request.model, "")
         in_turn = [i for i in instances if i.id > last] + [i for i in instances if i.id <= last]
-        return [appraiser.colocated(i) for i in in_turn]
+        return (appraiser.colocated(i) for i in in_turn)
 
     def chosen(self, request: PlaceRequested, option: Option) -> None:
         self.last.pop(request.model, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from scheduler.core.cluster import Instance
@@ -21,7 +21,7 @@ class Sticky:
     #: Instance -> number of keys assigned to it.
     counts: dict[str, int] = field(default_factory=dict)
 
-    def rank(self, appraiser: Appraiser, instances: Sequence[Instance]) -> list[Option]:
+    def rank(self, appraiser: Appraiser, instances: Sequence[Instance]) -> Iterable[Option]:
         request = appraiser.request
         home = self.assigned.get((request.model, request.sticky_key)) if request.sticky_key else None
 
@@ -35,7 +35,7 @@ class Sticky:
                 instance.id,
             )
 
-        return [appraiser.colocated(i) for i in sorted(instances, key=order)]
+        return (appraiser.colocated(i) for i in sorted(instances, key=order))
 
     def chosen(self, request: PlaceRequested, option: Option) -> None:
         if not request.sticky_key:

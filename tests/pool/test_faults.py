@@ -1,0 +1,212 @@
+"""Clients and nodes that die, stop or are replaced: what was held comes back, what was stored stays right."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvpool.channels import tcp_wire as wire
+from kvpool.client import PoolClient
+from kvpool.core.errors import KvpoolError, NoSpace, Unavailable
+from kvpool.service.node import main
+from kvpool.service.writer_lock import PREFIX, lock_folder
+from tests.pool.node_process import NodeProcess, eventually, held, namespace_spec, random_blocks
+
+Start = Callable[..., NodeProcess]
+Connect = Callable[..., PoolClient]
+ONLY_ME = {"sessions": 1}
+
+
+@contextmanager
+def writer(node: NodeProcess, channel: str, blocks: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that holds a reservation of so many blocks."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.pool.writer_process", node.address, channel, str(blocks)],
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+    )
+    try:
+        assert process.stdout is not None and process.stdout.readline() == b"written\n"
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait(20)
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+@pytest.mark.parametrize("channel", ["shm", "tcp"])
+def test_killed_writer(start_node: Start, connect: Connect, channel: str) -> None:
+    node = start_node()
+    client = connect(node)
+    namespace = client.register(namespace_spec("writer"))
+    keys, data = random_blocks(20, [99])
+    with writer(node, channel, 20) as process:
+        waiting = client.wait(namespace, keys, deadline_s=60)
+        process.kill()
+        states = [s for news in waiting for s in news.states.tolist()]
+        assert states == [2] * 20, "readers are told that the writer is gone"
+        assert eventually(lambda: held(client.stats()) == ONLY_ME), held(client.stats())
+    assert client.stats().bytes_used == 0
+    assert client.put(namespace, keys, data).stored.all()
+
+
+def test_stopped_writer_keeps_its_slots_in_quarantine(start_node: Start, connect: Connect) -> None:
+    """A writer that does not ping is gone for everybody, but until it is proven dead nobody gets its slots."""
+    node = start_node(ping_interval_s=0.3)
+    client = connect(node)
+    client.register(namespace_spec("writer"))
+    with writer(node, "shm", 20) as process:
+        used = client.stats().bytes_used
+        process.send_signal(signal.SIGSTOP)
+        assert eventually(lambda: client.stats().quarantined == 20, 60), client.stats()
+        assert client.stats().bytes_used == used and client.stats().sessions == 1
+        process.kill()
+        assert eventually(lambda: held(client.stats()) == ONLY_ME), held(client.stats())
+    assert client.stats().bytes_used == 0
+
+
+def test_stopped_node_loses_nothing(start_node: Start, connect: Connect) -> None:
+    """A node that stood still for longer than it waits for pings finds its clients' sessions alive."""
+    node = start_node(ping_interval_s=0.3)
+    client = connect(node, timeout_s=2.0)
+    namespace = client.register(namespace_spec())
+    keys, data = random_blocks(4, [1])
+    client.put(namespace, keys, data)
+    stopped = connect(node, client="slow")
+    stopped.register(namespace_spec())
+    reservation = stopped.reserve(namespace, random_blocks(1, [2])[0], ttl_s=600)
+    node.send(signal.SIGSTOP)
+    try:
+        with pytest.raises(KvpoolError):
+            connect(node, timeout_s=0.5).stats()
+        with pytest.raises(KvpoolError):
+            client.get(namespace, keys, np.zeros_like(data))
+    finally:
+        node.send(signal.SIGCONT)
+    assert client.get(namespace, keys, np.zeros_like(data)).found.all()
+    assert client.counters.sessions == 1
+    assert stopped.abort(reservation) == 1
+
+
+def test_expired_reservation_is_quarantined_until_acknowledged(start_node: Start, connect: Connect) -> None:
+    node = start_node()
+    client = connect(node)
+    namespace = client.register(namespace_spec())
+    keys, data = random_blocks(3, [3])
+    reservation = client.reserve(namespace, keys, ttl_s=0.05)
+    assert eventually(lambda: client.stats().quarantined == 3)
+    digests = np.zeros((3, 4), np.uint64)
+    with pytest.raises(KvpoolError, match="expired"):
+        client.commit(reservation, np.arange(3), digests)
+    assert client.put(namespace, keys, data).stored.all(), "the keys are free, only the slots are not"
+    client.abort(reservation)
+    assert client.stats().quarantined == 0
+
+
+def test_abort_waits_for_a_tcp_write_under_way(start_node: Start, connect: Connect) -> None:
+    """A late writer can't touch slots that were given to somebody else: its connection is gone before they are."""
+    node = start_node()
+    client = connect(node, channels=("tcp",))
+    namespace = client.register(namespace_spec())
+    keys, data = random_blocks(4, [4])
+    reservation = client.reserve(namespace, keys)
+    slots = reservation.slots
+    channel = reservation.session.channel
+    deadline = wire.Deadline(20)
+    with channel._connection(deadline) as sock:  # type: ignore[attr-defined]
+        head = wire.REQUEST.pack(wire.Operation.WRITE, 4, reservation.id, data.nbytes)
+        packed = wire.pack_descriptors(slots.offsets, slots.sizes, slots.generations)
+        wire.send_all(sock, [head, *packed, memoryview(data[0])], deadline)
+        client.abort(reservation)
+        other = connect(node)
+        other.register(namespace_spec())
+        assert other.put(namespace, keys, data).stored.all()
+        with pytest.raises(KvpoolError):
+            for _ in range(100):
+                wire.send_all(sock, [bytes(1 << 20)], deadline)
+            wire.receive_bytes(sock, 1, deadline)
+    assert other.get(namespace, keys, np.zeros_like(data)).found.all()
+
+
+def test_eviction_makes_room_but_not_from_what_is_held(start_node: Start, connect: Connect) -> None:
+    node = start_node(memory_bytes=8 << 20)
+    client = connect(node)
+    namespace = client.register(namespace_spec())
+    keys, data = random_blocks(400, [5])
+    for first in range(0, 400, 50):
+        assert client.put(namespace, keys[first : first + 50], data[first : first + 50]).stored.all()
+    assert client.stats().evictions > 0
+    found = client.lookup(namespace, keys)
+    assert not found[:50].any() and found[-50:].all(), "the oldest go first"
+    held_keys = keys[-50:]
+    assert eventually(lambda: client.stats().leases == 0)
+    reservation = client.reserve(namespace, random_blocks(500, [6])[0])
+    assert (reservation.status == 4).any()
+    with pytest.raises(NoSpace):
+        client.reserve(namespace, random_blocks(1, [7])[0])
+    assert not client.put(namespace, random_blocks(1, [7])[0], data).stored.any(), "no space is a result of put"
+    client.abort(reservation)
+    assert not client.lookup(namespace, held_keys).any()
+
+
+def test_a_failed_start_names_the_flag(tmp_path: Path, start_node: Start, capsys: pytest.CaptureFixture[str]) -> None:
+    def message(**options: str) -> str:
+        flags = {"listen": "127.0.0.1:0", "segment-dir": str(tmp_path), "memory-bytes": str(8 << 20), **options}
+        assert main([text for name, value in flags.items() for text in (f"--{name}", value)]) == 1
+        return capsys.readouterr().err
+
+    assert "--memory" in message(**{"memory-bytes": str(1 << 50)})
+    assert "--memory" in message(**{"memory-bytes": "10"})
+    assert "--segment-dir" in message(**{"segment-dir": str(tmp_path / "missing")})
+    node = start_node(id="one")
+    assert "--id" in message(id="one")
+    assert "--port" in message(listen=node.address, id="two")
+    assert "--data-listen" in message(**{"data-listen": node.facts["data_address"], "id": "two"})
+    assert [p.name for p in tmp_path.glob("*.segment")] == [node.segment.name], "a failed start leaves nothing"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_clean_end(start_node: Start, connect: Connect, number: signal.Signals) -> None:
+    node = start_node()
+    client = connect(node)
+    assert client.stats().bytes_total
+    node.send(number)
+    assert node.process.wait(20) == 0
+    assert not node.segment.exists()
+    assert eventually(lambda: not client.connected)
+    with pytest.raises(Unavailable):
+        client.stats()
+
+
+def test_a_killed_nodes_segment_is_removed_by_the_next(start_node: Start) -> None:
+    node = start_node()
+    node.kill()
+    assert node.segment.exists()
+    again = start_node()
+    assert not node.segment.exists() and again.segment.exists()
+
+
+def test_writer_locks_go(start_node: Start, connect: Connect) -> None:
+    def locks(pid: int) -> int:
+        return len(list(lock_folder().glob(f"{PREFIX}{pid}-*")))
+
+    assert locks(os.getpid()) == 0
+    node = start_node()
+    client = connect(node)
+    client.stats()
+    with writer(node, "shm", 1) as process:
+        assert locks(os.getpid()) == locks(process.pid) == 1
+        process.kill()
+        assert eventually(lambda: held(client.stats()) == ONLY_ME)
+    client.close()
+    assert eventually(lambda: locks(os.getpid()) + locks(process.pid) == 0)

@@ -1,0 +1,141 @@
+"""The DRAM tier: who owns a segment, who may map it, what a full file system says."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvpool.core.errors import BadArgument, NoSpace, Unavailable
+from kvpool.service.writer_lock import PREFIX, WriterLock, WriterProof, remove_orphans
+from kvpool.tiers.dram import DATA_ALIGNMENT_BYTES, Segment
+
+MIB = 1 << 20
+
+
+def create(folder: Path, name: str = "n") -> Segment:
+    return Segment.create(folder, name, data_bytes=3 * MIB, index_bytes=1000)
+
+
+def test_what_the_owner_writes_others_read(tmp_path: Path) -> None:
+    owner = create(tmp_path)
+    owner.prefault()
+    assert owner.wait_prefaulted(20)
+    assert len(owner.index) == 1000 and len(owner.data) == 3 * MIB
+    assert owner.layout.data_offset % DATA_ALIGNMENT_BYTES == 0
+    assert not owner.data.any(), "fresh memory is zero"
+    owner.data[5] = 7
+    owner.index[0] = 8
+    reader = Segment.attach(owner.path, uuid=owner.uuid)
+    device = Segment.attach(owner.path, uuid=owner.uuid, mode="device")
+    assert reader.data[5] == 7 and reader.index[0] == 8
+    with pytest.raises(ValueError):
+        reader.data[5] = 1
+    device.data[6] = 9
+    assert owner.data[6] == reader.data[6] == 9
+    view = reader.data[:10]
+    for segment in (reader, device, owner):
+        segment.close()
+    assert view[5] == 7, "a view outlives the segment that it came from"
+    assert not owner.path.exists()
+
+
+def test_attach_refuses(tmp_path: Path) -> None:
+    owner = create(tmp_path)
+    with pytest.raises(Unavailable, match="another process"):
+        Segment.attach(owner.path, uuid=bytes(16))
+    with pytest.raises(Unavailable, match="opened"):
+        Segment.attach(tmp_path / "missing", uuid=owner.uuid)
+    for content in (b"", b"x" * 100, b"KVPOOLSG" + b"\xff" * 100):
+        other = tmp_path / "other"
+        other.write_bytes(content)
+        with pytest.raises(Unavailable, match="segment"):
+            Segment.attach(other, uuid=owner.uuid)
+    whole = owner.path.read_bytes()
+    cut = tmp_path / "cut"
+    cut.write_bytes(whole[: MIB * 2])
+    with pytest.raises(Unavailable, match="shorter"):
+        Segment.attach(cut, uuid=owner.uuid)
+    orphan = tmp_path / "orphan"
+    orphan.write_bytes(whole)
+    with pytest.raises(Unavailable, match="ended"):
+        Segment.attach(orphan, uuid=owner.uuid)
+    owner.close()
+
+
+def test_one_owner_a_name(tmp_path: Path) -> None:
+    owner = create(tmp_path)
+    with pytest.raises(Unavailable, match="live process"):
+        create(tmp_path)
+    other = create(tmp_path, "n-1")
+    other.close()
+    owner.close()
+    create(tmp_path).close()
+
+
+def test_orphans_are_removed(tmp_path: Path) -> None:
+    orphan = tmp_path / f"kvpool-n-{'ab' * 16}.segment"
+    orphan.write_bytes(b"left behind")
+    foreign = tmp_path / "kvpool-n-something.segment"
+    foreign.write_bytes(b"not ours")
+    create(tmp_path).close()
+    assert not orphan.exists() and foreign.exists()
+
+
+def test_no_space(tmp_path: Path) -> None:
+    with pytest.raises(NoSpace) as raised:
+        Segment.create(tmp_path, "n", data_bytes=1 << 60, index_bytes=0)
+    assert "--memory" in raised.value.hint and "--segment-dir" in raised.value.hint
+    for name in ("", "a/b"):
+        with pytest.raises(BadArgument):
+            create(tmp_path, name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_writer_lock_proves_its_end(tmp_path: Path) -> None:
+    lock = WriterLock(tmp_path)
+    proof = WriterProof.open(str(lock.path))
+    assert proof is not None and not proof.gone()
+    assert lock.enter()
+    lock.retire()
+    assert not lock.enter(), "nothing may be written any more"
+    assert not proof.gone(), "a write is under way"
+    lock.leave()
+    assert proof.gone() and proof.gone()
+    assert list(tmp_path.iterdir()) == []
+    lock.retire()
+
+
+def test_what_proves_nothing(tmp_path: Path) -> None:
+    free = tmp_path / "kvpool-writer-free.lock"
+    free.touch()
+    assert WriterProof.open(str(free)) is None, "nobody holds it"
+    held = tmp_path / "other.lock"
+    held.touch()
+    fd = os.open(held, os.O_RDWR)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    assert WriterProof.open(str(held)) is None, "not a writer lock"
+    link = tmp_path / "kvpool-writer-link.lock"
+    link.symlink_to(held)
+    assert WriterProof.open(str(link)) is None
+    os.close(fd)
+    assert free.exists()
+
+
+def test_locks_of_dead_clients_are_removed(tmp_path: Path) -> None:
+    (tmp_path / f"{PREFIX}dead.lock").touch()
+    (tmp_path / "another.lock").touch()
+    lock = WriterLock(tmp_path)
+    remove_orphans(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {lock.path.name, "another.lock"}
+    lock.retire()
+
+
+def test_numpy_view_is_writable_for_the_owner(tmp_path: Path) -> None:
+    owner = create(tmp_path)
+    owner.data[:] = np.arange(len(owner.data), dtype=np.uint8)
+    assert owner.data[257] == 1
+    owner.close()

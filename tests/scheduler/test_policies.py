@@ -1,0 +1,108 @@
+"""Policies: what the golden scripts don't show, above all that looking at fewer options decides the same."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import scheduler_events as made
+
+from kvpool.core.ids import Role, Tier
+from scheduler.core import events
+from scheduler.core.commands import Placed, Refused
+from scheduler.core.config import SchedulerConfig
+from scheduler.core.core import SchedulerCore
+from scheduler.core.policies import cheapest
+
+INSTANCES, NODES = 24, 4
+
+
+def traffic(seed: int) -> Iterator[events.Event]:
+    """A cluster of unequal instances, and requests that pile up on it."""
+    rng = random.Random(seed)
+    for n in range(NODES):
+        yield made.attached(n + 1, f"node-{n}", host_id=f"host-{n}")
+        yield made.snapshot(n + 1, 0, f"a0..a{rng.randrange(32)},c{8 * n}..c{8 * n + 7}")
+    stream = NODES
+    for i in range(INSTANCES):
+        host = i % NODES
+        hbm, line = stream + 1, stream + 2
+        stream += 2
+        yield made.attached(hbm, f"w{i}-hbm", tier=Tier.HBM, address="", host_id=f"host-{host}")
+        yield made.snapshot(hbm, 0, f"{rng.choice('ac')}0" if i % 3 else f"a0..a{rng.randrange(40)}")
+        yield made.joined(
+            line,
+            f"w{i}",
+            role=rng.choice(list(Role)),
+            kv_tokens_total=rng.choice([8192, 32_768]),
+            batch_max=rng.choice([2, 32]),
+            host_id=f"host-{host}",
+            node_source_id=rng.choice([f"node-{host}", f"node-{host}", ""]),
+        )
+        speed = rng.uniform(5, 200)
+        yield made.reported(
+            line,
+            kv_tokens_free=1 << 20,
+            prefill=tuple(events.PrefillSample(n, 0, int(2000 + speed * n)) for n in (100, 1000, 3000)),
+            decode=tuple(events.DecodeSample(b, 1000 * b, int(3000 + 10 * speed * b)) for b in (1, 4, 16)),
+            links=tuple(
+                events.LinkSample(f"node-{n}", size, int(500 + size * rng.uniform(1e-4, 1e-1)), False, 1)
+                for n in range(NODES)
+                for size in (100_000, 1_000_000)
+            ),
+        )
+    for number in range(150):
+        yield made.place(
+            f"r{number}",
+            blocks=rng.choice(["a0..a31", "c0..c31", "d0..d31", "a0..a7,c0..c7"]),
+            prompt_tokens=rng.randrange(1, 3000),
+            max_tokens=rng.randrange(1, 1000),
+            policy=rng.choice(["kvpool", "kvpool", "always_split"]),
+            ttft_slo_us=rng.choice([0, 0, 100_000]),
+            use_pool=rng.random() < 0.8,
+        )
+
+
+def decisions(seed: int) -> list[Placed | Refused]:
+    core = SchedulerCore(SchedulerConfig())
+    found: list[Placed | Refused] = []
+    for number, event in enumerate(traffic(seed)):
+        found += [c for c in core.handle(event, number * 1000) if isinstance(c, Placed | Refused)]
+    core.check_invariants()
+    return found
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_looking_no_further_than_the_bounds_decides_the_same(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    some = decisions(seed)
+    assert any(isinstance(d, Placed) and d.split for d in some)
+    assert any(isinstance(d, Placed) and not d.split for d in some)
+    assert any(isinstance(d, Placed) and d.pull for d in some)
+    monkeypatch.setattr(cheapest, "APPRAISED_MIN", 10**9)
+    assert decisions(seed) == some
+    monkeypatch.setattr(cheapest, "APPRAISED_MIN", 1)
+    assert decisions(seed) == some
+
+
+@pytest.mark.parametrize("policy", ["random", "sticky", "round_robin", "least_loaded"])
+def test_baselines_spread_requests(policy: str) -> None:
+    core = SchedulerCore(SchedulerConfig(policy=policy))
+    for n in range(4):
+        core.handle(made.joined(n + 1, f"w{n}", kv_tokens_total=1 << 20), 0)
+    taken = dict.fromkeys(core.cluster.instances, 0)
+    for n in range(80):
+        (placed,) = core.handle(made.place(f"r{n}", sticky_key=f"c{n % 40}", use_pool=False), 0)
+        assert isinstance(placed, Placed)
+        taken[placed.decode.instance_id] += 1
+    assert min(taken.values()) >= (20 if policy != "random" else 8)
+
+
+def test_expected_output_follows_what_requests_generate() -> None:
+    core = SchedulerCore(SchedulerConfig())
+    core.handle(made.joined(1), 0)
+    core.handle(events.GatewayOpened(2, "gw"), 0)
+    for n in range(200):
+        core.handle(made.place(f"r{n}", max_tokens=100), 0)
+        core.handle(made.outcome(2, f"r{n}", tokens=10), 0)
+    assert core.output_shares["tiny"] == pytest.approx(0.1, abs=0.02)

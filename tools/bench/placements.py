@@ -1,0 +1,302 @@
+"""Placements per second with 64 instances: the core alone, the core behind its journal, and over gRPC.
+
+Beside them, in the same run, what bounds each: an event that decides nothing for the core, and a health check (the
+smallest unary call that the same server answers) for gRPC.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPOSITORY))
+
+from kvpool.core.ids import Fidelity, Role, Tier  # noqa: E402
+from kvpool.core.namespace import GroupKind, GroupSpec, NamespaceSpec  # noqa: E402
+from scheduler.core import events  # noqa: E402
+from scheduler.core.commands import Placed  # noqa: E402
+from scheduler.core.config import SchedulerConfig  # noqa: E402
+from scheduler.core.core import SchedulerCore  # noqa: E402
+from scheduler.service.journal import Journal  # noqa: E402
+from scheduler.service.shell import Shell  # noqa: E402
+
+INSTANCES, NODES = 64, 8
+BLOCK_TOKENS = 64
+PROMPT_BLOCKS = 64  # 4096 tokens
+SYSTEM_BLOCKS = 16  # that all conversations share
+CONVERSATIONS = 512
+ACTIVE = 256  # placements under way
+POLICIES = ("kvpool", "mooncake_algorithm1", "sticky", "round_robin")
+NAMESPACE = NamespaceSpec(
+    model="bench",
+    revision="1",
+    dtype="bfloat16",
+    backend="bench",
+    layout="lkthd",
+    hash="xxh3_128/1",
+    groups=(GroupSpec(0, GroupKind.FULL, (0, 1, 2, 3), BLOCK_TOKENS, 1, 4, 2 << 20, 8, 128),),
+)
+
+
+class Workload:
+    """A cluster with warm caches and an endless row of requests, all drawn from one seed."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        drawn = np.random.default_rng(seed)
+        self.system = drawn.bytes(16 * SYSTEM_BLOCKS)
+        own_bytes = 16 * (PROMPT_BLOCKS - SYSTEM_BLOCKS)
+        self.prompts = [self.system + drawn.bytes(own_bytes) for _ in range(CONVERSATIONS)]
+
+    def cluster(self) -> Iterator[events.Event]:
+        """Members and what they hold. Streams: nodes, HBM sources, instances, then one gateway."""
+        stream = 0
+        for n in range(NODES):
+            stream += 1
+            yield events.SourceAttached(stream, f"node-{n}", 1, Tier.DRAM, f"10.0.0.{n}:1", f"host-{n}", "", 1 << 40)
+            held = self.system + b"".join(p[len(self.system) :] for p in self.prompts[n::NODES])
+            yield events.SnapshotReceived(stream, 0, 0, True, held, Fidelity.EXACT)
+        for i in range(INSTANCES):
+            stream += 1
+            host = f"host-{i % NODES}"
+            yield events.SourceAttached(stream, f"w{i:02}-hbm", 1, Tier.HBM, "", host, f"w{i:02}", 1 << 37)
+            held = self.system + b"".join(p[len(self.system) :] for p in self.prompts[i::INSTANCES])
+            yield events.SnapshotReceived(stream, 0, 0, True, held, Fidelity.EXACT)
+        for i in range(INSTANCES):
+            stream += 1
+            yield events.InstanceJoined(stream, self.info(i))
+            yield self.report(stream)
+        self.gateway = stream + 1
+        yield events.GatewayOpened(self.gateway, "gw")
+
+    @staticmethod
+    def info(i: int) -> events.InstanceInfo:
+        return events.InstanceInfo(
+            instance_id=f"w{i:02}",
+            epoch=1,
+            role=Role.PREFILL if i % 4 == 0 else Role.DECODE,
+            model="bench",
+            namespace=NAMESPACE,
+            context_tokens_max=131_072,
+            kv_tokens_total=1 << 20,
+            batch_max=256,
+            address=f"10.0.1.{i}:1",
+            host_id=f"host-{i % NODES}",
+            hbm_source_id=f"w{i:02}-hbm",
+            node_source_id=f"node-{i % NODES}",
+            node_address=f"10.0.0.{i % NODES}:1",
+        )
+
+    def report(self, stream: int) -> events.InstanceReported:
+        new = self.rng.randrange(64, 4096)
+        batch = self.rng.randrange(1, 32)
+        return events.InstanceReported(
+            stream=stream,
+            running=batch,
+            waiting=0,
+            kv_tokens_free=1 << 20,
+            prefill=(events.PrefillSample(new, 0, 5_000 + 40 * new),),
+            decode=(events.DecodeSample(batch, batch * 3000, 9_000 + 100 * batch),),
+            links=(events.LinkSample(f"node-{self.rng.randrange(NODES)}", 1 << 24, 3_000, False, 1),),
+            finished_prefills=(),
+            draining=False,
+        )
+
+    def request(self, number: int, policy: str) -> events.PlaceRequested:
+        conversation = self.rng.randrange(CONVERSATIONS)
+        return events.PlaceRequested(
+            request_id=f"r{number}",
+            gateway_id="gw",
+            model="bench",
+            keys=(events.KeyBatch(0, 0, self.prompts[conversation]),),
+            prompt_tokens=PROMPT_BLOCKS * BLOCK_TOKENS + 100,
+            max_tokens=512,
+            ttft_slo_us=0,
+            tpot_slo_us=0,
+            policy=policy,
+            use_pool=True,
+            sticky_key=f"c{conversation}",
+            exclude_instances=(),
+            fidelity_min=Fidelity.EXACT,
+        )
+
+    def outcome(self, number: int) -> events.OutcomeReported:
+        times = events.RequestTimes()
+        return events.OutcomeReported(
+            self.gateway, f"r{number}", False, 100_000, 1_000_000, 300, "stop", "", times, times
+        )
+
+
+class StepClock:
+    """Time that passes by a fixed step an event: what is measured does not depend on how fast it runs."""
+
+    def __init__(self) -> None:
+        self.us = 0
+
+    def __call__(self) -> int:
+        self.us += 20
+        return self.us
+
+
+def summary(seconds: list[float], wall_s: float) -> dict[str, float]:
+    ordered = sorted(seconds)
+    return {
+        "per_s": len(seconds) / wall_s,
+        "p50_us": statistics.median(ordered) * 1e6,
+        "p99_us": ordered[int(len(ordered) * 0.99)] * 1e6,
+    }
+
+
+def measure_core(policy: str, count: int, journal: Journal | None = None) -> dict[str, float]:
+    """Times each placement; outcomes keep the number under way, and are left out of the times."""
+    workload = Workload(1)
+    shell = Shell(SchedulerCore(SchedulerConfig()), journal, clock_us=StepClock())
+    if journal is not None:
+        journal.begin(shell.core)
+    for event in workload.cluster():
+        shell.submit(event)
+    times: list[float] = []
+    for number in range(count + ACTIVE):
+        request = workload.request(number, policy)
+        began = time.perf_counter()
+        commands = shell.submit(request)
+        took = time.perf_counter() - began
+        assert isinstance(commands[-1], Placed), commands
+        if number >= ACTIVE:
+            times.append(took)
+            shell.submit(workload.outcome(number - ACTIVE))
+    if journal is not None:
+        journal.close()
+    return summary(times, sum(times))
+
+
+def measure_nothing(count: int) -> dict[str, float]:
+    """An event that decides nothing, through the same entrance."""
+    shell = Shell(SchedulerCore(SchedulerConfig()), clock_us=StepClock())
+    times = []
+    for _ in range(count):
+        began = time.perf_counter()
+        shell.submit(events.TimePassed())
+        times.append(time.perf_counter() - began)
+    return summary(times, sum(times))
+
+
+# ---------------------------------------------------------------- over gRPC
+
+
+async def serve() -> None:
+    """A scheduler with the same cluster, its members never silent; prints its address, runs until killed."""
+    from scheduler.service.server import SchedulerServer, SchedulerServerConfig
+
+    hour_us = 3_600_000_000
+    core = SchedulerConfig(suspect_us=hour_us, gone_us=2 * hour_us)
+    server = SchedulerServer(SchedulerServerConfig(listen="127.0.0.1:0", core=core))
+    await server.startup()
+    for event in Workload(1).cluster():
+        server.shell.submit(event)
+    print(server.address, flush=True)
+    await server.main_loop()
+
+
+async def load(call: Callable[[int], Any], count: int, concurrency: int) -> dict[str, float]:
+    numbers = iter(range(count))
+    times: list[float] = []
+
+    async def caller() -> None:
+        for number in numbers:
+            began = time.perf_counter()
+            await call(number)
+            times.append(time.perf_counter() - began)
+
+    began = time.perf_counter()
+    await asyncio.gather(*(caller() for _ in range(concurrency)))
+    return summary(times, time.perf_counter() - began)
+
+
+async def measure_grpc(address: str, count: int) -> dict[str, dict[str, float]]:
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    from kvpool.service import rpc
+    from kvpool.v1 import scheduler_pb2, scheduler_pb2_grpc
+
+    workload = Workload(1)
+    list(workload.cluster())
+    channel = rpc.make_aio_channel(address)
+    stub, health = scheduler_pb2_grpc.SchedulerStub(channel), health_pb2_grpc.HealthStub(channel)
+
+    async def check(number: int) -> None:
+        await health.Check(health_pb2.HealthCheckRequest())
+
+    async def place(number: int) -> None:
+        # A few ids that come again and again: each replaces its last placement, so the cluster never fills up.
+        event = workload.request(number % ACTIVE, "kvpool")
+        request = scheduler_pb2.PlaceRequest(
+            request_id=event.request_id,
+            gateway_id="gw",
+            model="bench",
+            prompt_tokens=event.prompt_tokens,
+            max_tokens=event.max_tokens,
+            use_pool=True,
+        )
+        request.keys.add(keys=event.keys[0].keys)
+        reply = await stub.Place(request)
+        assert reply.HasField("placement"), reply
+
+    results = {}
+    await load(place, 50, 4)
+    for concurrency in (1, 16):
+        results[f"health check, {concurrency} at once"] = await load(check, count, concurrency)
+        results[f"place, {concurrency} at once"] = await load(place, count, concurrency)
+    await channel.close()
+    return results
+
+
+def over_grpc(count: int) -> dict[str, dict[str, float]]:
+    with subprocess.Popen([sys.executable, __file__, "--serve"], stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            address = server.stdout.readline().strip()
+            return asyncio.run(measure_grpc(address, count))
+        finally:
+            server.kill()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=2000, help="placements a row")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        asyncio.run(serve())
+        return
+    rows: dict[str, dict[str, float]] = {"core: an event that decides nothing": measure_nothing(options.count)}
+    for policy in POLICIES:
+        rows[f"core: {policy}"] = measure_core(policy, options.count)
+    with tempfile.TemporaryDirectory() as folder:
+        rows["core and journal: kvpool"] = measure_core("kvpool", options.count, Journal(Path(folder), 1 << 28))
+    rows |= {f"gRPC: {name}": row for name, row in over_grpc(options.count).items()}
+    if options.json:
+        print(json.dumps({"instances": INSTANCES, "prompt_blocks": PROMPT_BLOCKS, "rows": rows}, indent=2))
+        return
+    print(f"{INSTANCES} instances, {NODES} nodes, prompts of {PROMPT_BLOCKS} blocks, {ACTIVE} placements under way")
+    print(f"{'':40} {'a second':>10} {'p50 us':>10} {'p99 us':>10}")
+    for name, row in rows.items():
+        print(f"{name:40} {row['per_s']:10.0f} {row['p50_us']:10.0f} {row['p99_us']:10.0f}")
+
+
+if __name__ == "__main__":
+    main()
