@@ -6,6 +6,7 @@ import logging
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -78,11 +79,15 @@ class EngineWorker:
 
     Args:
         model: a model that is loaded already, in place of `config.model`.
-        memory: how blocks leave and enter the cache; None = what the device calls for.
+        memory: makes what brings blocks out of and into the cache, from the cache tensor.
     """
 
     def __init__(
-        self, config: WorkerConfig, *, model: LoadedModel | None = None, memory: BlockMemory | None = None
+        self,
+        config: WorkerConfig,
+        *,
+        model: LoadedModel | None = None,
+        memory: Callable[[torch.Tensor], BlockMemory] = block_memory,
     ) -> None:
         if config.role not in ROLES:
             raise BadArgument(f"role {config.role!r} is not one of {', '.join(ROLES)}")
@@ -92,7 +97,7 @@ class EngineWorker:
         self.model = model or _load(config)
         self.epoch = time.time_ns()
         self.engine = Engine(self.model, config.engine())
-        self._memory = memory or block_memory(self.engine.cache)
+        self._memory = memory(self.engine.cache)
         self._counters = Counters()
         self._links = Links(self.engine.namespace, client=config.instance_id, credential=config.credential)
         self._dispatcher = Dispatcher(

@@ -1,9 +1,10 @@
 """What every data channel does: move the bytes of described blocks between a source and rows of the caller's memory.
 
 The channel contract (tests/channels runs it over every implementation):
- * A read tells for each block whether its bytes are good: those that were committed, whole and, with `verify`, of the
-   right digest. A row whose block is not good may hold anything.
- * A broken link, a peer that is too slow and a refused hold raise ChannelError; the rows may then hold anything.
+ * A read that returns has filled each row with the whole block; with `verify`, it tells for each whether the bytes have
+   the digests that were committed. A row whose block is not good may hold anything.
+ * A broken link, a peer that is too slow, a lease or reservation that does not cover the blocks raise ChannelError; the
+   rows may then hold anything. (A channel that the source takes no part in can't see that a lease has ended.)
  * Nothing outlives its deadline, and no call waits without one.
 """
 
@@ -91,14 +92,12 @@ class Offer:
 Opener = Callable[[Mapping[str, str]], Channel]
 
 
-def open_best(
-    offers: Sequence[Offer], openers: Mapping[str, Opener], skip: Sequence[str] = ()
-) -> tuple[Channel | None, dict[str, str]]:
+def open_best(offers: Sequence[Offer], openers: Mapping[str, Opener]) -> tuple[Channel | None, dict[str, str]]:
     """The first channel of `offers` that opens, and why each one before it did not."""
     failures: dict[str, str] = {}
     for offer in offers:
         opener = openers.get(offer.kind)
-        if opener is None or offer.kind in skip:
+        if opener is None:
             continue
         try:
             return opener(offer.parameters), failures

@@ -87,12 +87,12 @@ class TcpChannel:
         def transfer(sock: socket.socket, share: _Share, deadline: wire.Deadline) -> None:
             part = slice(share.first, share.first + share.count)
             self._request(sock, wire.Operation.READ, lease, blocks, share, deadline, payload=[])
-            before = np.frombuffer(wire.receive_bytes(sock, share.count, deadline), np.uint8)
-            present = [share.first + i for i in np.flatnonzero(before == wire.Status.OK).tolist()]
-            intact = _receive(sock, blocks, out, rows, present, verify, deadline)
-            after = np.frombuffer(wire.receive_bytes(sock, share.count, deadline), np.uint8)
-            good[present] = intact
-            good[part] &= after == wire.Status.OK
+            before = wire.receive_bytes(sock, share.count, deadline)
+            if any(before):
+                raise ChannelError(f"tcp: the lease does not cover {sum(map(bool, before))} of {share.count} blocks")
+            good[part] = _receive(sock, blocks, out, rows, range(part.start, part.stop), verify, deadline)
+            if any(wire.receive_bytes(sock, share.count, deadline)):
+                raise ChannelError("tcp: the lease ended while the blocks were sent")
 
         self._run(transfer, blocks, deadline_s)
         return good
@@ -263,29 +263,29 @@ def _receive(
     blocks: Descriptors,
     out: Bytes2D,
     rows: Rows,
-    present: list[int],
+    part: range,
     verify: bool,
     deadline: wire.Deadline,
 ) -> NDArray[np.bool_]:
     """Receives the blocks with these numbers into their rows, hashing as they come; which of them are intact."""
-    intact = np.ones(len(present), dtype=np.bool_)
+    intact = np.ones(len(part), dtype=np.bool_)
     keys, sizes = block_keys(blocks), blocks.sizes.tolist()
     chunk: list[memoryview] = []
-    todo: list[tuple[int, int, int, NDArray[np.uint8]]] = []
+    todo: list[tuple[int, int, NDArray[np.uint8]]] = []
     filled = 0
 
     def flush() -> None:
         wire.receive_all(sock, chunk, deadline)
-        for n, i, section, piece in todo if verify else ():
+        for i, section, piece in todo if verify else ():
             if section_digest(piece, keys[i], section) != blocks.digests[i, section]:
-                intact[n] = False
+                intact[i - part.start] = False
 
-    for n, i in enumerate(present):
+    for i in part:
         row = out[rows[i]]
         for section, start, stop in bounds(sizes[i], blocks.digests.shape[1]):
             piece = row[start:stop]
             chunk.append(memoryview(piece))
-            todo.append((n, i, section, piece))
+            todo.append((i, section, piece))
             filled += stop - start
             if filled >= HASH_CHUNK_BYTES:
                 flush()

@@ -3,8 +3,8 @@
 A connection begins with a greeting: magic and session token one way, one status byte the other. Then requests, one at
 a time on a connection. A request is a header and packed descriptors: offsets u64[n], sizes u32[n], generations u32[n].
 
- * READ: the reply is a header, n states, the bytes of each block whose state is OK, and n states again: a block whose
-   state changed while it was sent is not good.
+ * READ: the reply is a header, n states, the bytes of each block whose state is OK, and n states again: whether the
+   lease still covered the block after it was sent.
  * WRITE: the bytes of all blocks follow the descriptors; the reply is a header and n states.
 
 A reply whose status is not OK carries a message instead. All numbers are little-endian.

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpool.core.arrays import Descriptors, EntryState, SourceArrays
-from kvpool.core.ids import KeyArray
+from kvpool.core.ids import KEY_BYTES, KeyArray
 from kvpool.core.kernels.entries import table_insert, table_lookup, table_remove
 
 #: Stands in arrays of entries where a key has none.
@@ -20,6 +20,18 @@ Entries = NDArray[np.int32]
 def key_words(keys: KeyArray) -> NDArray[np.uint64]:
     """Keys as uint64 (n, 2)."""
     return np.ascontiguousarray(keys).view(np.uint64).reshape(-1, 2)
+
+
+def split_keys(keys: KeyArray) -> list[bytes]:
+    """Keys as bytes objects, for dictionaries."""
+    packed = keys.tobytes()
+    return [packed[i : i + KEY_BYTES] for i in range(0, len(packed), KEY_BYTES)]
+
+
+def first_of_each(keys: KeyArray, rows: NDArray[np.int64]) -> dict[int, int]:
+    """For each of `rows` the first of them with the same key."""
+    seen: dict[bytes, int] = {}
+    return {row: seen.setdefault(key, row) for row, key in zip(rows.tolist(), split_keys(keys[rows]), strict=True)}
 
 
 class BlockIndex:

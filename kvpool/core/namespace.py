@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass
 from enum import IntEnum
 
-from kvpool.core.errors import BadArgument
+from kvpool.core.errors import BadArgument, Overloaded, UnknownNamespace
 from kvpool.core.ids import NamespaceId
 
 HASHES = ("xxh3_128/1", "sha256/1")
@@ -16,6 +16,7 @@ BLOCK_TOKENS_MAX = 4096
 BLOCK_BYTES_MAX = 1 << 30
 SECTIONS_MAX = 8
 SHARDS_MAX = 1024
+NAMESPACES_MAX = 1024
 
 
 class GroupKind(IntEnum):
@@ -98,3 +99,46 @@ class NamespaceSpec:
     def id(self) -> NamespaceId:
         """sha256 of the canonical form, first 16 bytes."""
         return NamespaceId(hashlib.sha256(self.canonical()).digest()[:16])
+
+
+class Namespaces:
+    """The namespaces that a source knows, numbered in order of registration."""
+
+    def __init__(self) -> None:
+        self._specs: dict[NamespaceId, NamespaceSpec] = {}
+        self._numbers: dict[NamespaceId, int] = {}
+
+    @property
+    def ids(self) -> list[NamespaceId]:
+        """By number."""
+        return list(self._specs)
+
+    def register(self, spec: NamespaceSpec) -> NamespaceId:
+        """Makes a namespace known. Idempotent. Raises: BadArgument, Overloaded."""
+        spec.validate()
+        namespace = spec.id()
+        if namespace not in self._specs:
+            if len(self._specs) >= NAMESPACES_MAX:
+                raise Overloaded(f"{NAMESPACES_MAX} namespaces are registered already")
+            self._numbers[namespace] = len(self._specs)
+            self._specs[namespace] = spec
+        return namespace
+
+    def number(self, namespace_id: bytes) -> int:
+        """Raises: UnknownNamespace."""
+        number = self._numbers.get(NamespaceId(namespace_id))
+        if number is None:
+            raise UnknownNamespace(
+                f"namespace {bytes(namespace_id).hex() or '(empty)'} is not registered", hint="call RegisterNamespace"
+            )
+        return number
+
+    def group(self, namespace_id: bytes, group: int, shard: int) -> GroupSpec:
+        """Raises: UnknownNamespace, BadArgument."""
+        self.number(namespace_id)
+        groups = self._specs[NamespaceId(namespace_id)].groups
+        if not 0 <= group < len(groups):
+            raise BadArgument(f"group {group} is not one of the namespace's {len(groups)}")
+        if not 0 <= shard < groups[group].shard_count:
+            raise BadArgument(f"shard {shard} is not one of the group's {groups[group].shard_count}")
+        return groups[group]

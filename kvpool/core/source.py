@@ -20,23 +20,22 @@ from kvpool.core.errors import (
     Overloaded,
     ReservationExpired,
     UnknownLease,
-    UnknownNamespace,
     UnknownReservation,
     UnknownSession,
 )
 from kvpool.core.expiry import Expiries, Expiry
+from kvpool.core.held import HeldBlocks
 from kvpool.core.holds import Hold, Holds
 from kvpool.core.ids import Fidelity, KeyArray, LeaseId, NamespaceId, PinId, ReservationId, SessionId, WaitId
-from kvpool.core.index import NO_ENTRY, BlockIndex, Entries
+from kvpool.core.index import NO_ENTRY, BlockIndex, Entries, first_of_each, split_keys
 from kvpool.core.listing import BlockRecord, SourceCounts, count_source, list_blocks
-from kvpool.core.namespace import SECTIONS_MAX, GroupSpec, NamespaceSpec
+from kvpool.core.namespace import SECTIONS_MAX, GroupSpec, Namespaces, NamespaceSpec
 from kvpool.core.reservations import Reservation, Reservations, ReservationState
 from kvpool.core.results import Leased, Pinned, Reserved, ReserveStatus, SourceConfig
 from kvpool.core.store import BlockStore
 from kvpool.core.waits import Waits, WaitState, Wakeup
 
 TTL_US_MAX: Final = 600_000_000
-NAMESPACES_MAX: Final = 1024
 
 __all__ = [
     "BlockRecord",
@@ -67,33 +66,20 @@ class SourceCore:
         self.waits = Waits()
         self.sessions: dict[SessionId, str] = {}
         self.hits = self.misses = 0  # blocks asked for by lease
-        self._namespaces: dict[NamespaceId, NamespaceSpec] = {}
-        self._namespace_numbers: dict[NamespaceId, int] = {}
+        self._namespaces = Namespaces()
         self._expiries = Expiries()
+        self._held = HeldBlocks(self.holds, self.store, self._expiries)
         self._next_session = 1
 
     # ---------------------------------------------------------------- namespaces and sessions
 
     def register_namespace(self, spec: NamespaceSpec) -> NamespaceId:
         """Makes a namespace known. Idempotent. Raises: BadArgument, Overloaded."""
-        spec.validate()
-        namespace = spec.id()
-        if namespace not in self._namespaces:
-            if len(self._namespaces) >= NAMESPACES_MAX:
-                raise Overloaded(f"{NAMESPACES_MAX} namespaces are registered already")
-            self._namespaces[namespace] = spec
-            self._namespace_numbers[namespace] = len(self._namespace_numbers)
-        return namespace
+        return self._namespaces.register(spec)
 
     def group(self, namespace_id: bytes, group: int, shard: int) -> GroupSpec:
-        """The group of a namespace. Raises: UnknownNamespace, BadArgument."""
-        self._namespace(namespace_id)
-        groups = self._namespaces[NamespaceId(namespace_id)].groups
-        if not 0 <= group < len(groups):
-            raise BadArgument(f"group {group} is not one of the namespace's {len(groups)}")
-        if not 0 <= shard < groups[group].shard_count:
-            raise BadArgument(f"shard {shard} is not one of the group's {groups[group].shard_count}")
-        return groups[group]
+        """A group of a namespace. Raises: UnknownNamespace, BadArgument."""
+        return self._namespaces.group(namespace_id, group, shard)
 
     def open_session(self, client: str, now_us: int) -> SessionId:
         """Raises: Overloaded."""
@@ -113,11 +99,7 @@ class SourceCore:
         """Ends what a session holds. Its slots go to quarantine unless its writer is proven gone. Idempotent."""
         if self.sessions.pop(session, None) is None:
             return
-        leases, pins = self.holds.of_session(session)
-        for lease in leases:
-            self._end_lease(lease)
-        for pin in pins:
-            self._end_pin(pin)
+        self._held.end_session(session)
         for wait in self.waits.of_session(session):
             self.cancel_wait(wait)
         for reservation in self.reservations.of_session(session):
@@ -166,11 +148,11 @@ class SourceCore:
         # Held first, so that what this call found is not what it evicts.
         guarded = entries[found]
         self.store.guard(guarded)
-        firsts = self._first_of_each(keys, np.flatnonzero(status == 0))
+        firsts = first_of_each(keys, np.flatnonzero(status == 0))
         fresh = np.fromiter(dict.fromkeys(firsts.values()), dtype=np.int64)
         taken = self.store.allocate(keys[fresh], group.block_bytes)
         if hold is not None:
-            self._hand_off(guarded, hold, now_us)
+            self._held.hand_off(guarded, hold, now_us)
         self.store.unguard(guarded)
         reserved = fresh[: len(taken)]
         for row, first in firsts.items():
@@ -185,7 +167,7 @@ class SourceCore:
         reservation = ReservationId(0)
         if len(taken):
             self.arrays.fidelities[taken] = fidelity
-            self.store.set_namespace(taken, self._namespace(namespace_id))
+            self.store.set_namespace(taken, self._namespaces.number(namespace_id))
             reservation = self.reservations.add(
                 Reservation(session, reserved, taken, group.section_count, now_us + ttl_us, hold)
             )
@@ -222,7 +204,7 @@ class SourceCore:
         if len(complete):
             # Held before anybody else acts, so that nothing evicts a block on its way to its reader.
             if found.hold is not None:
-                self._hand_off(complete, found.hold, now_us)
+                self._held.hand_off(complete, found.hold, now_us)
             self.store.publish(complete)
             for key in self._keys(complete):
                 self.waits.key_changed(key, WaitState.COMMITTED)
@@ -258,10 +240,7 @@ class SourceCore:
         self.misses += int((~found).sum())
         lease = LeaseId(0)
         if found.any():
-            held = np.ascontiguousarray(entries[found])
-            self.store.hold(held)
-            lease = self.holds.add_lease(session, held, now_us + ttl_us, handoff)
-            self._expiries.set(Expiry.LEASE, lease, now_us + ttl_us)
+            lease = self._held.lease(session, entries[found], now_us + ttl_us, handoff)
         fidelity = np.zeros(len(keys), dtype=np.uint8)
         fidelity[found] = self.arrays.fidelities[entries[found]]
         return Leased(lease, found, self._describe(keys, entries, found, SECTIONS_MAX), fidelity)
@@ -275,7 +254,7 @@ class SourceCore:
             if found is None or found.session != session:
                 unknown = number
                 continue
-            self._end_lease(lease)
+            self._held.end_lease(lease)
         if unknown is not None:
             raise UnknownLease(f"no lease {unknown}", hint="it has expired; what was read under it may be stale")
 
@@ -305,11 +284,7 @@ class SourceCore:
         entries, found = self._readable(namespace_id, keys)
         pin = PinId(0)
         if found.any():
-            held = np.ascontiguousarray(entries[found])
-            self.store.hold(held)
-            pin = self.holds.add_pin(session, held, now_us + ttl_us if ttl_us else 0)
-            if ttl_us:
-                self._expiries.set(Expiry.PIN, pin, now_us + ttl_us)
+            pin = self._held.pin(session, entries[found], now_us + ttl_us if ttl_us else 0)
         return Pinned(pin, found)
 
     def unpin(self, session: SessionId, pin: int, now_us: int) -> None:
@@ -317,12 +292,12 @@ class SourceCore:
         found = self.holds.pins.get(PinId(pin))
         if found is None or found.session != session:
             raise UnknownLease(f"no pin {pin}")
-        self._end_pin(PinId(pin))
+        self._held.end_pin(PinId(pin))
 
     def lookup(self, namespace_id: bytes, keys: KeyArray) -> NDArray[np.bool_]:
         """Which keys are readable. Changes nothing, holds nothing. Raises: UnknownNamespace, BadArgument."""
         self._check_keys(keys)
-        self._namespace(namespace_id)
+        self._namespaces.number(namespace_id)
         return self._readable(namespace_id, keys)[1]
 
     # ---------------------------------------------------------------- waiting
@@ -348,14 +323,13 @@ class SourceCore:
             raise Overloaded(f"{self.config.awaited_keys_max} keys are awaited already")
         wait = self.waits.add(session)
         entries = self.index.lookup(keys)
-        for i, (entry, key) in enumerate(zip(entries.tolist(), self._split(keys), strict=True)):
-            if entry != NO_ENTRY and self.store.namespace_of(entry) != self._namespace(namespace_id):
+        number = self._namespaces.number(namespace_id)
+        for i, (entry, key) in enumerate(zip(entries.tolist(), split_keys(keys), strict=True)):
+            foreign = entry != NO_ENTRY and self.store.namespace_of(entry) != number
+            if foreign or (entry == NO_ENTRY and absent_is_abandoned):
                 self.waits.tell(wait, i, WaitState.ABANDONED)
             elif entry == NO_ENTRY:
-                if absent_is_abandoned:
-                    self.waits.tell(wait, i, WaitState.ABANDONED)
-                else:
-                    self.waits.await_key(wait, i, key)
+                self.waits.await_key(wait, i, key)
             elif self.arrays.states[entry] == EntryState.READABLE:
                 self.waits.tell(wait, i, WaitState.COMMITTED)
             else:
@@ -385,7 +359,7 @@ class SourceCore:
         return len(victims)
 
     def remove_namespace(self, namespace_id: bytes, now_us: int) -> int:
-        victims = self.store.readable_of(self._namespace(namespace_id))
+        victims = self.store.readable_of(self._namespaces.number(namespace_id))
         self.store.drop(victims)
         return len(victims)
 
@@ -414,7 +388,7 @@ class SourceCore:
         """A page of blocks, and the cursor of the next page (0 = end). Raises: BadArgument."""
         if not 1 <= limit <= 10_000 or cursor < 0:
             raise BadArgument("limit must be 1 to 10000, cursor as it was returned")
-        return list_blocks(self, list(self._namespaces), cursor, limit)
+        return list_blocks(self, self._namespaces.ids, cursor, limit)
 
     def counts(self) -> SourceCounts:
         return count_source(self)
@@ -433,14 +407,6 @@ class SourceCore:
 
     # ---------------------------------------------------------------- parts
 
-    def _namespace(self, namespace_id: bytes) -> int:
-        number = self._namespace_numbers.get(NamespaceId(namespace_id))
-        if number is None:
-            raise UnknownNamespace(
-                f"namespace {bytes(namespace_id).hex() or '(empty)'} is not registered", hint="call RegisterNamespace"
-            )
-        return number
-
     def _check_keys(self, keys: KeyArray) -> None:
         if len(keys) > self.config.keys_per_call_max:
             raise BadArgument(f"{len(keys)} keys in one call; at most {self.config.keys_per_call_max}")
@@ -450,7 +416,7 @@ class SourceCore:
         if not 0 < ttl_us <= TTL_US_MAX:
             raise BadArgument(f"a time to live must be over 0 and at most {TTL_US_MAX // 1_000_000} s")
         self.ping(session, 0)
-        self._namespace(namespace_id)
+        self._namespaces.number(namespace_id)
 
     def _check_hold(self, hold: Hold) -> None:
         if not hold.request_id or not 0 < hold.ttl_us <= TTL_US_MAX:
@@ -469,7 +435,7 @@ class SourceCore:
             raise Overloaded(f"{self.config.leases_max} leases and pins are held already")
 
     def _readable(self, namespace_id: bytes, keys: KeyArray) -> tuple[Entries, NDArray[np.bool_]]:
-        number = self._namespace(namespace_id)
+        number = self._namespaces.number(namespace_id)
         entries = self.index.lookup(keys)
         found = entries != NO_ENTRY
         known = entries[found]
@@ -491,50 +457,17 @@ class SourceCore:
         known = np.flatnonzero(entries != NO_ENTRY)
         readable = self.arrays.states[entries[known]] == EntryState.READABLE
         status[known] = np.where(readable, ReserveStatus.EXISTS, ReserveStatus.BEING_WRITTEN)
-        ours = self.store.in_namespace(entries[known], self._namespace(namespace_id))
+        ours = self.store.in_namespace(entries[known], self._namespaces.number(namespace_id))
         status[known[~ours]] = ReserveStatus.NO_SPACE
         return status, entries
 
-    @staticmethod
-    def _first_of_each(keys: KeyArray, rows: NDArray[np.int64]) -> dict[int, int]:
-        """For each row the first one with the same key."""
-        seen: dict[bytes, int] = {}
-        rows_list = rows.tolist()
-        return {
-            row: seen.setdefault(key, row) for row, key in zip(rows_list, SourceCore._split(keys[rows]), strict=True)
-        }
-
-    @staticmethod
-    def _split(keys: KeyArray) -> list[bytes]:
-        packed = keys.tobytes()
-        return [packed[i : i + 16] for i in range(0, len(packed), 16)]
-
     def _keys(self, entries: Entries) -> list[bytes]:
-        return self._split(self.arrays.keys[entries].view(np.uint8).reshape(-1, 16))
+        return split_keys(self.arrays.keys[entries].view(np.uint8).reshape(-1, 16))
 
     def _tell_sections(self, entries: Entries, sections: NDArray[np.uint32]) -> None:
         if len(self.waits):
             for key, section in zip(self._keys(entries), sections.tolist(), strict=True):
                 self.waits.key_changed(key, WaitState.SECTION, section)
-
-    def _hand_off(self, entries: Entries, hold: Hold, now_us: int) -> None:
-        if not len(entries):
-            return
-        self.store.hold(entries)
-        for entry in entries.tolist():
-            self.holds.add_handoff(hold.request_id, entry, now_us + hold.ttl_us)
-        self._expiries.set(Expiry.HANDOFF, hold.request_id, self.holds.handoffs[hold.request_id].expires_us)
-
-    def _end_lease(self, lease: LeaseId) -> None:
-        self._expiries.cancel(Expiry.LEASE, lease)
-        handoff = self.holds.leases[lease].handoff
-        self.store.unhold(self.holds.end_lease(lease))
-        if handoff and handoff not in self.holds.handoffs:
-            self._expiries.cancel(Expiry.HANDOFF, handoff)
-
-    def _end_pin(self, pin: PinId) -> None:
-        self._expiries.cancel(Expiry.PIN, pin)
-        self.store.unhold(self.holds.end_pin(pin))
 
     def _drop_reservation(self, reservation: ReservationId, *, quarantine: bool) -> int:
         """Ends a live reservation: its incomplete blocks are dropped, their slots freed or put in quarantine."""
@@ -556,11 +489,11 @@ class SourceCore:
     def _expire(self, kind: Expiry, number: int | str, now_us: int) -> None:
         """Ends one holder whose time has come."""
         if kind is Expiry.HANDOFF:
-            self.store.unhold(self.holds.end_handoff(str(number)))
+            self._held.end_handoff(str(number))
         elif kind is Expiry.LEASE:
-            self._end_lease(LeaseId(int(number)))
+            self._held.end_lease(LeaseId(int(number)))
         elif kind is Expiry.PIN:
-            self._end_pin(PinId(int(number)))
+            self._held.end_pin(PinId(int(number)))
         elif kind is Expiry.WAIT:
             self.waits.expire(WaitId(int(number)))
         else:

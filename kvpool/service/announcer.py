@@ -233,7 +233,6 @@ class _Line:
     def __init__(self, call: grpc.aio.StreamStreamCall, heartbeat_s: float) -> None:
         self.call, self.heartbeat_s = call, heartbeat_s
         self.seq = 0
-        self.acknowledged = 0
         self.snapshot_wanted = False
         self._sending = asyncio.Lock()
 
@@ -246,7 +245,6 @@ class _Line:
         if message is grpc.aio.EOF:
             raise ConnectionResetError("the directory ended the stream")
         assert isinstance(message, directory_pb2.DirectoryMessage)
-        self.acknowledged = max(self.acknowledged, message.acknowledged_seq)
         self.snapshot_wanted |= message.want_snapshot
         if message.heartbeat_interval_ms:
             self.heartbeat_s = message.heartbeat_interval_ms / 1000

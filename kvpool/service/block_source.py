@@ -17,7 +17,7 @@ from kvpool.channels.sections import block_keys, check_block
 from kvpool.codecs import codec_for
 from kvpool.core.arrays import Descriptors
 from kvpool.core.errors import BadArgument, UnknownSession
-from kvpool.core.ids import KeyArray, Tier
+from kvpool.core.ids import KeyArray
 from kvpool.core.namespace import HASHES, SECTIONS_MAX, GroupSpec
 from kvpool.core.source import Hold
 from kvpool.service import wire
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 PINGS_MISSED_MAX = 5
 HELLO_TIMEOUT_S = 5.0
+AWAIT_GRACE_S = 5.0
 #: Blocks of one report whose stored bytes are hashed again; the rest is counted only.
 CORRUPT_CHECKED_MAX = 256
 CORRUPT_CHECK_LEASE_US = 60_000_000
@@ -218,14 +219,15 @@ class BlockSourceServicer(block_source_pb2_grpc.BlockSourceServicer):
                 session.id, request.namespace_id, keys, now + deadline_us, now,
                 absent_is_abandoned=request.absent_is_abandoned,
             )  # fmt: skip
-            waiter = self._driver.wait_begun(wait)
+            waiter = self._driver.wait_begun(wait, session.id)
         done = len(keys) == 0
         try:
             # Tells the client that the wait has begun.
             await context.send_initial_metadata(())
             while not done:
                 reply = pb.AwaitReply()
-                for wakeup in await waiter.take():
+                # The core ends the wait at its deadline; the extra time only guards against that not happening.
+                for wakeup in await asyncio.wait_for(waiter.take(), deadline_us / 1e6 + AWAIT_GRACE_S):
                     reply.indices.extend(wakeup.indices)
                     reply.states.extend(wakeup.states)
                     reply.sections.extend(wakeup.sections)
@@ -270,7 +272,9 @@ class BlockSourceServicer(block_source_pb2_grpc.BlockSourceServicer):
         if request.cursor >= 1 << 63:
             raise BadArgument("cursor must be 0 or a next_cursor")
         records, cursor = self._core.list_blocks(request.cursor, request.limit or _LIST_DEFAULT)
-        return pb.ListBlocksReply(blocks=[wire.record_to_proto(r, Tier.DRAM) for r in records], next_cursor=cursor)
+        return pb.ListBlocksReply(
+            blocks=[wire.record_to_proto(r, self._facts.tier) for r in records], next_cursor=cursor
+        )
 
     async def GetSourceStats(self, request: pb.GetSourceStatsRequest, context: object) -> pb.SourceStats:
         return self.stats()

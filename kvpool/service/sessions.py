@@ -50,9 +50,9 @@ class Sessions:
         self._driver, self._grants, self._data_server = driver, grants, data_server
         self._live: dict[SessionId, Session] = {}
         self._orphans: dict[SessionId, _Orphan] = {}
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._ends: set[asyncio.Task[None]] = set()
         self._closing = False
-        self._spawn(self._adopt_orphans())
+        self._adopting = asyncio.get_running_loop().create_task(self._adopt_orphans())
 
     def open(self, client: str, host_id: str, writer_lock: str) -> Session:
         """Raises: Overloaded at the bound of sessions."""
@@ -95,17 +95,18 @@ class Sessions:
         self._closing = True
         for session in list(self._live.values()):
             self.end_soon(session, "the source stops")
-        tasks = [t for t in self._tasks if t.get_name() != "adopt"]
-        if tasks:
-            await asyncio.wait(tasks, timeout=DRAIN_TIMEOUT_S)
-        for task in list(self._tasks):
+        if self._ends:
+            await asyncio.wait(self._ends, timeout=DRAIN_TIMEOUT_S)
+        tasks = [self._adopting, *self._ends]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         for orphan in self._orphans.values():
             if orphan.proof is not None:
                 orphan.proof.close()
 
     async def _end(self, session: Session) -> None:
+        self._driver.end_waits(session.id)
         reservations = self._grants.close_session(session.id)
         self._data_server.close_session(session.id)
         drained = await self._drained(reservations)
@@ -134,7 +135,5 @@ class Sessions:
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
-        if coroutine.__name__ == "_adopt_orphans":
-            task.set_name("adopt")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._ends.add(task)
+        task.add_done_callback(self._ends.discard)

@@ -276,8 +276,11 @@ class SourceCalls:
                     wire.array(reply.states, np.uint8),
                     wire.array(reply.sections, np.int64),
                 )
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, self.address) from error
+        except grpc.RpcError as rpc_error:
+            error = from_rpc_error(rpc_error, self.address)
+            if isinstance(error, UnknownSession):
+                error = Unavailable(f"{self.address} has ended the session")
+            raise error from rpc_error
         finally:
             stream.cancel()
 

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from kvpool.core.ids import KeyArray, WaitId
+from kvpool.core.errors import UnknownSession
+from kvpool.core.ids import KeyArray, SessionId, WaitId
 from kvpool.core.source import SourceCore, Wakeup
 from kvpool.service.announcer import Announcer
 from kvpool.service.grants import Grants, now_us
@@ -26,13 +27,17 @@ TICK_INTERVAL_S = 1.0
 class Waiter:
     """Wake-ups of one wait that its stream has not taken yet: at most one a key and section, so bounded."""
 
-    def __init__(self) -> None:
+    def __init__(self, session: SessionId) -> None:
+        self.session = session
+        self.ended = False
         self.pending: list[Wakeup] = []
         self.changed = asyncio.Event()
 
     async def take(self) -> list[Wakeup]:
-        """The next wake-ups, at least one."""
+        """The next wake-ups, at least one. Raises: UnknownSession once the session has ended."""
         await self.changed.wait()
+        if self.ended:
+            raise UnknownSession(f"session {self.session} has ended, and its waits with it")
         self.changed.clear()
         taken, self.pending = self.pending, []
         return taken
@@ -60,13 +65,20 @@ class SourceDriver:
         finally:
             self._settle()
 
-    def wait_begun(self, wait: WaitId) -> Waiter:
+    def wait_begun(self, wait: WaitId, session: SessionId) -> Waiter:
         """Registers a wait inside the turn that began it."""
-        self._waiters[wait] = Waiter()
+        self._waiters[wait] = Waiter(session)
         return self._waiters[wait]
 
     def wait_ended(self, wait: WaitId) -> None:
         self._waiters.pop(wait, None)
+
+    def end_waits(self, session: SessionId) -> None:
+        """The core forgets the waits of a session that ends; this tells their streams."""
+        for waiter in self._waiters.values():
+            if waiter.session == session:
+                waiter.ended = True
+                waiter.changed.set()
 
     def stop(self) -> None:
         if self._timer is not None:

@@ -53,7 +53,7 @@ class Instance:
         and after a restart of the scheduler it begins with all that runs and falls as that ends.
 
         Args:
-            held: KV tokens of all placements on the instance.
+            held: KV tokens that all placements on the instance use or will.
             held_settled: of those old enough to be counted in the report.
         """
         used = max(self.info.kv_tokens_total - self.kv_tokens_free, 0)

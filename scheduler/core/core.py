@@ -15,7 +15,7 @@ from scheduler.core.cost import CostBook
 from scheduler.core.deadlines import Deadlines
 from scheduler.core.events import Event, OutcomeReported, PlaceRequested, TimePassed
 from scheduler.core.ledger import Candidate, Ledger, LedgerEntry
-from scheduler.core.options import Appraiser, Option, prefill_kv_tokens
+from scheduler.core.options import Appraiser, Option
 from scheduler.core.placements import Owner, Placement, PlacementBook
 from scheduler.core.policies import POLICIES, Policy
 from scheduler.core.prefix import Prefix
@@ -147,7 +147,8 @@ class SchedulerCore:
             decode_id=decode.id,
             split=option.split,
             kv_tokens=appraiser.kv_tokens_needed(decode),
-            prefill_kv_tokens=prefill_kv_tokens(prefill, request) if option.split else 0,
+            prefill_kv_tokens=appraiser.prefill_kv_tokens(prefill) if option.split else 0,
+            prefill_holds=prefill.decodes(),
             prefill_us=option.prefill_us,
             context_tokens=appraiser.context_tokens,
             expected_tokens=appraiser.expected_tokens,

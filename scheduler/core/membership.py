@@ -202,7 +202,8 @@ def instance_reported(core: SchedulerCore, event: InstanceReported, commands: li
             if request_id in queued:
                 core.book.finish_prefill(queued[request_id], core.now_us)
     settled = core.book.kv_tokens_settled(instance.id, core.now_us - core.config.settle_us)
-    instance.fit_foreign(core.book.on(instance.id).kv_tokens, settled)
+    holdings = core.book.on(instance.id)
+    instance.fit_foreign(holdings.kv_tokens + holdings.kv_tokens_passing, settled)
     _learn(core, instance.id, event)
 
 

@@ -172,7 +172,9 @@ class Appraiser:
     def _measure_load(self, instance: Instance) -> Load:
         holdings = self._book.on(instance.id)
         placed = len(holdings.decoding)
-        batch = max(placed, instance.running if instance.kv_tokens_foreign else 0)
+        batch = placed
+        if instance.kv_tokens_foreign:
+            batch += max(instance.running - placed - len(holdings.queue), 0)
         context_tokens = holdings.context_tokens + instance.kv_tokens_foreign
         expected_tokens = holdings.expected_tokens // placed if placed else self.expected_tokens
         step_with_us = self._costs.decode_us(instance.id, batch + 1, context_tokens + self.context_tokens)
@@ -193,6 +195,10 @@ class Appraiser:
 
     def kv_tokens_needed(self, instance: Instance) -> int:
         return whole_blocks(self.request.prompt_tokens + self.request.max_tokens, instance.block_tokens)
+
+    def prefill_kv_tokens(self, instance: Instance) -> int:
+        """What the prompt alone needs."""
+        return whole_blocks(self.request.prompt_tokens, instance.block_tokens)
 
     # ------------------------------------------------------------ options
 
@@ -325,7 +331,7 @@ class Appraiser:
         if not option.prefill.decodes():
             return 0
         held = self._book.on(option.prefill.id).kv_tokens
-        return option.prefill.kv_tokens_available(held) - prefill_kv_tokens(option.prefill, self.request)
+        return option.prefill.kv_tokens_available(held) - self.prefill_kv_tokens(option.prefill)
 
 
 def token_limit(instance: Instance) -> int:
@@ -337,8 +343,3 @@ def token_limit(instance: Instance) -> int:
 def whole_blocks(tokens: int, block_tokens: int) -> int:
     """Tokens rounded up to whole blocks."""
     return -(-tokens // block_tokens) * block_tokens
-
-
-def prefill_kv_tokens(instance: Instance, request: PlaceRequested) -> int:
-    """Held on the prefill instance of a split: only where decodes need the room too."""
-    return whole_blocks(request.prompt_tokens, instance.block_tokens) if instance.decodes() else 0

@@ -21,7 +21,8 @@ class Placement:
     decode_id: str
     split: bool
     kv_tokens: int  # held on the decode instance: prompt and max_tokens in whole blocks
-    prefill_kv_tokens: int  # held on the prefill instance of a split that also decodes, until its prefill ends
+    prefill_kv_tokens: int  # used on the prefill instance of a split until its prefill ends
+    prefill_holds: bool  # whether these are held there: only where others decode; elsewhere prefills wait their turn
     prefill_us: int  # predicted
     context_tokens: int  # in the decode batch, on average: prompt and half of what is expected to be generated
     expected_tokens: int  # to be generated
@@ -43,6 +44,8 @@ class Holdings:
     #: Placements that decode here or will.
     decoding: dict[Owner, None] = field(default_factory=dict)
     kv_tokens: int = 0
+    #: Used by prefills without being held.
+    kv_tokens_passing: int = 0
     context_tokens: int = 0
     expected_tokens: int = 0
 
@@ -81,7 +84,7 @@ class PlacementBook:
             source.head_since_us = placement.placed_us
         source.queue[owner] = placement.prefill_us
         source.queue_us += placement.prefill_us
-        source.kv_tokens += placement.prefill_kv_tokens
+        _use(source, placement, placement.prefill_kv_tokens)
 
     def finish_prefill(self, owner: Owner, now_us: int) -> None:
         """Takes a prefill out of its queue. Does nothing if that happened before or the placement has ended."""
@@ -94,7 +97,7 @@ class PlacementBook:
             source.head_since_us = now_us
         del source.queue[owner]
         source.queue_us -= placement.prefill_us
-        source.kv_tokens -= placement.prefill_kv_tokens
+        _use(source, placement, -placement.prefill_kv_tokens)
         self._drop_if_empty(placement.prefill_id)
 
     def end(self, owner: Owner, now_us: int) -> Placement | None:
@@ -138,7 +141,7 @@ class PlacementBook:
                 yield placement
 
     def kv_tokens_settled(self, instance_id: str, placed_until_us: int) -> int:
-        """KV tokens held on an instance by placements made at `placed_until_us` or before."""
+        """KV tokens used on an instance by placements made at `placed_until_us` or before."""
         holdings = self.on(instance_id)
         total = 0
         for owner in holdings.decoding:
@@ -168,10 +171,18 @@ class PlacementBook:
                 source = recount.setdefault(p.prefill_id, Holdings())
                 source.queue[owner] = p.prefill_us
                 source.queue_us += p.prefill_us
-                source.kv_tokens += p.prefill_kv_tokens
+                _use(source, p, p.prefill_kv_tokens)
         assert sum(len(owners) for owners in self.by_gateway.values()) == len(self.placements)
         assert recount.keys() == self.holdings.keys()
         for instance_id, holdings in self.holdings.items():
             recount[instance_id].head_since_us = holdings.head_since_us
             assert recount[instance_id] == holdings, f"holdings of {instance_id} are off"
             assert list(recount[instance_id].decoding) == list(holdings.decoding)
+
+
+def _use(holdings: Holdings, placement: Placement, kv_tokens: int) -> None:
+    """Adds to what a prefill uses where it is computed."""
+    if placement.prefill_holds:
+        holdings.kv_tokens += kv_tokens
+    else:
+        holdings.kv_tokens_passing += kv_tokens

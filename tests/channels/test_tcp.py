@@ -67,15 +67,15 @@ def test_released_lease_reads_nothing(source: MadeSource) -> None:
     keys, data = source.store(3)
     lease, blocks = source.lease(keys)
     source.grants.revoke_read(source.session, [lease])
-    with contextlib.closing(source.open("tcp")) as channel:
-        assert not channel.read(lease, blocks, np.zeros_like(data), deadline_s=DEADLINE_S, verify=False).any()
+    with contextlib.closing(source.open("tcp")) as channel, pytest.raises(ChannelError, match="lease"):
+        channel.read(lease, blocks, np.zeros_like(data), deadline_s=DEADLINE_S, verify=False)
 
 
 def test_expired_lease_reads_nothing(source: MadeSource) -> None:
     keys, data = source.store(3)
     lease, blocks = source.lease(keys, ttl_us=1)
-    with contextlib.closing(source.open("tcp")) as channel:
-        assert not channel.read(lease, blocks, np.zeros_like(data), deadline_s=DEADLINE_S, verify=False).any()
+    with contextlib.closing(source.open("tcp")) as channel, pytest.raises(ChannelError, match="lease"):
+        channel.read(lease, blocks, np.zeros_like(data), deadline_s=DEADLINE_S, verify=False)
 
 
 def test_lease_ends_while_it_is_read(source: MadeSource, proxy: HarmfulProxy) -> None:
@@ -91,7 +91,8 @@ def test_lease_ends_while_it_is_read(source: MadeSource, proxy: HarmfulProxy) ->
         # More is still to come than the sockets between hold, so the source has not looked again yet.
         source.grants.revoke_read(source.session, [lease])
         proxy.resume.set()
-        assert not reading.result(DEADLINE_S).any()
+        with pytest.raises(ChannelError, match="while"):
+            reading.result(DEADLINE_S)
 
 
 @pytest.mark.parametrize("what", ["generation", "offset", "size", "lease", "session"])
@@ -110,8 +111,9 @@ def test_only_exactly_what_is_leased(source: MadeSource, what: str) -> None:
     token = source.grants.open_session(999) if what == "session" else source.token
     with contextlib.closing(TcpChannel(*_host_port(source.server.address), token)) as channel:
         altered = Descriptors(blocks.keys, offsets, sizes, generations, blocks.digests)
-        good = channel.read(lease, altered, np.zeros_like(data), deadline_s=DEADLINE_S, verify=False)
-        assert good.tolist() == [False, what not in ("lease", "session")]
+        refused = 2 if what in ("lease", "session") else 1
+        with pytest.raises(ChannelError, match=f"not cover {refused} of 2"):
+            channel.read(lease, altered, np.zeros_like(data), deadline_s=DEADLINE_S, verify=False)
 
 
 def test_writes_only_into_a_live_reservation(source: MadeSource) -> None:

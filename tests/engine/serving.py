@@ -15,6 +15,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 
+from engines.torch.hbm import block_memory
 from engines.torch.model import LoadedModel
 from engines.torch.worker import EngineWorker, WorkerConfig
 from kvpool.client import PoolClient
@@ -139,6 +140,11 @@ class Gateway:
         assert end.finish_reason in (1, 2, 5), end.error
         return [t for e in self._events[name] for t in e.token_ids]
 
+    def events(self, name: str) -> list[engine_pb2.RequestEvent]:
+        """What came for a request so far."""
+        with self._news:
+            return list(self._events[name])
+
     def close(self) -> None:
         self._call.cancel()
         self._commands.put(None)
@@ -176,5 +182,5 @@ def worker(model: LoadedModel, name: str = "w", node: str = "", **changes: objec
         "instance_id": name, "node": node, "kv_tokens": 4096, "block_tokens": 16, "chunk_tokens": 64, "batch_max": 8,
         "waiting_max": 32, "deterministic": True, "handoff_grace_s": 0.5,
     }  # fmt: skip
-    memory = changes.pop("memory", None)
+    memory = changes.pop("memory", block_memory)
     return EngineWorker(WorkerConfig(**(config | changes)), model=model, memory=memory)  # type: ignore[arg-type]

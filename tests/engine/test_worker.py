@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from engines.torch.engine import Engine
 from engines.torch.generate import generate
@@ -130,13 +131,16 @@ def test_generated_blocks_are_pulled_by_another_worker(llama: LoadedModel, node:
     eventually(node.nothing_held, "leases are released")
 
 
+def late_memory(cache: torch.Tensor, made: list[LateBlocks], *, automatic: bool = False) -> LateBlocks:
+    made.append(LateBlocks(CpuBlocks(cache)))
+    made[-1].automatic = automatic
+    return made[-1]
+
+
 def test_nothing_is_committed_before_its_copy(llama: LoadedModel, node: Node, stack: ExitStack) -> None:
-    source = worker(llama, "late", node.address)
-    source.stop()
-    memory = LateBlocks(CpuBlocks(source.engine.cache))
-    late = EngineWorker(source.config, model=llama, memory=memory)
-    memory._below = CpuBlocks(late.engine.cache)
-    stack.enter_context(late)
+    made: list[LateBlocks] = []
+    late = stack.enter_context(worker(llama, "late", node.address, memory=lambda cache: late_memory(cache, made)))
+    (memory,) = made
     gateway = stack.enter_context(Gateway(late))
     tokens = prompt(400, 96)
     keys = block_keys(late.engine.namespace.id(), tokens, 16)
@@ -163,8 +167,40 @@ def test_nothing_is_committed_before_its_copy(llama: LoadedModel, node: Node, st
     assert plain.end("r").times.cached_tokens_pool == 80
 
 
+def test_nothing_is_computed_before_pulled_blocks_are_copied_in(
+    llama: LoadedModel, node: Node, stack: ExitStack
+) -> None:
+    made: list[LateBlocks] = []
+    prefill = stack.enter_context(
+        worker(llama, "p", node.address, memory=lambda cache: late_memory(cache, made, automatic=True))
+    )
+    decode = stack.enter_context(worker(llama, "d", node.address, memory=lambda cache: late_memory(cache, made)))
+    memory = made[1]
+    first_side, second_side = stack.enter_context(Gateway(prefill)), stack.enter_context(Gateway(decode))
+    tokens = prompt(450, 100)
+    second_side.submit("r", tokens, DECODE, handoff=node.address)
+    first_side.submit("r", tokens, PREFILL)
+    first = first_side.first("r")
+    assert first_side.end("r").finish_reason == engine_pb2.FINISH_REASON_HANDED_OFF
+    second_side.first_token("r", first)
+    copies = 0
+    while not second_side.events("r"):
+        eventually(lambda: bool(memory.pending) or bool(second_side.events("r")), "a copy is begun")
+        if memory.pending:
+            assert not second_side.events("r"), "decoded before its blocks were copied in"
+            memory.complete()
+            copies += 1
+    assert copies >= 4  # at least two batches of blocks: rows to fill, then the copy in
+    assert [first, *second_side.tokens("r")] == expected(llama, tokens, 12)
+    assert second_side.end("r").times.computed_tokens == 0 and memory.staged == 0
+    memory.automatic = True
+    memory.complete()
+    eventually(lambda: all_free(decode) and all_free(prefill), "everything released")
+    eventually(node.nothing_held, "holds are freed")
+
+
 def gateway_open(gateway: Gateway, name: str) -> bool:
-    return not any(e.finish_reason for e in list(gateway._events[name]))
+    return not any(e.finish_reason for e in gateway.events(name))
 
 
 def test_a_lost_node_costs_computing_only(llama: LoadedModel, tmp_path: Path, stack: ExitStack) -> None:

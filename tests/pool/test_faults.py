@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -210,3 +212,28 @@ def test_writer_locks_go(start_node: Start, connect: Connect) -> None:
         assert eventually(lambda: held(client.stats()) == ONLY_ME)
     client.close()
     assert eventually(lambda: locks(os.getpid()) + locks(process.pid) == 0)
+
+
+def test_waits_of_an_ended_session_end(start_node: Start, connect: Connect) -> None:
+    node = start_node()
+    client = connect(node)
+    namespace = client.register(namespace_spec())
+    waiting = client.wait(namespace, random_blocks(2, [8])[0], deadline_s=500)
+    client._keeper.forget(client._session())
+    with pytest.raises(Unavailable):
+        list(waiting)
+    assert eventually(lambda: connect(node).stats().waiters == 0)
+
+
+def test_metrics(start_node: Start, connect: Connect) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    client = connect(start_node(metrics_port=port, id="metered"))
+    namespace = client.register(namespace_spec())
+    keys, data = random_blocks(3, [9])
+    client.put(namespace, keys, data)
+    client.get(namespace, keys, np.zeros_like(data))
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as reply:
+        lines = reply.read().decode().splitlines()
+    assert 'kvpool_source_blocks{source="metered"} 3.0' in lines
+    assert 'kvpool_source_hits_total{source="metered"} 3.0' in lines
