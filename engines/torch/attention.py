@@ -61,10 +61,21 @@ def _mask(positions: torch.Tensor, key_count: int, window: int | None) -> torch.
 
 
 def _keys_values(layer: torch.Tensor, table: torch.Tensor, key_count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gathers a sequence's blocks. Returns: keys and values, (kv_heads, key_count, head_dim) each."""
-    gathered = layer[table]
-    keys, values = gathered[:, 0].flatten(0, 1), gathered[:, 1].flatten(0, 1)
-    return keys[:key_count].transpose(0, 1), values[:key_count].transpose(0, 1)
+    """Gathers the blocks of one sequence, or of several as long.
+
+    Args: table: (blocks,) or (batch, blocks).
+    Returns: keys and values, (..., kv_heads, key_count, head_dim) each.
+    """
+    # One index_select each is one copy; indexing both at once and flattening is two.
+    return (
+        _selected(layer[:, 0], table)[..., :key_count, :, :].transpose(-3, -2),
+        _selected(layer[:, 1], table)[..., :key_count, :, :].transpose(-3, -2),
+    )
+
+
+def _selected(pages: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    taken = pages.index_select(0, table.reshape(-1))
+    return taken.reshape(*table.shape[:-1], -1, *pages.shape[2:])
 
 
 class _ExactChunk:
@@ -150,9 +161,7 @@ class _FastDecode:
         mask = self._masks.get(window)
         if mask is None:
             mask = self._masks[window] = _mask(self._positions, self._key_count, window).to(query.dtype)
-        gathered = layer[self._tables]  # (batch, blocks, 2, block_tokens, kv_heads, head_dim)
-        keys = gathered[:, :, 0].flatten(1, 2)[:, : self._key_count].transpose(1, 2)
-        values = gathered[:, :, 1].flatten(1, 2)[:, : self._key_count].transpose(1, 2)
+        keys, values = _keys_values(layer, self._tables, self._key_count)
         batch, kv_heads, head_dim = keys.shape[0], keys.shape[1], keys.shape[3]
         # Query heads that share a KV head become rows of one call: cheaper than enable_gqa for single rows.
         grouped = query[:, self._rows].transpose(0, 1).reshape(batch, kv_heads, -1, head_dim)

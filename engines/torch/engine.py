@@ -16,15 +16,13 @@ from engines.torch import batching, limits
 from engines.torch.attention import Chunk
 from engines.torch.cache import BlockPool
 from engines.torch.limits import EngineConfig
+from engines.torch.metering import Meter
 from engines.torch.model import LoadedModel
 from engines.torch.request import (
-    SAMPLES_MAX,
     BlockSet,
-    DecodeSample,
     Finish,
     Load,
     Phase,
-    PrefillSample,
     Request,
     Samples,
     StepEvent,
@@ -64,7 +62,7 @@ class Engine:
         self._pulls: list[BlockSet] = []
         self._exports: list[BlockSet] = []
         self._lent: dict[int, BlockSet] = {}
-        self._samples = Samples()
+        self._meter = Meter()
 
     # ---------------------------------------------------------------- entries
 
@@ -178,8 +176,7 @@ class Engine:
         return exports
 
     def take_samples(self) -> Samples:
-        samples, self._samples = self._samples, Samples()
-        return samples
+        return self._meter.take()
 
     def take_changes(self) -> list[tuple[bool, bytes]]:
         """(stored or removed, key) of the prefix cache since the last call, in order."""
@@ -319,7 +316,7 @@ class Engine:
         logits = self.model.forward(self.cache, chunks, token_ids, rows, exact=self.config.deterministic)
         drawn = sample(logits, [Draw(s.request.sampling, s.known) for s in drawing]) if drawing else []
         ended_us = self._clock_us()
-        self._measure(running, plan, ended_us - begun_us)
+        self._meter.step(running, plan, ended_us - begun_us)
         for piece in plan.pieces:
             sequence = running[piece.index]
             sequence.computed = piece.end
@@ -328,14 +325,14 @@ class Engine:
         for sequence, token in zip(drawing, drawn, strict=True):
             self._advance(sequence, token, ended_us)
         for piece in plan.pieces:
-            self._note_prefill_end(running[piece.index])
+            self._meter.prefill_may_end(running[piece.index])
 
     def _advance(self, sequence: Running, drawn: Drawn, now_us: int) -> None:
         """Appends a drawn token and ends the request where it is due."""
         first = sequence.generated == 0
         if first:
             sequence.times.prefill_us = now_us - sequence.running_us
-            self._note_prefill_end(sequence)
+            self._meter.prefill_may_end(sequence)
         sequence.append(drawn.token)
         finish = self._finish_reason(sequence, drawn.token)
         if finish is Finish.NONE and sequence.request.phase is Phase.PREFILL:
@@ -360,31 +357,6 @@ class Engine:
         if token in sampling.stop_token_ids or token in ends:
             return Finish.STOP
         return Finish.LENGTH if sequence.generated >= sampling.max_tokens else Finish.NONE
-
-    def _measure(self, running: Sequence[Running], plan: batching.Plan, duration_us: int) -> None:
-        """Splits a step's time by tokens; steps that only decode are a sample by themselves."""
-        if plan.prefill_tokens == 0:
-            if len(self._samples.decode) < SAMPLES_MAX:
-                kv_tokens = sum(piece.end for piece in plan.pieces)
-                self._samples.decode.append(DecodeSample(len(plan.pieces), kv_tokens, duration_us))
-            return
-        for piece in plan.pieces:
-            if not piece.decoding:
-                sequence = running[piece.index]
-                sequence.prefill_share_us += duration_us * piece.count / plan.tokens
-                sequence.times.computed_tokens += piece.count
-
-    def _note_prefill_end(self, sequence: Running) -> None:
-        if sequence.prefill_done or sequence.computed < sequence.prompt_tokens:
-            return
-        sequence.prefill_done = True
-        new = sequence.times.computed_tokens
-        samples = self._samples
-        if sequence.request.phase is not Phase.DECODE and len(samples.finished_prefills) < SAMPLES_MAX:
-            samples.finished_prefills.append(sequence.request.id)
-        if new and len(samples.prefill) < SAMPLES_MAX:
-            duration_us = int(sequence.prefill_share_us)
-            samples.prefill.append(PrefillSample(new, max(0, sequence.computed - new), duration_us))
 
     # ---------------------------------------------------------------- blocks out
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from kvpool.cli.processes import Process, Supervisor
+from kvpool.cli.processes import Process, ProcessFailed, Supervisor
 
 READY_TIMEOUT_S = 120.0
 
@@ -54,9 +57,22 @@ class LocalCluster:
                 progress(f"starting {', '.join(p.name for p in step)}")
                 for process in step:
                     process.wait_ready(READY_TIMEOUT_S)
+            self._wait_served()
         except BaseException:
             self.stop()
             raise
+
+    def _wait_served(self) -> None:
+        """Workers join the scheduler by themselves once they are ready; the gateway then lists their model."""
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        while not self._models():
+            if time.monotonic() > deadline:
+                raise ProcessFailed(f"no worker has joined after {READY_TIMEOUT_S:.0f} s")
+            time.sleep(0.1)
+
+    def _models(self) -> list[str]:
+        with urllib.request.urlopen(f"{self.gateway_url}/v1/models", timeout=READY_TIMEOUT_S) as reply:
+            return [model["id"] for model in json.load(reply)["data"]]
 
     def _steps(self) -> Iterator[list[Process]]:
         """Groups of processes: each group starts together once the one before it serves."""

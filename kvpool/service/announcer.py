@@ -1,26 +1,26 @@
 """Tells a directory what a source holds: the life line `Directory.Attach`, for a node's DRAM as for a worker's HBM.
 
-It has a thread and an event loop of its own, so that no data work or computing can starve its heartbeats. It connects
+It has threads of its own, so that no data work, no computing and no event loop can starve its heartbeats. It connects
 again by itself, with back-off; nothing that it does blocks the source.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
-import grpc.aio
 import numpy as np
 
 from kvpool.core.changes import BlockChange
 from kvpool.core.ids import Fidelity, KeyArray, Tier
 from kvpool.service.event_log import EventLog
-from kvpool.service.rpc import make_aio_channel
+from kvpool.service.rpc import make_channel
 from kvpool.service.wire import change_to_proto
 from kvpool.v1 import common_pb2, directory_pb2, directory_pb2_grpc
 
@@ -33,6 +33,9 @@ GATHER_S = 0.005
 HEARTBEAT_DEFAULT_S = 1.0
 CONNECT_TIMEOUT_S = 3.0
 BACKOFF_MIN_S, BACKOFF_MAX_S = 0.1, 1.0
+
+Message = directory_pb2.SourceMessage
+Snapshot = tuple[KeyArray, int]
 
 
 @dataclass(frozen=True)
@@ -61,32 +64,30 @@ class Announcer:
         address: str,
         facts: SourceFacts,
         *,
-        snapshot: Callable[[], tuple[KeyArray, int]],
+        snapshot: Callable[[], Snapshot],
         usage: Callable[[], tuple[int, int]] = lambda: (0, 0),
         credential: str = "",
     ) -> None:
         self._address, self._facts, self._credential = address, facts, credential
         self._snapshot, self._usage = snapshot, usage
         self._log = EventLog()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._wake: asyncio.Event | None = None
-        self._stop: asyncio.Event | None = None
-        self._ready = threading.Event()
+        self._wake = threading.Event()
+        self._stopping = threading.Event()
         self._attached = threading.Event()
         self._attachments = 0
-        self._thread = threading.Thread(target=self._main, name="announcer", daemon=True)
+        self._lock = threading.Lock()
+        self._cut: Any = None
+        # For snapshots, which may take long: heartbeats go on meanwhile.
+        self._snapshots = ThreadPoolExecutor(1, thread_name_prefix="announcer-snapshot")
+        self._thread = threading.Thread(target=self._keep_attached, name="announcer", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
-        self._ready.wait(10.0)
 
     def publish(self, changes: Sequence[BlockChange]) -> int:
         """Queues changes, in order. Returns the number of this batch. Never blocks; from any thread."""
         number = self._log.append(changes)
-        loop, wake = self._loop, self._wake
-        if loop is not None and wake is not None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody is told any more
-                loop.call_soon_threadsafe(wake.set)
+        self._wake.set()
         return number
 
     @property
@@ -96,7 +97,7 @@ class Announcer:
 
     @property
     def attached(self) -> bool:
-        """Whether the directory knows this source and has its snapshot."""
+        """Whether the directory knows this source and was sent its snapshot."""
         return self._attached.is_set()
 
     @property
@@ -109,68 +110,119 @@ class Announcer:
 
     def close(self, timeout_s: float = 2.0) -> None:
         """Ends the life line: the directory forgets the source at once."""
-        if self._loop is not None and self._stop is not None:
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._stop.set)
+        self._stopping.set()
+        self._wake.set()
+        with self._lock:
+            if self._cut is not None:
+                self._cut.cancel()
+        if self._thread.is_alive():
             self._thread.join(timeout_s)
+        self._snapshots.shutdown(wait=False, cancel_futures=True)
 
-    # ------------------------------------------------------------ the thread
+    # ------------------------------------------------------------ the life line's thread
 
-    def _main(self) -> None:
-        asyncio.run(self._run())
-
-    async def _run(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._wake, self._stop = asyncio.Event(), asyncio.Event()
-        self._ready.set()
-        line = asyncio.create_task(self._keep_attached())
-        await self._stop.wait()
-        line.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await line
-
-    async def _keep_attached(self) -> None:
+    def _keep_attached(self) -> None:
         backoff_s = BACKOFF_MIN_S
-        while True:
+        while not self._stopping.is_set():
             try:
-                async with make_aio_channel(self._address, credential=self._credential) as channel:
-                    await self._attach(channel)
-            except (grpc.RpcError, asyncio.InvalidStateError, TimeoutError, OSError) as error:
-                code = error.code().name if isinstance(error, grpc.aio.AioRpcError) else type(error).__name__
-                level = logging.INFO if self._attached.is_set() else logging.DEBUG
-                log.log(level, "%s: life line to the directory at %s: %s", self._facts.source_id, self._address, code)
+                self._attach()
+                why = "the directory ended the stream"
+            except grpc.RpcError as error:
+                why = f"{error.code().name}: {error.details()}" if hasattr(error, "code") else str(error)
+            except grpc.FutureTimeoutError:
+                why = "no answer"
             except Exception:
                 # A bug of ours must not end the life line for good: say so, and begin again.
                 log.exception("%s: the life line failed", self._facts.source_id)
+                why = "failed"
+            if self._stopping.is_set():
+                return
+            level = logging.INFO if self._attached.is_set() else logging.DEBUG
+            log.log(level, "%s: life line to the directory at %s: %s", self._facts.source_id, self._address, why)
             if self._attached.is_set():
                 self._attached.clear()
                 backoff_s = BACKOFF_MIN_S
-            await asyncio.sleep(backoff_s)
+            self._stopping.wait(backoff_s)
             backoff_s = min(backoff_s * 2, BACKOFF_MAX_S)
 
-    async def _attach(self, channel: grpc.aio.Channel) -> None:
-        await asyncio.wait_for(channel.channel_ready(), CONNECT_TIMEOUT_S)
-        call = directory_pb2_grpc.DirectoryStub(channel).Attach()
-        await call.write(directory_pb2.SourceMessage(hello=self._hello()))
-        line = _Line(call, HEARTBEAT_DEFAULT_S)
-        # The directory's first answer says how often to report; a source sends its snapshot then in any case.
-        await line.receive(await asyncio.wait_for(call.read(), CONNECT_TIMEOUT_S))
-        await self._send_snapshot(line)
-        self._attached.set()
-        self._attachments += 1
-        log.info("%s: attached to the directory at %s", self._facts.source_id, self._address)
-        tasks = [
-            asyncio.create_task(c) for c in (self._read(line), self._send_changes(line), self._send_heartbeats(line))
-        ]
+    def _attach(self) -> None:
+        """Attaches, and stays until the stream ends."""
+        channel = make_channel(self._address, credential=self._credential)
+        line = _Line()
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
+            grpc.channel_ready_future(channel).result(CONNECT_TIMEOUT_S)
+            call = directory_pb2_grpc.DirectoryStub(channel).Attach(self._messages(line))
+            with self._lock:
+                self._cut = call
+            if self._stopping.is_set():
+                call.cancel()
+            # The first answer has a deadline; later on a directory that is gone or stuck is found by the keepalive.
+            watchdog = threading.Timer(CONNECT_TIMEOUT_S, call.cancel)
+            watchdog.daemon = True
+            watchdog.start()
+            for message in call:
+                watchdog.cancel()
+                line.receive(message)
+                self._wake.set()
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            call.cancel()
+            line.ended = True
+            self._wake.set()
+            with self._lock:
+                self._cut = None
+            channel.close()
+
+    # ------------------------------------------------------------ what is sent, in a thread of gRPC
+
+    def _messages(self, line: _Line) -> Iterator[Message]:
+        """Hello, a snapshot once the directory has answered, then changes and heartbeats until the line ends."""
+        yield Message(hello=self._hello())
+        snapshot: Future[Snapshot] | None = None
+        beat_due_s = 0.0
+        while not (line.ended or self._stopping.is_set()):
+            self._wake.clear()
+            now_s = time.monotonic()
+            if now_s >= beat_due_s:
+                beat_due_s = now_s + line.heartbeat_s
+                yield self._heartbeat()
+            if snapshot is not None and snapshot.done():
+                yield from self._snapshot_parts(line, snapshot.result())
+                snapshot = None
+                self._say_attached(line)
+            if snapshot is None and line.answered:
+                changes = None if line.snapshot_wanted else self._log.take(BATCH_KEYS_MAX)
+                if changes is None:
+                    line.snapshot_wanted = False
+                    snapshot = self._snapshots.submit(self._snapshot)
+                    snapshot.add_done_callback(lambda _: self._wake.set())
+                elif changes:
+                    line.seq += 1
+                    events = [change_to_proto(change) for change in changes]
+                    yield Message(events=directory_pb2.EventBatch(seq=line.seq, events=events))
+                    continue
+            if self._wake.wait(max(0.0, beat_due_s - time.monotonic())):
+                self._stopping.wait(GATHER_S)
+
+    def _snapshot_parts(self, line: _Line, snapshot: Snapshot) -> Iterator[Message]:
+        """All keys, in parts, as of the batches sent so far."""
+        keys, number = snapshot
+        self._log.snapshot_taken(number)
+        keys = np.ascontiguousarray(keys)
+        part_count = max(1, -(-len(keys) // SNAPSHOT_PART_KEYS))
+        for part in range(part_count):
+            piece = keys[part * SNAPSHOT_PART_KEYS : (part + 1) * SNAPSHOT_PART_KEYS]
+            yield Message(
+                snapshot=directory_pb2.Snapshot(
+                    seq=line.seq, part=part, last=part == part_count - 1,
+                    keys=common_pb2.KeyList(keys=piece.tobytes()), fidelity=int(Fidelity.EXACT),
+                )
+            )  # fmt: skip
+
+    def _say_attached(self, line: _Line) -> None:
+        if not line.told:
+            line.told = True
+            self._attachments += 1
+            self._attached.set()
+            log.info("%s: attached to the directory at %s", self._facts.source_id, self._address)
 
     def _hello(self) -> directory_pb2.SourceHello:
         f = self._facts
@@ -179,72 +231,26 @@ class Announcer:
             instance_id=f.instance_id, bytes_total=f.bytes_total,
         )  # fmt: skip
 
-    async def _read(self, line: _Line) -> None:
-        assert self._wake is not None
-        while True:
-            # No deadline of its own: a directory that is gone or stuck is found by the channel's keepalive.
-            await line.receive(await line.call.read())
-            if line.snapshot_wanted:
-                self._wake.set()
-
-    async def _send_changes(self, line: _Line) -> None:
-        assert self._wake is not None
-        while True:
-            self._wake.clear()
-            changes = None if line.snapshot_wanted else self._log.take(BATCH_KEYS_MAX)
-            if changes is None:
-                await self._send_snapshot(line)
-            elif changes:
-                events = [change_to_proto(change) for change in changes]
-                await line.send(
-                    directory_pb2.SourceMessage(events=directory_pb2.EventBatch(seq=line.seq + 1, events=events))
-                )
-                line.seq += 1
-            else:
-                await self._wake.wait()
-                await asyncio.sleep(GATHER_S)
-
-    async def _send_snapshot(self, line: _Line) -> None:
-        """All keys, in parts, as of the batches sent so far."""
-        line.snapshot_wanted = False
-        keys, number = await asyncio.get_running_loop().run_in_executor(None, self._snapshot)
-        self._log.snapshot_taken(number)
-        keys = np.ascontiguousarray(keys)
-        part_count = max(1, -(-len(keys) // SNAPSHOT_PART_KEYS))
-        for part in range(part_count):
-            piece = keys[part * SNAPSHOT_PART_KEYS : (part + 1) * SNAPSHOT_PART_KEYS]
-            snapshot = directory_pb2.Snapshot(
-                seq=line.seq, part=part, last=part == part_count - 1,
-                keys=common_pb2.KeyList(keys=piece.tobytes()), fidelity=int(Fidelity.EXACT),
-            )  # fmt: skip
-            await line.send(directory_pb2.SourceMessage(snapshot=snapshot))
-
-    async def _send_heartbeats(self, line: _Line) -> None:
-        while True:
-            bytes_used, blocks = self._usage()
-            beat = directory_pb2.SourceHeartbeat(bytes_used=bytes_used, blocks=blocks)
-            await line.send(directory_pb2.SourceMessage(heartbeat=beat))
-            await asyncio.sleep(line.heartbeat_s)
+    def _heartbeat(self) -> Message:
+        bytes_used, blocks = self._usage()
+        return Message(heartbeat=directory_pb2.SourceHeartbeat(bytes_used=bytes_used, blocks=blocks))
 
 
 class _Line:
     """One attached stream: its numbers, and what the directory last said."""
 
-    def __init__(self, call: grpc.aio.StreamStreamCall, heartbeat_s: float) -> None:
-        self.call, self.heartbeat_s = call, heartbeat_s
+    def __init__(self) -> None:
+        self.heartbeat_s = HEARTBEAT_DEFAULT_S
         self.seq = 0
-        self.snapshot_wanted = False
-        self._sending = asyncio.Lock()
+        self.answered = False
+        self.told = False
+        self.ended = False
+        # A new stream begins with a snapshot, whether the directory asks for it or not.
+        self.snapshot_wanted = True
 
-    async def send(self, message: directory_pb2.SourceMessage) -> None:
-        # One write at a time: grpc.aio refuses a second one.
-        async with self._sending:
-            await self.call.write(message)
-
-    async def receive(self, message: object) -> None:
-        if message is grpc.aio.EOF:
-            raise ConnectionResetError("the directory ended the stream")
-        assert isinstance(message, directory_pb2.DirectoryMessage)
-        self.snapshot_wanted |= message.want_snapshot
+    def receive(self, message: directory_pb2.DirectoryMessage) -> None:
+        if self.answered:
+            self.snapshot_wanted |= message.want_snapshot
+        self.answered = True
         if message.heartbeat_interval_ms:
             self.heartbeat_s = message.heartbeat_interval_ms / 1000

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from kvpool.channels.base import ChannelError, Opener
 from kvpool.channels.shm import ShmChannel
 from kvpool.channels.tcp import TcpChannel
-from kvpool.core.errors import BadArgument, Unavailable, UnknownNamespace, UnknownSession
+from kvpool.core.errors import BadArgument, KvpoolError, Unavailable, UnknownNamespace, UnknownSession
 from kvpool.core.ids import KEY_BYTES, KeyArray, NamespaceId, qualify
 from kvpool.core.namespace import GroupSpec, NamespaceSpec
 from kvpool.service import wire
@@ -266,9 +266,10 @@ class SourceCalls:
             stream.initial_metadata()
             return stream
 
-        return self._news(self._call(call))
+        session = self._session()
+        return self._news(session, self._call(call, session=session))
 
-    def _news(self, stream: Any) -> Iterator[Waited]:
+    def _news(self, session: Session, stream: Any) -> Iterator[Waited]:
         try:
             for reply in stream:
                 yield Waited(
@@ -276,11 +277,8 @@ class SourceCalls:
                     wire.array(reply.states, np.uint8),
                     wire.array(reply.sections, np.int64),
                 )
-        except grpc.RpcError as rpc_error:
-            error = from_rpc_error(rpc_error, self.address)
-            if isinstance(error, UnknownSession):
-                error = Unavailable(f"{self.address} has ended the session")
-            raise error from rpc_error
+        except grpc.RpcError as error:
+            raise self._translated(session, error) from error
         finally:
             stream.cancel()
 
@@ -304,18 +302,21 @@ class SourceCalls:
             raise Unavailable(f"the session with {self.address} has ended")
         try:
             return call(live, self._timeout_s)
-        except grpc.RpcError as rpc_error:
-            error = from_rpc_error(rpc_error, self.address)
-            if isinstance(error, UnknownSession):
-                self._keeper.forget(live)
-                raise Unavailable(
-                    f"{self.address} has ended the session", hint="the next call opens another"
-                ) from error
-            raise error from rpc_error
+        except grpc.RpcError as error:
+            raise self._translated(live, error) from error
         except ValueError as error:  # how gRPC says that its channel was closed meanwhile
             if live.lost:
                 raise Unavailable(f"the session with {self.address} has ended") from error
             raise
+
+    def _translated(self, session: Session, rpc_error: grpc.RpcError) -> KvpoolError:
+        """What a failed call of a session stands for; a session that is gone is Unavailable, however gRPC says it."""
+        error = from_rpc_error(rpc_error, self.address)
+        if isinstance(error, UnknownSession):
+            self._keeper.forget(session)
+        if session.lost or isinstance(error, UnknownSession):
+            return Unavailable(f"{self.address} has ended the session", hint="the next call opens another")
+        return error
 
     def _register_again(self, stub: Any) -> None:
         """A new session may be with a restarted source, which knows no namespaces."""

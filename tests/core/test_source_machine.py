@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import naive_source as naive
@@ -138,6 +139,9 @@ class SourceMachine(RuleBasedStateMachine):
             assert not removed, "evicted for nothing"
         self.model.evict(removed, keys)
         self.model.changes.clear()
+        if granted < wanted:
+            kept = [k for k in keys if self.model.readable(k)]
+            assert not self.could_fit(kept, pages), "no space, although enough could be evicted"
         number = 0 if reserved is None else int(reserved.reservation)
         statuses = self.model.reserve(
             session, number, keys, granted, pages * PAGE, sections, self.now + ttl, hold, self.now
@@ -324,7 +328,7 @@ class SourceMachine(RuleBasedStateMachine):
             blocks = self.core.readable_extents(number)
             readable.update({int(o): int(o) + int(s) for o, s in zip(blocks.offsets, blocks.sizes, strict=True)})
         spans = sorted(writable + list(readable.items()))
-        for (_, end), (begin, _) in zip(spans, spans[1:], strict=False):
+        for (_, end), (begin, _) in pairwise(spans):
             assert end <= begin
 
     def teardown(self) -> None:
@@ -348,11 +352,27 @@ class SourceMachine(RuleBasedStateMachine):
 
     # ---- parts
 
+    def could_fit(self, kept: list[bytes], pages: int) -> bool:
+        """Whether one more block of this size had a place and an entry if all went that may go."""
+        records, _ = self.core.list_blocks(0, 100)
+        staying = [r for r in records if r.state != "readable" or r.leases or r.pins or r.key in kept]
+        if sum(r.state != "quarantined" for r in staying) >= self.ENTRIES:
+            return False
+        users: list[list[int]] = [[] for _ in range(self.PAGES // self.SLAB_PAGES)]
+        for record in staying:
+            first, size = record.offset // PAGE, record.size // PAGE
+            for slab in range(first // self.SLAB_PAGES, (first + size - 1) // self.SLAB_PAGES + 1):
+                users[slab].append(size)
+        if pages <= self.SLAB_PAGES and any(u and u[0] == pages and len(u) < self.SLAB_PAGES // pages for u in users):
+            return True
+        count = -(-pages // self.SLAB_PAGES)
+        return any(not any(users[i : i + count]) for i in range(len(users) - count + 1))
+
     def some(self, choices: dict[int, None], pick: int) -> int:
         return list(choices)[pick % len(choices)]
 
     def digests_of(self, key: bytes) -> list[int]:
-        """What was committed for a readable block; each writer of these tests commits either the right ones or `+ 1`."""
+        """What was committed for a readable block: by these writers the right digests, or `+ 1`."""
         entry = int(self.core.index.lookup(packed([key]))[0])
         count = self.model.blocks[key].sections
         digests = [int(d) for d in self.core.arrays.digests[entry, :count]]

@@ -1,0 +1,208 @@
+"""What SourceCore promises beside what the state machine and the scripts show: fidelity, namespaces, memory, paging."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kvpool.core.arrays import SourceArrays
+from kvpool.core.errors import BadArgument, UnknownNamespace, UnknownSession
+from kvpool.core.ids import Fidelity, KeyArray, NamespaceId, ReservationId, SessionId
+from kvpool.core.namespace import SECTIONS_MAX, GroupKind, GroupSpec, NamespaceSpec
+from kvpool.core.source import ReserveStatus, SourceConfig, SourceCore
+
+PAGE = 4096
+SECOND = 1_000_000
+
+
+def spec(model: str = "m", sections: int = 1, shards: int = 1) -> NamespaceSpec:
+    group = GroupSpec(0, GroupKind.FULL, tuple(range(sections)), 16, shards, sections, PAGE)
+    return NamespaceSpec(model, "", "float32", "t", "lkthd", "sha256/1", (group,))
+
+
+def keys(*numbers: int) -> KeyArray:
+    return np.frombuffer(b"".join(n.to_bytes(16, "big") for n in numbers), dtype=np.uint8).reshape(-1, 16)
+
+
+class Writer:
+    """A source with one client that writes."""
+
+    def __init__(self, pages: int = 8, entries: int = 8, arrays: SourceArrays | None = None, sections: int = 1) -> None:
+        self.core = SourceCore(SourceConfig(pages * PAGE, entries, pages * PAGE, 1.0, 1.0), arrays)
+        self.sections = sections
+        self.namespace = self.core.register_namespace(spec(sections=sections))
+        self.session = self.core.open_session("writer", 0)
+
+    def publish(self, *numbers: int, namespace: NamespaceId | None = None, fidelity: Fidelity = Fidelity.EXACT) -> None:
+        namespace = namespace or self.namespace
+        group = self.core.group(namespace, 0, 0)
+        reserved = self.core.reserve(
+            self.session, namespace, group, keys(*numbers), SECOND, 0, fidelity=fidelity
+        )  # fmt: skip
+        rows = np.flatnonzero(reserved.status == ReserveStatus.RESERVED).astype(np.uint32)
+        rows, sections = np.repeat(rows, self.sections), np.tile(np.arange(self.sections, dtype=np.uint32), len(rows))
+        self.core.commit(self.session, reserved.reservation, rows, sections, rows.astype(np.uint64) + np.uint64(7), 0)
+        self.core.check_invariants()
+
+
+def test_a_copy_is_told_with_its_fidelity() -> None:
+    w = Writer()
+    w.publish(1, fidelity=Fidelity.INT8)
+    w.publish(2)
+    leased = w.core.lease(w.session, w.namespace, keys(1, 2, 3), SECOND, 0)
+    assert leased.fidelity.tolist() == [Fidelity.INT8, Fidelity.EXACT, 0]
+    changes = w.core.take_changes()
+    assert [(c.keys, c.fidelity) for c in changes] == [
+        (keys(1).tobytes(), Fidelity.INT8),
+        (keys(2).tobytes(), Fidelity.EXACT),
+    ]
+
+
+def test_a_namespace_reads_only_its_own_blocks() -> None:
+    w = Writer()
+    other = w.core.register_namespace(spec("other"))
+    w.publish(1)
+    w.publish(2, namespace=other)
+    assert w.core.lookup(w.namespace, keys(1, 2)).tolist() == [True, False]
+    assert w.core.lookup(other, keys(1, 2)).tolist() == [False, True]
+    assert w.core.lease(w.session, other, keys(1), SECOND, 0).found.tolist() == [False]
+    assert w.core.pin(w.session, other, keys(1), 0, 0).found.tolist() == [False]
+    assert w.core.remove(other, keys(1), 0) == 0
+    assert w.core.remove_namespace(other, 0) == 1
+    assert w.core.lookup(w.namespace, keys(1)).tolist() == [True]
+
+
+def test_registering_again_changes_nothing() -> None:
+    w = Writer()
+    assert w.core.register_namespace(spec()) == w.namespace
+    assert w.core.register_namespace(spec("other")) != w.namespace
+
+
+@pytest.mark.parametrize(("group", "shard"), [(1, 0), (-1, 0), (0, 2), (0, -1)])
+def test_groups_and_shards_that_are_not_there(group: int, shard: int) -> None:
+    w = Writer()
+    namespace = w.core.register_namespace(spec("sharded", shards=2))
+    assert w.core.group(namespace, 0, 1).shard_count == 2
+    with pytest.raises(BadArgument):
+        w.core.group(namespace, group, shard)
+
+
+def test_strangers_are_refused() -> None:
+    w = Writer()
+    group = w.core.group(w.namespace, 0, 0)
+    for namespace in (b"", bytes(16), bytes(3)):
+        with pytest.raises(UnknownNamespace):
+            w.core.group(namespace, 0, 0)
+        with pytest.raises(UnknownNamespace):
+            w.core.lookup(namespace, keys(1))
+        with pytest.raises(UnknownNamespace):
+            w.core.reserve(w.session, namespace, group, keys(1), SECOND, 0)
+    nobody = SessionId(99)
+    for call in (
+        lambda: w.core.reserve(nobody, w.namespace, group, keys(1), SECOND, 0),
+        lambda: w.core.lease(nobody, w.namespace, keys(1), SECOND, 0),
+        lambda: w.core.pin(nobody, w.namespace, keys(1), 0, 0),
+        lambda: w.core.wait(nobody, w.namespace, keys(1), SECOND, 0),
+        lambda: w.core.ping(nobody, 0),
+    ):
+        with pytest.raises(UnknownSession):
+            call()
+    counts = w.core.counts()
+    assert (counts.bytes_used, counts.reservations, counts.leases, counts.pins, counts.waiters) == (0, 0, 0, 0, 0)
+
+
+def test_calls_without_keys_hold_nothing() -> None:
+    w = Writer()
+    none, group = keys(), w.core.group(w.namespace, 0, 0)
+    assert w.core.reserve(w.session, w.namespace, group, none, SECOND, 0).reservation == 0
+    assert w.core.lease(w.session, w.namespace, none, SECOND, 0).lease == 0
+    assert w.core.pin(w.session, w.namespace, none, 0, 0).pin == 0
+    wait = w.core.wait(w.session, w.namespace, none, SECOND, 0)
+    assert [(news.wait, news.done) for news in w.core.take_wakeups()] == [(wait, True)]
+    w.core.check_invariants()
+
+
+def test_a_lease_names_bytes_and_digests() -> None:
+    w = Writer(sections=2)
+    w.publish(1, 2)
+    blocks = w.core.lease(w.session, w.namespace, keys(2, 1, 5), SECOND, 0).blocks
+    assert blocks.offsets.tolist()[:2] == [PAGE, 0]
+    assert blocks.sizes.tolist() == [PAGE, PAGE, 0]
+    assert blocks.digests.shape == (3, SECTIONS_MAX)
+    assert blocks.digests[:, :2].tolist() == [[8, 8], [7, 7], [0, 0]]
+
+
+def test_a_reader_of_the_same_memory_can_tell_a_block_that_moved() -> None:
+    """What same-host readers rely on: key, offset and generation agree before and after the copy, or it was nothing."""
+    arrays = SourceArrays.over(np.zeros(SourceArrays.bytes_needed(8), dtype=np.uint8), 8, fresh=True)
+    w = Writer(pages=1, arrays=arrays)
+    seen = []
+    for number in (1, 2, 1, 1):
+        if number == 1:
+            w.core.remove(w.namespace, keys(1), 0)
+        w.publish(number)
+        entry = int(w.core.index.lookup(keys(number))[0])
+        assert arrays.keys[entry].tobytes() == keys(number).tobytes()
+        assert arrays.generations[entry] % 2 == 0
+        seen.append((entry, int(arrays.generations[entry])))
+    assert len(dict.fromkeys(seen)) == len(seen), "the same place twice, never in the same generation"
+
+
+def test_pages_of_a_listing_add_up() -> None:
+    w = Writer()
+    w.publish(1, 2, 3)
+    w.core.lease(w.session, w.namespace, keys(2), SECOND, 0)
+    group = w.core.group(w.namespace, 0, 0)
+    w.core.reserve(w.session, w.namespace, group, keys(4, 5), SECOND, 0)
+    w.core.reserve(w.session, w.namespace, group, keys(6), 2 * SECOND, 0)
+    w.core.tick(SECOND)
+    whole, end = w.core.list_blocks(0, 100)
+    assert end == 0
+    states = sorted(record.state for record in whole)
+    assert states == ["quarantined", "quarantined", "readable", "readable", "readable", "writing"]
+    for limit in range(1, 7):
+        pages, cursor = [], 0
+        while True:
+            page, cursor = w.core.list_blocks(cursor, limit)
+            assert len(page) <= limit
+            pages += page
+            if not cursor:
+                break
+        assert pages == whole
+    for cursor, limit in ((0, 0), (0, 10_001), (-1, 5)):
+        with pytest.raises(BadArgument):
+            w.core.list_blocks(cursor, limit)
+
+
+def test_a_snapshot_holds_what_is_readable() -> None:
+    w = Writer()
+    w.publish(1, 2, 3)
+    w.core.remove(w.namespace, keys(2), 0)
+    w.core.reserve(w.session, w.namespace, w.core.group(w.namespace, 0, 0), keys(4), SECOND, 0)
+    assert sorted(k.tobytes() for k in w.core.snapshot_keys()) == [keys(1).tobytes(), keys(3).tobytes()]
+
+
+def test_arguments_of_unequal_length_are_refused() -> None:
+    w = Writer()
+    reserved = w.core.reserve(w.session, w.namespace, w.core.group(w.namespace, 0, 0), keys(1), SECOND, 0)
+    one, two = np.zeros(1, dtype=np.uint32), np.zeros(2, dtype=np.uint32)
+    with pytest.raises(BadArgument):
+        w.core.commit(w.session, reserved.reservation, one, two, np.zeros(1, dtype=np.uint64), 0)
+    assert (
+        w.core.commit(w.session, ReservationId(reserved.reservation), one[:0], one[:0], np.zeros(0, np.uint64), 0) == 0
+    )
+
+
+def test_what_ended_early_leaves_no_deadline() -> None:
+    """Otherwise a client that leases, waits and releases in a loop grows the source for ten minutes."""
+    w = Writer()
+    w.publish(1)
+    for _ in range(300):
+        lease = w.core.lease(w.session, w.namespace, keys(1), 600 * SECOND, 0).lease
+        w.core.release(w.session, [lease], 0)
+        w.core.unpin(w.session, w.core.pin(w.session, w.namespace, keys(1), 600 * SECOND, 0).pin, 0)
+        w.core.wait(w.session, w.namespace, keys(1), 600 * SECOND, 0)
+        w.core.cancel_wait(w.core.wait(w.session, w.namespace, keys(2), 600 * SECOND, 0))
+        w.core.take_wakeups()
+    w.core.tick(2 * SECOND)  # over for the finished reservation, too
+    assert w.core.next_deadline_us() is None
