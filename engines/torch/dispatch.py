@@ -214,12 +214,12 @@ class Dispatcher:
         if changes:
             self._on_changes(changes)
         self._load = engine.load()
-        self._keep_samples(engine.take_samples())
+        self.keep_samples(engine.take_samples())
         for stream, batch in self._outgoing.items():
             stream.send(batch)
         self._outgoing.clear()
 
-    def _keep_samples(self, new: Samples) -> None:
+    def keep_samples(self, new: Samples) -> None:
         if not (new.prefill or new.decode or new.finished_prefills):
             return
         with self._samples_lock:

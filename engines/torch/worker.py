@@ -21,6 +21,7 @@ from engines.torch.links import Links
 from engines.torch.model import LoadedModel, load_model
 from engines.torch.reports import HbmAnnouncements, NodeWatch, SchedulerLink
 from engines.torch.service import EngineServer, Stream
+from engines.torch.warming import warm_up
 from engines.torch.wire import report
 from kvpool import __version__
 from kvpool.core.errors import BadArgument
@@ -58,6 +59,7 @@ class WorkerConfig:
     dtype: str = "auto"  # of weights and KV; auto = float32 on the CPU, bfloat16 on CUDA
     device: str = "auto"  # auto = cuda where there is one
     deterministic: bool = False
+    warm_up: bool = True  # compute made-up prompts before serving: no first request waits for compilers
     credential: str = ""
     handoff_grace_s: float = 1.0  # DECODE: how long blocks may still appear after the first token
     pull_s_max: float = 300.0  # DECODE: how long to wait for blocks at most; then they are computed
@@ -124,6 +126,8 @@ class EngineWorker:
 
     def start(self) -> None:
         """Serves from its return on. Raises: Unavailable if the address can't be bound."""
+        if self.config.warm_up:
+            self._dispatcher.keep_samples(warm_up(self.engine))
         self._server.start()
         self._dispatcher.start()
         if self.config.node:

@@ -26,26 +26,22 @@ class Expiries:
 
     def __init__(self) -> None:
         self._deadlines: dict[Holder, int] = {}
-        self._heap: list[tuple[int, int, str]] = []
-        self._holders: dict[tuple[int, str], Holder] = {}
+        self._heap: list[tuple[int, int, int, str]] = []
 
     def __len__(self) -> int:
         return len(self._deadlines)
 
     def set(self, kind: Expiry, number: int | str, deadline_us: int) -> None:
         """Sets a holder's deadline, or moves it."""
-        holder = (kind, number)
-        self._deadlines[holder] = deadline_us
-        self._holders[(int(kind), str(number))] = holder
-        heapq.heappush(self._heap, (deadline_us, int(kind), str(number)))
+        self._deadlines[(kind, number)] = deadline_us
+        heapq.heappush(self._heap, _item(deadline_us, kind, number))
         if len(self._heap) > 2 * len(self._deadlines) + 64:
-            self._heap = [(d, int(k), str(n)) for (k, n), d in self._deadlines.items()]
+            self._heap = [_item(d, k, n) for (k, n), d in self._deadlines.items()]
             heapq.heapify(self._heap)
 
     def cancel(self, kind: Expiry, number: int | str) -> None:
         """The holder ended; nothing happens if it has no deadline."""
         self._deadlines.pop((kind, number), None)
-        self._holders.pop((int(kind), str(number)), None)
 
     def next_us(self) -> int | None:
         """The earliest deadline."""
@@ -56,11 +52,19 @@ class Expiries:
     def due(self, now_us: int) -> Iterator[Holder]:
         """Takes out, one by one, the holders whose deadline has come."""
         while (deadline := self.next_us()) is not None and deadline <= now_us:
-            _, kind, number = heapq.heappop(self._heap)
-            holder = self._holders.pop((kind, number))
+            holder = _holder(heapq.heappop(self._heap))
             del self._deadlines[holder]
             yield holder
 
-    def _live(self, item: tuple[int, int, str]) -> bool:
-        holder = self._holders.get(item[1:])
-        return holder is not None and self._deadlines[holder] == item[0]
+    def _live(self, item: tuple[int, int, int, str]) -> bool:
+        return self._deadlines.get(_holder(item)) == item[0]
+
+
+def _item(deadline_us: int, kind: Expiry, number: int | str) -> tuple[int, int, int, str]:
+    """Heap order: deadline, kind, number, name."""
+    return (deadline_us, int(kind), number, "") if isinstance(number, int) else (deadline_us, int(kind), 0, number)
+
+
+def _holder(item: tuple[int, int, int, str]) -> Holder:
+    _, kind, number, name = item
+    return Expiry(kind), name if kind == Expiry.HANDOFF else number

@@ -95,22 +95,17 @@ class SlotAllocator:
     def can_ever_fit(self, size: int) -> bool:
         return self.slot_bytes(size) <= self.capacity_bytes
 
-    def only_holds(self, first: int, count: int, slot_bytes: int) -> bool:
-        """Whether all that lies in these slabs amounts to `slot_bytes`, and none of it reaches beyond them."""
+    def bytes_touching(self, first: int, count: int) -> int:
+        """Bytes of all slots that lie in these slabs, those that reach beyond them included whole."""
         used = 0
-        for index in range(first, first + count):
-            slab = self._slabs[index]
-            if slab is None:
-                continue
-            if slab.slot_bytes <= self.slab_bytes:
+        for slab in self._slabs[first : first + count]:
+            if slab is not None and slab.slot_bytes <= self.slab_bytes:
                 used += slab.used * slab.slot_bytes
-            elif index in self._large:
-                if index + self._large[index] > first + count:
-                    return False
-                used += slab.slot_bytes
-            elif not any(f <= index < f + n and f >= first for f, n in self._large.items()):
-                return False
-        return used == slot_bytes
+        for begin, slabs in self._large.items():
+            large = self._slabs[begin]
+            if begin < first + count and begin + slabs > first and large is not None:
+                used += large.slot_bytes
+        return used
 
     def occupancy(self) -> Occupancy:
         free = longest = run = 0

@@ -346,7 +346,12 @@ class SourceCore:
         self.waits.cancel(wait)
 
     def take_wakeups(self) -> list[Wakeup]:
-        return self.waits.take()
+        """News for waiting readers since the last call."""
+        news = self.waits.take()
+        for wakeup in news:
+            if wakeup.done:
+                self._expiries.cancel(Expiry.WAIT, wakeup.wait)
+        return news
 
     # ---------------------------------------------------------------- removal, time, inspection
 

@@ -37,9 +37,9 @@ class BlockStore:
         if not len(keys) or not self.slots.can_ever_fit(size) or not self.lru.open_class(slot_bytes):
             return np.empty(0, dtype=np.int32)
         offsets: list[int] = []
-        for _ in range(len(keys)):
+        for missing in range(len(keys), 0, -1):
             offset = self.slots.allocate(size)
-            if offset is None and self._make_room(slot_bytes):
+            if offset is None and self._make_room(slot_bytes, missing):
                 offset = self.slots.allocate(size)
             if offset is None:
                 break
@@ -166,9 +166,9 @@ class BlockStore:
 
     # ---------------------------------------------------------------- parts
 
-    def _make_room(self, slot_bytes: int) -> bool:
-        """Evicts so that one slot of this size can be had; False if that is impossible now."""
-        victims = self.lru.oldest(slot_bytes, 1)
+    def _make_room(self, slot_bytes: int, count: int) -> bool:
+        """Evicts for at most `count` slots of this size; False if not one can be had now."""
+        victims = self.lru.oldest(slot_bytes, count)
         if len(victims) and slot_bytes <= self.slots.slab_bytes:
             self._evict(victims)
             return True
@@ -184,7 +184,7 @@ class BlockStore:
         best: tuple[int, int] | None = None
         for start in range(slab_count - count + 1):
             inside = (last >= start) & (first < start + count)
-            usable = free[inside].all() and self.slots.only_holds(start, count, int(self._bytes(used[inside])))
+            usable = free[inside].all() and self.slots.bytes_touching(start, count) == self._bytes(used[inside])
             if usable:
                 candidate = (int(inside.sum()), start)
                 best = candidate if best is None else min(best, candidate)
