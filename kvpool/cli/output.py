@@ -21,7 +21,8 @@ from kvpool.service import rpc
 #: Exit codes: 1 = asked for something that is not there or was refused, 2 = wrong usage, 3 = nothing answers.
 EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE = 1, 2, 3
 
-console = Console(highlight=False)
+# A file or a pipe has no width of its own; tables need more than the 80 columns that rich would assume.
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 
 
 def to_dict(message: Message) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class Reference:
         Returns: `tokens_identical`, `near_ties` (outputs excused), and `differences` (the first ten that are not).
         """
         import torch
+        from transformers.utils import logging as transformers_logging
 
         from engines.torch.engine import Engine
         from engines.torch.generate import generate
@@ -38,6 +39,7 @@ class Reference:
         from engines.torch.model import load_model
         from engines.torch.request import Sampling
 
+        transformers_logging.disable_progress_bar()  # ours is on the screen
         o = self._options
         torch.set_num_threads(max(1, o.threads))
         model = load_model(self._folder)

@@ -42,9 +42,9 @@ class WorkloadShape:
 
     conversations: int = 9
     turns: int = 4
-    system_tokens: int = 500
-    first_turn_tokens: int = 1000
-    later_turn_tokens: int = 300
+    system_tokens: int = 600
+    first_turn_tokens: int = 1500
+    later_turn_tokens: int = 200
     answer_tokens: int = 40
     think_s_max: float = 1.0
     seed: int = 7
