@@ -104,6 +104,9 @@ class BlockIndex:
             arrays.digests[entries][:, : arrays.sections if sections is None else sections],
         )
 
+    def keys_of(self, entries: Entries) -> list[bytes]:
+        return split_keys(self.arrays.keys[entries].view(np.uint8).reshape(-1, KEY_BYTES))
+
     def check_invariants(self) -> None:
         arrays = self.arrays
         used = np.flatnonzero(arrays.states != EntryState.FREE).astype(np.int32)

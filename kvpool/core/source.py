@@ -7,12 +7,12 @@ moves the bytes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvpool.core.arrays import Descriptors, EntryState, SourceArrays
+from kvpool.core.bounds import Bounds
 from kvpool.core.changes import BlockChange
 from kvpool.core.errors import (
     BadArgument,
@@ -22,7 +22,7 @@ from kvpool.core.errors import (
     UnknownLease,
     UnknownReservation,
     UnknownSession,
-)
+)  # fmt: skip
 from kvpool.core.expiry import Expiries, Expiry
 from kvpool.core.held import HeldBlocks
 from kvpool.core.holds import Hold, Holds
@@ -35,21 +35,10 @@ from kvpool.core.results import Leased, Pinned, Reserved, ReserveStatus, SourceC
 from kvpool.core.store import BlockStore
 from kvpool.core.waits import Waits, WaitState, Wakeup
 
-TTL_US_MAX: Final = 600_000_000
-
 __all__ = [
-    "BlockRecord",
-    "Hold",
-    "Leased",
-    "Pinned",
-    "ReserveStatus",
-    "Reserved",
-    "SourceConfig",
-    "SourceCore",
-    "SourceCounts",
-    "WaitState",
-    "Wakeup",
-]
+    "BlockRecord", "Hold", "Leased", "Pinned", "ReserveStatus", "Reserved", "SourceConfig", "SourceCore",
+    "SourceCounts", "WaitState", "Wakeup",
+]  # fmt: skip
 
 
 class SourceCore:
@@ -67,6 +56,7 @@ class SourceCore:
         self.sessions: dict[SessionId, str] = {}
         self.hits = self.misses = 0  # blocks asked for by lease
         self._namespaces = Namespaces()
+        self._bounds = Bounds(config)
         self._expiries = Expiries()
         self._held = HeldBlocks(self.holds, self.store, self._expiries)
         self._next_session = 1
@@ -139,11 +129,11 @@ class SourceCore:
 
         Raises: BadArgument, UnknownSession, UnknownNamespace, Overloaded; NoSpace if nothing was had.
         """
-        self._check_call(session, namespace_id, keys, ttl_us)
+        namespace = self._check_call(session, namespace_id, keys, ttl_us)
         if hold is not None:
-            self._check_hold(hold)
+            self._bounds.hold(hold, self.holds)
         self._check_room_for_reservation()
-        status, entries = self._status(namespace_id, keys)
+        status, entries = self.store.status(namespace, keys)
         found = status == ReserveStatus.EXISTS
         # Held first, so that what this call found is not what it evicts.
         guarded = entries[found]
@@ -155,8 +145,9 @@ class SourceCore:
             self._held.hand_off(guarded, hold, now_us)
         self.store.unguard(guarded)
         reserved = fresh[: len(taken)]
+        taken_rows = set(reserved.tolist())
         for row, first in firsts.items():
-            status[row] = ReserveStatus.BEING_WRITTEN if first in reserved else ReserveStatus.NO_SPACE
+            status[row] = ReserveStatus.BEING_WRITTEN if first in taken_rows else ReserveStatus.NO_SPACE
         status[reserved] = ReserveStatus.RESERVED
         entries[reserved] = taken
         if len(fresh) and not len(taken) and not found.any():
@@ -167,12 +158,12 @@ class SourceCore:
         reservation = ReservationId(0)
         if len(taken):
             self.arrays.fidelities[taken] = fidelity
-            self.store.set_namespace(taken, self._namespaces.number(namespace_id))
+            self.store.set_namespace(taken, namespace)
             reservation = self.reservations.add(
                 Reservation(session, reserved, taken, group.section_count, now_us + ttl_us, hold)
             )
             self._expiries.set(Expiry.RESERVATION, reservation, now_us + ttl_us)
-        return Reserved(reservation, status, self._describe(keys, entries, status == ReserveStatus.RESERVED, 0))
+        return Reserved(reservation, status, self.store.describe(keys, entries, status == ReserveStatus.RESERVED, 0))
 
     def commit(
         self,
@@ -206,7 +197,7 @@ class SourceCore:
             if found.hold is not None:
                 self._held.hand_off(complete, found.hold, now_us)
             self.store.publish(complete)
-            for key in self._keys(complete):
+            for key in self.index.keys_of(complete):
                 self.waits.key_changed(key, WaitState.COMMITTED)
             if not found.pending.any():
                 self.reservations.finish(reservation)
@@ -234,8 +225,8 @@ class SourceCore:
         Raises: BadArgument, UnknownSession, UnknownNamespace, Overloaded.
         """
         self._check_call(session, namespace_id, keys, ttl_us)
-        self._check_room_for_hold()
-        entries, found = self._readable(namespace_id, keys)
+        self._bounds.room_for_hold(self.holds)
+        entries, found = self.store.readable(self._namespaces.number(namespace_id), keys)
         self.hits += int(found.sum())
         self.misses += int((~found).sum())
         lease = LeaseId(0)
@@ -243,7 +234,7 @@ class SourceCore:
             lease = self._held.lease(session, entries[found], now_us + ttl_us, handoff)
         fidelity = np.zeros(len(keys), dtype=np.uint8)
         fidelity[found] = self.arrays.fidelities[entries[found]]
-        return Leased(lease, found, self._describe(keys, entries, found, SECTIONS_MAX), fidelity)
+        return Leased(lease, found, self.store.describe(keys, entries, found, SECTIONS_MAX), fidelity)
 
     def release(self, session: SessionId, leases: Sequence[int], now_us: int) -> None:
         """Gives leases back; the known ones even where one is not. Raises: UnknownLease."""
@@ -280,8 +271,8 @@ class SourceCore:
     def pin(self, session: SessionId, namespace_id: bytes, keys: KeyArray, ttl_us: int, now_us: int) -> Pinned:
         """Holds blocks against eviction; ttl 0 = until released. Raises: as `lease`."""
         self._check_call(session, namespace_id, keys, ttl_us or 1)
-        self._check_room_for_hold()
-        entries, found = self._readable(namespace_id, keys)
+        self._bounds.room_for_hold(self.holds)
+        entries, found = self.store.readable(self._namespaces.number(namespace_id), keys)
         pin = PinId(0)
         if found.any():
             pin = self._held.pin(session, entries[found], now_us + ttl_us if ttl_us else 0)
@@ -296,9 +287,9 @@ class SourceCore:
 
     def lookup(self, namespace_id: bytes, keys: KeyArray) -> NDArray[np.bool_]:
         """Which keys are readable. Changes nothing, holds nothing. Raises: UnknownNamespace, BadArgument."""
-        self._check_keys(keys)
+        self._bounds.keys(keys)
         self._namespaces.number(namespace_id)
-        return self._readable(namespace_id, keys)[1]
+        return self.store.readable(self._namespaces.number(namespace_id), keys)[1]
 
     # ---------------------------------------------------------------- waiting
 
@@ -317,10 +308,7 @@ class SourceCore:
         Raises: BadArgument, UnknownSession, UnknownNamespace, Overloaded.
         """
         self._check_call(session, namespace_id, keys, deadline_us - now_us)
-        if len(self.waits) >= self.config.waits_max:
-            raise Overloaded(f"{self.config.waits_max} readers are waiting already")
-        if self.waits.awaited_keys + len(keys) > self.config.awaited_keys_max:
-            raise Overloaded(f"{self.config.awaited_keys_max} keys are awaited already")
+        self._bounds.waits(len(self.waits), self.waits.awaited_keys + len(keys))
         wait = self.waits.add(session)
         entries = self.index.lookup(keys)
         number = self._namespaces.number(namespace_id)
@@ -357,8 +345,8 @@ class SourceCore:
 
     def remove(self, namespace_id: bytes, keys: KeyArray, now_us: int) -> int:
         """Drops readable blocks; those that are held lose their keys now and their bytes later. Returns how many."""
-        self._check_keys(keys)
-        entries, found = self._readable(namespace_id, keys)
+        self._bounds.keys(keys)
+        entries, found = self.store.readable(self._namespaces.number(namespace_id), keys)
         victims = np.unique(entries[found]).astype(np.int32)
         self.store.drop(victims)
         return len(victims)
@@ -412,22 +400,12 @@ class SourceCore:
 
     # ---------------------------------------------------------------- parts
 
-    def _check_keys(self, keys: KeyArray) -> None:
-        if len(keys) > self.config.keys_per_call_max:
-            raise BadArgument(f"{len(keys)} keys in one call; at most {self.config.keys_per_call_max}")
-
-    def _check_call(self, session: SessionId, namespace_id: bytes, keys: KeyArray, ttl_us: int) -> None:
-        self._check_keys(keys)
-        if not 0 < ttl_us <= TTL_US_MAX:
-            raise BadArgument(f"a time to live must be over 0 and at most {TTL_US_MAX // 1_000_000} s")
+    def _check_call(self, session: SessionId, namespace_id: bytes, keys: KeyArray, ttl_us: int) -> int:
+        """The namespace's number, where all is well."""
+        self._bounds.keys(keys)
+        self._bounds.ttl(ttl_us)
         self.ping(session, 0)
-        self._namespaces.number(namespace_id)
-
-    def _check_hold(self, hold: Hold) -> None:
-        if not hold.request_id or not 0 < hold.ttl_us <= TTL_US_MAX:
-            raise BadArgument("a hand-off hold needs a request id and a time to live")
-        if len(self.holds.handoffs) >= self.config.handoffs_max:
-            raise Overloaded(f"{self.config.handoffs_max} hand-offs are held already")
+        return self._namespaces.number(namespace_id)
 
     def _check_room_for_reservation(self) -> None:
         if self.reservations.unfinished >= self.config.reservations_max:
@@ -435,43 +413,9 @@ class SourceCore:
         for number in self.reservations.forget_finished(len(self.reservations) + 1 - self.config.reservations_max):
             self._expiries.cancel(Expiry.RESERVATION, number)
 
-    def _check_room_for_hold(self) -> None:
-        if len(self.holds.leases) + len(self.holds.pins) >= self.config.leases_max:
-            raise Overloaded(f"{self.config.leases_max} leases and pins are held already")
-
-    def _readable(self, namespace_id: bytes, keys: KeyArray) -> tuple[Entries, NDArray[np.bool_]]:
-        number = self._namespaces.number(namespace_id)
-        entries = self.index.lookup(keys)
-        found = entries != NO_ENTRY
-        known = entries[found]
-        found[found] = (self.arrays.states[known] == EntryState.READABLE) & self.store.in_namespace(known, number)
-        return entries, found
-
-    def _describe(self, keys: KeyArray, entries: Entries, valid: NDArray[np.bool_], sections: int) -> Descriptors:
-        """A row a key; rows that are not valid are zero."""
-        rows = self.index.describe(np.where(valid, entries, 0), sections)
-        blank = ~valid
-        for column in (rows.offsets, rows.sizes, rows.generations, rows.digests):
-            column[blank] = 0
-        return Descriptors(keys, rows.offsets, rows.sizes, rows.generations, rows.digests)
-
-    def _status(self, namespace_id: bytes, keys: KeyArray) -> tuple[NDArray[np.uint8], Entries]:
-        """What a reserve finds: EXISTS, BEING_WRITTEN, NO_SPACE (the key is another namespace's) or 0; and entries."""
-        entries = self.index.lookup(keys)
-        status = np.zeros(len(keys), dtype=np.uint8)
-        known = np.flatnonzero(entries != NO_ENTRY)
-        readable = self.arrays.states[entries[known]] == EntryState.READABLE
-        status[known] = np.where(readable, ReserveStatus.EXISTS, ReserveStatus.BEING_WRITTEN)
-        ours = self.store.in_namespace(entries[known], self._namespaces.number(namespace_id))
-        status[known[~ours]] = ReserveStatus.NO_SPACE
-        return status, entries
-
-    def _keys(self, entries: Entries) -> list[bytes]:
-        return split_keys(self.arrays.keys[entries].view(np.uint8).reshape(-1, 16))
-
     def _tell_sections(self, entries: Entries, sections: NDArray[np.uint32]) -> None:
         if len(self.waits):
-            for key, section in zip(self._keys(entries), sections.tolist(), strict=True):
+            for key, section in zip(self.index.keys_of(entries), sections.tolist(), strict=True):
                 self.waits.key_changed(key, WaitState.SECTION, section)
 
     def _drop_reservation(self, reservation: ReservationId, *, quarantine: bool) -> int:
@@ -479,7 +423,7 @@ class SourceCore:
         found = self.reservations.get(reservation)
         assert found is not None and found.state is ReservationState.LIVE
         entries = found.pending_entries
-        keys = self._keys(entries)
+        keys = self.index.keys_of(entries)
         slots = self.store.discard(entries)
         self._expiries.cancel(Expiry.RESERVATION, reservation)
         if quarantine:

@@ -7,13 +7,14 @@ import itertools
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpool.core.arrays import EntryState
+from kvpool.core.arrays import Descriptors, EntryState
 from kvpool.core.changes import BlockChange, ChangeKind
 from kvpool.core.eviction import LruLists
 from kvpool.core.holds import Holds
 from kvpool.core.ids import Fidelity, KeyArray
-from kvpool.core.index import BlockIndex, Entries
+from kvpool.core.index import NO_ENTRY, BlockIndex, Entries
 from kvpool.core.reservations import QuarantinedSlot
+from kvpool.core.results import ReserveStatus
 from kvpool.core.slots import SlotAllocator
 
 
@@ -132,6 +133,31 @@ class BlockStore:
     def in_namespace(self, entries: Entries, number: int) -> NDArray[np.bool_]:
         inside: NDArray[np.bool_] = self._namespaces[entries] == number
         return inside
+
+    def readable(self, number: int, keys: KeyArray) -> tuple[Entries, NDArray[np.bool_]]:
+        """Entries of keys, and which of them are readable blocks of namespace `number`."""
+        entries = self.index.lookup(keys)
+        found = entries != NO_ENTRY
+        known = entries[found]
+        found[found] = (self.arrays.states[known] == EntryState.READABLE) & self.in_namespace(known, number)
+        return entries, found
+
+    def status(self, number: int, keys: KeyArray) -> tuple[NDArray[np.uint8], Entries]:
+        """What a reserve finds: EXISTS, BEING_WRITTEN, NO_SPACE (the key is another namespace's) or 0; and entries."""
+        entries = self.index.lookup(keys)
+        status = np.zeros(len(keys), dtype=np.uint8)
+        known = np.flatnonzero(entries != NO_ENTRY)
+        readable = self.arrays.states[entries[known]] == EntryState.READABLE
+        status[known] = np.where(readable, ReserveStatus.EXISTS, ReserveStatus.BEING_WRITTEN)
+        status[known[~self.in_namespace(entries[known], number)]] = ReserveStatus.NO_SPACE
+        return status, entries
+
+    def describe(self, keys: KeyArray, entries: Entries, valid: NDArray[np.bool_], sections: int) -> Descriptors:
+        """A row a key; rows that are not valid are zero."""
+        rows = self.index.describe(np.where(valid, entries, 0), sections)
+        for column in (rows.offsets, rows.sizes, rows.generations, rows.digests):
+            column[~valid] = 0
+        return Descriptors(keys, rows.offsets, rows.sizes, rows.generations, rows.digests)
 
     def readable_of(self, number: int) -> Entries:
         chosen = (self.arrays.states == EntryState.READABLE) & (self._namespaces == number)

@@ -162,7 +162,9 @@ def test_killed_gateway_leaves_nothing_held(cluster: Running, prompts: Cut) -> N
     url = f"http://{cluster.local.address(victim)}"
     body = {"model": "tiny-llama", "prompt": prompts(8, 400), "max_tokens": 2500, "ignore_eos": True, "stream": True}
     with cluster.http.stream("POST", f"{url}/v1/completions", json=body) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # kept: httpx closes the response with its iterator
+        next(lines)
+        eventually(lambda: any(i["running"] for i in cluster.control.instances()), "it runs", 10)
         cluster.local.process(victim).kill()
     eventually(lambda: all(not i["running"] for i in cluster.control.instances()), "aborted on the workers", 10)
     cluster.wait_nothing_held()

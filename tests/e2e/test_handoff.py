@@ -56,7 +56,8 @@ def test_disconnect_aborts_everywhere(cluster: Running, prompts: Cut) -> None:
     body = {"model": "tiny-llama", "prompt": prompts(1, 300), "max_tokens": 3000, "ignore_eos": True, "stream": True,
             "kvpool": {"policy": "always_split"}}  # fmt: skip
     with cluster.http.stream("POST", "/v1/completions", json=body) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # kept: httpx closes the response with its iterator
+        next(lines)
         eventually(lambda: any(i["running"] for i in cluster.control.instances()), "it runs", 10)
     took = eventually(lambda: all(not i["running"] for i in cluster.control.instances()), "aborted on the workers", 5)
     assert took < 5
