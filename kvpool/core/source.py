@@ -35,11 +35,6 @@ from kvpool.core.results import Leased, Pinned, Reserved, ReserveStatus, SourceC
 from kvpool.core.store import BlockStore
 from kvpool.core.waits import Waits, WaitState, Wakeup
 
-__all__ = [
-    "BlockRecord", "Hold", "Leased", "Pinned", "ReserveStatus", "Reserved", "SourceConfig", "SourceCore",
-    "SourceCounts", "WaitState", "Wakeup",
-]  # fmt: skip
-
 
 class SourceCore:
     """One source. Not thread-safe: one thread calls it."""

@@ -17,9 +17,9 @@ from kvpool.channels.sections import block_keys, check_block
 from kvpool.codecs import codec_for
 from kvpool.core.arrays import Descriptors
 from kvpool.core.errors import BadArgument, UnknownSession
+from kvpool.core.holds import Hold
 from kvpool.core.ids import KeyArray
 from kvpool.core.namespace import HASHES, SECTIONS_MAX, GroupSpec
-from kvpool.core.source import Hold
 from kvpool.service import wire
 from kvpool.service.announcer import SourceFacts
 from kvpool.service.grants import Grants

@@ -24,7 +24,8 @@ from kvpool.core.arrays import SourceArrays
 from kvpool.core.errors import BadArgument, KvpoolError
 from kvpool.core.ids import Tier
 from kvpool.core.namespace import HASHES, GroupKind, GroupSpec, NamespaceSpec
-from kvpool.core.source import SourceConfig, SourceCore
+from kvpool.core.results import SourceConfig
+from kvpool.core.source import SourceCore
 from kvpool.service import rpc
 from kvpool.service.announcer import Announcer, SourceFacts
 from kvpool.service.block_source import BlockSourceServicer, Channels

@@ -14,7 +14,8 @@ import numpy as np
 
 from kvpool.core.errors import UnknownSession
 from kvpool.core.ids import KeyArray, SessionId, WaitId
-from kvpool.core.source import SourceCore, Wakeup
+from kvpool.core.source import SourceCore
+from kvpool.core.waits import Wakeup
 from kvpool.service.announcer import Announcer
 from kvpool.service.grants import Grants, now_us
 

@@ -12,8 +12,8 @@ from kvpool.core.arrays import Descriptors
 from kvpool.core.changes import BlockChange, ChangeKind
 from kvpool.core.errors import BadArgument
 from kvpool.core.ids import Fidelity, KeyArray, Tier, qualify, unpack_keys
+from kvpool.core.listing import BlockRecord, SourceCounts
 from kvpool.core.namespace import GroupKind, GroupSpec, NamespaceSpec
-from kvpool.core.source import BlockRecord, SourceCounts
 from kvpool.v1 import block_source_pb2, common_pb2, directory_pb2
 
 TTL_MS_MAX = 600_000

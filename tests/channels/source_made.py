@@ -19,7 +19,8 @@ from kvpool.channels.tcp_server import TcpDataServer
 from kvpool.core.arrays import Descriptors, SourceArrays
 from kvpool.core.hashing import section_digest
 from kvpool.core.namespace import GroupKind, GroupSpec, NamespaceSpec
-from kvpool.core.source import SourceConfig, SourceCore
+from kvpool.core.results import SourceConfig
+from kvpool.core.source import SourceCore
 from kvpool.service.grants import Grants, now_us
 from kvpool.tiers.dram import Segment
 

@@ -9,7 +9,8 @@ from kvpool.core.arrays import SourceArrays
 from kvpool.core.errors import BadArgument, UnknownNamespace, UnknownSession
 from kvpool.core.ids import Fidelity, KeyArray, NamespaceId, ReservationId, SessionId
 from kvpool.core.namespace import SECTIONS_MAX, GroupKind, GroupSpec, NamespaceSpec
-from kvpool.core.source import ReserveStatus, SourceConfig, SourceCore
+from kvpool.core.results import ReserveStatus, SourceConfig
+from kvpool.core.source import SourceCore
 
 PAGE = 4096
 SECOND = 1_000_000

@@ -18,7 +18,8 @@ from kvpool.core.errors import KvpoolError, NoSpace
 from kvpool.core.holds import Hold
 from kvpool.core.ids import KeyArray
 from kvpool.core.namespace import GroupKind, GroupSpec, NamespaceSpec
-from kvpool.core.source import SourceConfig, SourceCore
+from kvpool.core.results import SourceConfig
+from kvpool.core.source import SourceCore
 
 PAGE = 4096
 KEY_COUNT = 9

@@ -18,7 +18,9 @@ from kvpool.core.errors import KvpoolError
 from kvpool.core.holds import Hold
 from kvpool.core.ids import KeyArray, ReservationId, SessionId
 from kvpool.core.namespace import GroupKind, GroupSpec, NamespaceSpec
-from kvpool.core.source import ReserveStatus, SourceConfig, SourceCore, WaitState
+from kvpool.core.results import ReserveStatus, SourceConfig
+from kvpool.core.source import SourceCore
+from kvpool.core.waits import WaitState
 
 SCRIPTS = sorted((Path(__file__).parent / "testdata").glob("source*.txt"))
 PAGE = 4096

@@ -9,7 +9,8 @@ from kvpool.core.directory import Directory, SourceRecord
 from kvpool.core.hashing import block_keys
 from kvpool.core.ids import SourceId, Tier
 from kvpool.core.namespace import GroupKind, GroupSpec, NamespaceSpec
-from kvpool.core.source import SourceConfig, SourceCore
+from kvpool.core.results import SourceConfig
+from kvpool.core.source import SourceCore
 
 
 def main() -> None:
