@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from kvpool import __version__
 from kvpool.cli import output
 from kvpool.core import hashing
 from kvpool.service import rpc
@@ -120,11 +119,9 @@ def open_cluster(address: str, credential: str) -> Cluster:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
+    version: Annotated[bool, output.version_option("kvctl")] = False,
 ) -> None:
-    if version:
-        print(f"kvctl {__version__}")
-        raise typer.Exit
+    """Look into a running kvpool cluster."""
 
 
 @app.command()

@@ -19,7 +19,6 @@ from typing import Annotated, Any
 
 import typer
 
-from kvpool import __version__
 from kvpool.cli import output
 from kvpool.cli.local import LocalCluster, LocalOptions
 from kvpool.cli.processes import ProcessFailed, announce_ready, die_with_parent
@@ -50,11 +49,8 @@ def _root(
         Path | None, typer.Option("--config", exists=True, dir_okay=False, help="TOML file: a table for each role.")
     ] = None,
     log_level: Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")] = "info",
-    version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
+    version: Annotated[bool, output.version_option("kvpool")] = False,
 ) -> None:
-    if version:
-        print(f"kvpool {__version__}")
-        raise typer.Exit
     level = getattr(logging, log_level.upper(), None)
     if not isinstance(level, int):
         output.fail(f"no log level {log_level!r}", hint="debug, info, warning or error", code=output.EXIT_USAGE)

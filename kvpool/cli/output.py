@@ -15,6 +15,7 @@ from google.protobuf.message import Message
 from rich.console import Console
 from rich.table import Table
 
+from kvpool import __version__
 from kvpool.core.errors import KvpoolError, Unavailable
 from kvpool.service import rpc
 
@@ -82,6 +83,17 @@ def _report(error: KvpoolError, address: str, what: str) -> NoReturn:
             code=EXIT_UNREACHABLE,
         )
     fail(str(error), hint=error.hint)
+
+
+def version_option(program: str) -> Any:
+    """A `--version` that needs no command beside it."""
+
+    def show(asked: bool) -> None:
+        if asked:
+            print(f"{program} {__version__}")
+            raise typer.Exit
+
+    return typer.Option("--version", callback=show, is_eager=True, help="Print the version and end.")
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

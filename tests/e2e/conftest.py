@@ -65,7 +65,8 @@ class Running:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """One prefill and two decode workers."""
-    local = LocalCluster(options(prefill=1, decode=2), tmp_path_factory.mktemp("logs"))
+    folder = tmp_path_factory.mktemp("cluster")
+    local = LocalCluster(options(prefill=1, decode=2, journal=str(folder / "journal")), folder / "logs")
     local.start()
     running = Running(local)
     try:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from scheduler.service import journal
 from tests.e2e.conftest import Running, eventually
 
 pytestmark = pytest.mark.processes
@@ -62,6 +65,17 @@ def test_disconnect_aborts_everywhere(cluster: Running, prompts: Cut) -> None:
     took = eventually(lambda: all(not i["running"] for i in cluster.control.instances()), "aborted on the workers", 5)
     assert took < 5
     cluster.wait_nothing_held()
+
+
+def test_the_journal_replays_to_the_same_decisions(cluster: Running, prompts: Cut, tmp_path: Path) -> None:
+    placed = [cluster.complete(prompts(60 + i, 100), 4)["id"] for i in range(3)]
+    shutil.copytree(cluster.local.options.journal, tmp_path / "journal")
+    events = decisions = 0
+    for file in journal.files(tmp_path / "journal"):
+        replay = journal.replay(file)
+        assert replay.identical, replay.differences
+        events, decisions = events + replay.events, decisions + len(replay.decisions)
+    assert decisions >= len(placed) and events > decisions
 
 
 def test_kvctl_shows_it(cluster: Running, prompts: Cut) -> None:
