@@ -190,9 +190,10 @@ class Dispatcher:
             log.exception("computing failed: %d requests end with an error", len(self._records))
             why = f"the engine failed: {type(error).__name__}: {error}"
             for request_id, record in list(self._records.items()):
-                if not self._engine.abort(request_id, Finish.ERROR, why) and not record.exports:
-                    self._send(record.stream, wire.failure(request_id, why))
-                    self._forget(request_id, record)
+                if self._engine.abort(request_id, Finish.ERROR, why) or record.last is not None:
+                    continue  # it ends with the engine's word, or when its exports are back
+                self._send(record.stream, wire.failure(request_id, why))
+                self._forget(request_id, record)
 
     def _patience_s(self) -> float:
         deadline_us = self._engine.next_deadline_us()

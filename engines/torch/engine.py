@@ -72,7 +72,9 @@ class Engine:
         Raises: BadArgument for a request that can't be right, Overloaded if the queue is full, KvpoolError with
             CONTEXT_TOO_LONG or NO_CAPACITY if it can never fit.
         """
-        limits.check(request, self.config, self.model, request.id in self._by_id)
+        # A name is free once its end was told: events know requests by name only.
+        taken = request.id in self._by_id or any(event.request_id == request.id for event in self._events)
+        limits.check(request, self.config, self.model, taken)
         if len(self._waiting) >= self.config.waiting_max:
             raise Overloaded(f"{len(self._waiting)} requests are waiting already", hint="try again later")
         sequence = Running(request, self.config.block_tokens, self._clock_us())
@@ -128,6 +130,8 @@ class Engine:
         arrived = -(-sequence.computed // self.config.block_tokens) - pull.first
         sequence.times.pull_failures += len(pull.blocks) - arrived
         sequence.pull = None
+        # What came of the others was not verified.
+        self._wipe(pull.blocks[arrived:].tolist())
         sequence.running_us = self._clock_us()
         sequence.times.pull_us = sequence.running_us - sequence.admitted_us
         sequence.state = State.RUNNING
@@ -284,11 +288,19 @@ class Engine:
         parent = sequence.keys[full - 1] if full else sequence.request.root
         return tail_key(parent, sequence.tokens(end - tail, end))
 
-    def _grow(self, sequence: Running, tokens: int) -> None:
-        """Allocates blocks so that `tokens` tokens have room."""
+    def _grow(self, sequence: Running, tokens: int) -> list[int]:
+        """Allocates blocks so that `tokens` tokens have room. Returns the new ones; they hold anything."""
+        begin = len(sequence.blocks)
         while len(sequence.blocks) * self.config.block_tokens < tokens:
             sequence.blocks.append(self.pool.allocate())
             sequence.promised -= 1
+        return sequence.blocks[begin:]
+
+    def _wipe(self, blocks: list[int]) -> None:
+        """Clears blocks before they are computed into: attention reads past the last token under a mask, and a nan
+        there (an overflow of somebody else's, bytes that failed their digest) would still reach the result."""
+        if blocks:
+            self.cache[blocks] = 0
 
     # ---------------------------------------------------------------- computing
 
@@ -306,7 +318,7 @@ class Engine:
         drawing: list[Running] = []
         for piece in plan.pieces:
             sequence = running[piece.index]
-            self._grow(sequence, piece.end)
+            self._wipe(self._grow(sequence, piece.end))
             chunks.append(Chunk(piece.first, piece.count, sequence.blocks))
             token_ids.extend(sequence.tokens(piece.first, piece.end).tolist())
             if piece.end == sequence.known and sequence.samples:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from engines.torch.copies import wait_for_copy
 from engines.torch.counters import Counters
 from engines.torch.links import Links
 from engines.torch.request import BlockSet
@@ -26,7 +27,7 @@ from kvpool.tiers.hbm import BlockMemory
 log = logging.getLogger(__name__)
 
 BATCH_BLOCKS = 32
-COPY_TIMEOUT_S = 30.0
+CLOSE_TIMEOUT_S = 30.0
 RESERVATION_TTL_S = 60.0
 _RESERVED, _EXISTS, _BEING_WRITTEN = 1, 2, 3
 
@@ -82,7 +83,7 @@ class Publisher:
         for jobs, thread in zip((self._handoffs, self._others), self._threads, strict=True):
             with contextlib.suppress(queue.Full):  # a busy thread looks for itself
                 jobs.put_nowait(None)
-            thread.join(COPY_TIMEOUT_S)
+            thread.join(CLOSE_TIMEOUT_S)
 
     def _run(self, jobs: queue.Queue[PublishJob | None]) -> None:
         while not self._closing.is_set():
@@ -133,7 +134,7 @@ class Publisher:
     ) -> bool:
         staging = self._memory.gather(blocks)
         try:
-            if not staging.event.wait(COPY_TIMEOUT_S):
+            if not wait_for_copy(staging.event, self._closing):
                 return False
             digests = client.write(reservation, wanted, staging.data, rows=staging.rows)
         finally:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from engines.torch.copies import wait_for_copy
 from engines.torch.counters import Counters
 from engines.torch.links import Links
 from engines.torch.request import BlockSet
@@ -26,7 +27,6 @@ log = logging.getLogger(__name__)
 BATCH_BLOCKS = 32
 #: A wait for blocks looks up this often whether its request still wants them.
 WAIT_SLICE_S = 0.5
-COPY_TIMEOUT_S = 30.0
 CLOSE_TIMEOUT_S = 10.0
 COMMITTED, ABANDONED, DEADLINE = 1, 2, 3
 
@@ -83,11 +83,15 @@ class Puller:
 
     def submit(self, job: PullJob) -> None:
         if self._closing.is_set() or not self._slots.acquire(blocking=False):
-            self._counters.add("blocks_pull_failed", len(job.pull.blocks))
-            self._on_ended(job)
+            self._give_up(job)
             return
         # A thread a job: most of its life it waits, and their number is bounded by what the engine admits.
-        threading.Thread(target=self._run, args=(job,), name="pull", daemon=True).start()
+        try:
+            threading.Thread(target=self._run, args=(job,), name="pull", daemon=True).start()
+        except RuntimeError as error:
+            log.warning("%s: %s; its blocks are computed", job.pull.request_id, error)
+            self._slots.release()
+            self._give_up(job)
 
     def close(self) -> None:
         """Ends all jobs within about the length of one read."""
@@ -96,6 +100,10 @@ class Puller:
             if not self._slots.acquire(timeout=CLOSE_TIMEOUT_S):
                 log.warning("a pull did not end in time")
                 return
+
+    def _give_up(self, job: PullJob) -> None:
+        self._counters.add("blocks_pull_failed", len(job.pull.blocks))
+        self._on_ended(job)
 
     # ------------------------------------------------------------ a job's thread
 
@@ -172,7 +180,7 @@ class Puller:
         nothing = np.zeros(len(indices), dtype=bool)
         staging = self._memory.receive(blocks)
         try:
-            if not staging.event.wait(COPY_TIMEOUT_S):
+            if not wait_for_copy(staging.event, self._closing):
                 return nothing
             with self._links.measured(client, address) as moved:
                 result = client.get(
@@ -180,7 +188,7 @@ class Puller:
                 )
                 moved(result.bytes)
             good = np.flatnonzero(result.found)
-            if len(good) and not self._memory.scatter(staging, blocks, good).wait(COPY_TIMEOUT_S):
+            if len(good) and not wait_for_copy(self._memory.scatter(staging, blocks, good), self._closing):
                 return nothing
         finally:
             staging.release()

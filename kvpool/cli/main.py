@@ -8,6 +8,7 @@ import os
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import importlib.util
+import inspect
 import logging
 import signal
 import sys
@@ -23,6 +24,7 @@ from kvpool.cli import output
 from kvpool.cli.local import LocalCluster, LocalOptions
 from kvpool.cli.processes import ProcessFailed, announce_ready, die_with_parent
 from kvpool.core.errors import KvpoolError
+from kvpool.core.kernels.compiling import compile_kernels
 
 app = typer.Typer(
     name="kvpool",
@@ -66,11 +68,22 @@ def _read_config(path: Path) -> dict[str, dict[str, Any]]:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         output.fail(f"can't read {path}: {error}", code=output.EXIT_USAGE)
-    known = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
+    known = {
+        c.callback.__name__: set(inspect.signature(c.callback).parameters)
+        for c in app.registered_commands
+        if c.callback
+    }
+    defaults: dict[str, dict[str, Any]] = {}
     for name, values in tables.items():
         if name not in known or not isinstance(values, dict):
             output.fail(f"{path}: no role [{name}]", hint=f"tables: {', '.join(sorted(known))}", code=output.EXIT_USAGE)
-    return {name: {k.replace("-", "_"): v for k, v in values.items()} for name, values in tables.items()}
+        defaults[name] = {option.replace("-", "_"): value for option, value in values.items()}
+        for option in sorted(defaults[name].keys() - known[name]):
+            options = ", ".join(sorted(known[name]))
+            output.fail(
+                f"{path}: [{name}] has no option {option!r}", hint=f"options: {options}", code=output.EXIT_USAGE
+            )
+    return defaults
 
 
 def _check_packages() -> None:
@@ -213,6 +226,7 @@ def stop_event() -> threading.Event:
 
 def _run(role: str, body: Any) -> None:
     die_with_parent()
+    compile_kernels()
     try:
         body(lambda facts: _ready(role, facts))
     except KvpoolError as error:

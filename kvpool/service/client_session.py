@@ -115,6 +115,10 @@ class SessionKeeper:
                 error = kvpool_error
             except OSError as os_error:
                 error = Unavailable(f"no session with {self.address}: {os_error}")
+            except Exception as bug:
+                # It must not end the life line for good: say so, and begin again.
+                log.exception("%s: the session with %s failed", self._client, self.address)
+                error = Unavailable(f"no session with {self.address}: {type(bug).__name__}: {bug}")
             with self._changed:
                 self._session, self._error, self._cut = None, error, None
                 self._changed.notify_all()

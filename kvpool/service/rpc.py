@@ -251,7 +251,7 @@ async def serve(
         port = server.add_insecure_port(address)
     except RuntimeError as error:
         raise Unavailable(
-            f"can't listen on {address}: {error}", hint="is the port taken? choose another with --port"
+            f"can't listen on {address}: {error}", hint="is the port taken? choose another with --listen"
         ) from error
     await server.start()
     return server, port

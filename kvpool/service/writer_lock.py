@@ -87,7 +87,9 @@ class WriterProof:
             return True
         if not _take(self._fd):
             return False
-        self._path.unlink(missing_ok=True)
+        # Only tidying up: the client chose the folder, and may have chosen one that is not ours to change.
+        with contextlib.suppress(OSError):
+            self._path.unlink(missing_ok=True)
         self.close()
         return True
 

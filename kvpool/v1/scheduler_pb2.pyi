@@ -123,7 +123,7 @@ class GatewayHeartbeat(_message.Message):
     def __init__(self, active_requests: _Optional[int] = ...) -> None: ...
 
 class PlaceRequest(_message.Message):
-    __slots__ = ("request_id", "gateway_id", "model", "keys", "prompt_tokens", "max_tokens", "ttft_slo_ms", "tpot_slo_ms", "policy", "use_pool", "sticky_key", "exclude_instances", "fidelity_min")
+    __slots__ = ("request_id", "gateway_id", "model", "keys", "prompt_tokens", "max_tokens", "ttft_slo_ms", "tpot_slo_ms", "policy", "use_pool", "sticky_key", "exclude_instances", "fidelity_min", "namespace_id")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     GATEWAY_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -137,6 +137,7 @@ class PlaceRequest(_message.Message):
     STICKY_KEY_FIELD_NUMBER: _ClassVar[int]
     EXCLUDE_INSTANCES_FIELD_NUMBER: _ClassVar[int]
     FIDELITY_MIN_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     gateway_id: str
     model: str
@@ -150,7 +151,8 @@ class PlaceRequest(_message.Message):
     sticky_key: str
     exclude_instances: _containers.RepeatedScalarFieldContainer[str]
     fidelity_min: _common_pb2.Fidelity
-    def __init__(self, request_id: _Optional[str] = ..., gateway_id: _Optional[str] = ..., model: _Optional[str] = ..., keys: _Optional[_Iterable[_Union[_common_pb2.KeyList, _Mapping]]] = ..., prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., ttft_slo_ms: _Optional[int] = ..., tpot_slo_ms: _Optional[int] = ..., policy: _Optional[str] = ..., use_pool: bool = ..., sticky_key: _Optional[str] = ..., exclude_instances: _Optional[_Iterable[str]] = ..., fidelity_min: _Optional[_Union[_common_pb2.Fidelity, str]] = ...) -> None: ...
+    namespace_id: bytes
+    def __init__(self, request_id: _Optional[str] = ..., gateway_id: _Optional[str] = ..., model: _Optional[str] = ..., keys: _Optional[_Iterable[_Union[_common_pb2.KeyList, _Mapping]]] = ..., prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., ttft_slo_ms: _Optional[int] = ..., tpot_slo_ms: _Optional[int] = ..., policy: _Optional[str] = ..., use_pool: bool = ..., sticky_key: _Optional[str] = ..., exclude_instances: _Optional[_Iterable[str]] = ..., fidelity_min: _Optional[_Union[_common_pb2.Fidelity, str]] = ..., namespace_id: _Optional[bytes] = ...) -> None: ...
 
 class Target(_message.Message):
     __slots__ = ("instance_id", "address", "epoch")

@@ -53,7 +53,12 @@ def usable_instances(
             message = f"all instances of model {request.model!r} are gone"
             return [], refuse(request, Reason.NO_INSTANCE, message, RETRY_DEFAULT_US)
         return [], refuse(request, Reason.UNKNOWN_MODEL, f"no instance serves model {request.model!r}")
-    alive = [cluster.instances[i] for i in ids]
+    named = [cluster.instances[i] for i in ids]
+    # Other bits under the same name: such an instance would find none of the keys, and refuse the request.
+    alive = [i for i in named if not request.namespace_id or i.info.namespace_id == request.namespace_id]
+    if not alive:
+        message = f"no instance of model {request.model!r} has the namespace {request.namespace_id.hex()}"
+        return [], refuse(request, Reason.NAMESPACE_MISMATCH, message, RETRY_DEFAULT_US)
     usable = [i for i in alive if i.state is State.ALIVE and not i.draining]
     if not usable:
         states = ", ".join(f"{i.id} {'draining' if i.draining else i.state.value}" for i in alive[:8])

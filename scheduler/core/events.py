@@ -78,6 +78,7 @@ class InstanceInfo:
     chunk_tokens: int = 0
     deterministic: bool = False
     version: str = ""
+    namespace_id: bytes = b""  # id of `namespace`
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +169,7 @@ class PlaceRequested:
     sticky_key: str
     exclude_instances: tuple[str, ...]
     fidelity_min: Fidelity
+    namespace_id: bytes = b""  # of the keys; empty = any
 
 
 @dataclass(frozen=True, slots=True)

@@ -139,10 +139,12 @@ class Generation:
             while True:
                 await self._wake.wait()
                 self._wake.clear()
+                # Asked before the reader has its turn: what comes while it is busy is one more piece.
+                over = self._machine.done
                 piece, self._unread = self._unread, Piece()
                 if self._failure is None or piece.token_ids:
                     yield piece
-                if self._machine.done:
+                if over:
                     break
             if self._failure is not None:
                 raise from_failure(self._failure)

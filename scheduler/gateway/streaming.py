@@ -79,14 +79,14 @@ async def merged(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int,
             async for piece in pieces:
                 yield 0, piece
         return
-    queue: asyncio.Queue[tuple[int, Piece | ApiError]] = asyncio.Queue(_MERGE_PIECES_MAX * len(generations))
+    queue: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue(_MERGE_PIECES_MAX * len(generations))
 
     async def pump(index: int, generation: Generation) -> None:
         try:
             async with aclosing(generation.pieces()) as pieces:
                 async for piece in pieces:
                     await queue.put((index, piece))
-        except ApiError as error:
+        except Exception as error:  # a bug of ours too: the reader would wait for this answer for ever
             await queue.put((index, error))
 
     tasks = [asyncio.create_task(pump(i, g)) for i, g in enumerate(generations)]
@@ -94,7 +94,7 @@ async def merged(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int,
     try:
         while left:
             index, item = await queue.get()
-            if isinstance(item, ApiError):
+            if isinstance(item, Exception):
                 raise item
             left -= bool(item.finish)
             yield index, item

@@ -66,6 +66,7 @@ def place_request(
         use_pool=spec.use_pool,
         sticky_key=spec.sticky_key,
         exclude_instances=command.exclude,
+        namespace_id=spec.model.namespace_id,
     )
 
 

@@ -143,6 +143,7 @@ def instance_joined(info: engine_pb2.EngineInfo, stream: int) -> events.Instance
     for field in ("context_tokens_max", "kv_tokens_total", "batch_max"):
         if not getattr(info, field):
             raise BadArgument(f"{field} must be at least 1")
+    namespace = namespace_spec(info.namespace)
     return events.InstanceJoined(
         stream,
         events.InstanceInfo(
@@ -150,7 +151,7 @@ def instance_joined(info: engine_pb2.EngineInfo, stream: int) -> events.Instance
             epoch=info.epoch,
             role=Role(info.role),
             model=_name(info.model, "model"),
-            namespace=namespace_spec(info.namespace),
+            namespace=namespace,
             context_tokens_max=info.context_tokens_max,
             kv_tokens_total=info.kv_tokens_total,
             batch_max=info.batch_max,
@@ -164,6 +165,7 @@ def instance_joined(info: engine_pb2.EngineInfo, stream: int) -> events.Instance
             chunk_tokens=info.chunk_tokens,
             deterministic=info.deterministic,
             version=info.version,
+            namespace_id=bytes(namespace.id()),
         ),
     )
 
@@ -241,4 +243,5 @@ def place_requested(request: scheduler_pb2.PlaceRequest) -> events.PlaceRequeste
         sticky_key=_text(request.sticky_key, "sticky_key"),
         exclude_instances=tuple(request.exclude_instances),
         fidelity_min=fidelity(request.fidelity_min),
+        namespace_id=request.namespace_id,
     )

@@ -70,6 +70,9 @@ def test_a_config_file_names_its_mistakes(tmp_path: Path) -> None:
     config.write_text("[emperor]\nlisten = 'x'\n")
     done = run("kvpool", "--config", str(config), "node")
     assert done.returncode == 2 and "emperor" in done.stderr and "scheduler" in done.stderr
+    config.write_text("[node]\nmemroy = '1GiB'\n")
+    done = run("kvpool", "--config", str(config), "node")
+    assert done.returncode == 2 and "memroy" in done.stderr and "memory" in done.stderr
     config.write_text("not toml at all")
     done = run("kvpool", "--config", str(config), "node")
     assert done.returncode == 2 and "kvpool.toml" in done.stderr

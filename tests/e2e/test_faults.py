@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 
+import grpc
 import pytest
 
 from kvpool.cli.local import LocalCluster
@@ -129,10 +130,15 @@ def test_scheduler_dies_and_comes_back(cluster: Running, prompts: Cut, reference
     cluster.local.process("scheduler").kill()
     assert stream.result() == reference(prompt, 150)
     cluster.local.restart("scheduler")
-    took = eventually(
-        lambda: (s := cluster.control.status())["directory_blocks"] >= before and s["instances_alive"] == 4,
-        "the directory is rebuilt",
-    )
+
+    def rebuilt() -> bool:
+        try:
+            status = cluster.control.status()
+        except grpc.RpcError:  # the connection to the process that died
+            return False
+        return status["directory_blocks"] >= before and status["instances_alive"] == 4
+
+    took = eventually(rebuilt, "the directory is rebuilt")
     assert took < 5
     assert cluster.complete(prompt, 8)["choices"][0]["token_ids"] == reference(prompt, 8)
     cluster.wait_nothing_held()

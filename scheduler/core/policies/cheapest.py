@@ -37,7 +37,7 @@ class Cheapest:
             slow_us = min(appraiser.slow_cost_us(d) for d in targets)
             options += _best(
                 [(bounds[i.id] + slow_us, i) for i in instances if i.prefills()],
-                lambda p: [appraiser.split(p, d) for d in targets if d is not p],
+                lambda p: [appraiser.split(p, d) for d in _others(targets, p)],
             )
         options.sort(key=lambda o: (not o.feasible, *o.order))
         return options
@@ -64,8 +64,18 @@ def _best(bounded: Sequence[tuple[int, Instance]], options_of: Callable[[Instanc
 
 
 def _decode_targets(appraiser: Appraiser, decodes: Sequence[Instance]) -> list[Instance]:
+    """The two freest, freest first, and behind them the one that holds the longest part of the prompt."""
     room = [(appraiser.kv_tokens_left(i), appraiser.prefix.own_blocks(i.info.hbm_source_id), i) for i in decodes]
-    _, _, freest = min(room, key=lambda r: (-r[0] / r[2].info.kv_tokens_total, r[2].id))
+    by_room = sorted(room, key=lambda r: (-r[0] / r[2].info.kv_tokens_total, r[2].id))
+    targets = [instance for _, _, instance in by_room[:2]]
     roomy = [r for r in room if r[0] >= 0 and r[1] > 0]
-    _, _, nearest = min(roomy, key=lambda r: (-r[1], r[2].id), default=(0, 0, freest))
-    return [freest] if nearest is freest else [freest, nearest]
+    if roomy:
+        targets.append(min(roomy, key=lambda r: (-r[1], r[2].id))[2])
+    return targets
+
+
+def _others(targets: Sequence[Instance], prefill: Instance) -> list[Instance]:
+    """Decode instances for a split from `prefill`: the freest that it is not itself, and the nearest."""
+    freest = next((t for t in targets[:2] if t is not prefill), None)
+    nearest = [t for t in targets[2:] if t is not prefill and t is not freest]
+    return nearest if freest is None else [freest, *nearest]
