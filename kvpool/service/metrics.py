@@ -9,6 +9,7 @@ from kvpool.core.errors import Unavailable, Unsupported
 from kvpool.v1 import block_source_pb2
 
 SCRAPE_TIMEOUT_S = 5.0
+_NAMES = {"bytes_total": "capacity_bytes"}  # `_total` would say that it is a counter
 #: Counts that only grow; all others go up and down.
 _COUNTERS = ("hits", "misses", "evictions", "bytes_read", "bytes_written", "digest_errors")
 
@@ -39,7 +40,8 @@ def serve_metrics(
             now = asyncio.run_coroutine_threadsafe(read(), loop).result(SCRAPE_TIMEOUT_S)
             for field in now.DESCRIPTOR.fields:
                 family = CounterMetricFamily if field.name in _COUNTERS else GaugeMetricFamily
-                metric = family(f"kvpool_source_{field.name}", f"SourceStats.{field.name}", labels=["source"])
+                name = _NAMES.get(field.name, field.name)
+                metric = family(f"kvpool_source_{name}", f"SourceStats.{field.name}", labels=["source"])
                 metric.add_metric([source_id], getattr(now, field.name))
                 yield metric
 

@@ -236,17 +236,22 @@ class Generation:
             await asyncio.sleep(command.delay_ms / 1000)
         if self._machine.done:
             return
-        attempt.root_key = self.spec.model.root_key(self.spec.salt)
-        request = place_request(
-            self.spec, config, command, self._tokens_so_far(), attempt.root_key, self._machine.tokens_left
-        )
         try:
+            attempt.root_key = self.spec.model.root_key(self.spec.salt)
+            request = place_request(
+                self.spec, config, command, self._tokens_so_far(), attempt.root_key, self._machine.tokens_left
+            )
             reply = await self._backends.scheduler.place(request, config.place_timeout_s)
         except Unavailable as error:
             self.feed(ev.PlaceFailed(command.attempt, str(error)))
             return
         except KvpoolError as error:
             reply = scheduler_pb2.PlaceReply(refusal=refusal_or_error(error))
+        except Exception as error:
+            # Nobody awaits this task: without a word the request would wait until its deadline.
+            log.exception("%s: placing failed", self.spec.request_id)
+            self.feed(ev.PlaceFailed(command.attempt, f"the gateway failed: {type(error).__name__}"))
+            return
         if reply.HasField("placement"):
             placement = reply.placement
             attempt.placement = placement

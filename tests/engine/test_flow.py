@@ -329,3 +329,51 @@ def test_requests_that_wait_for_others_hold_only_a_share(llama: LoadedModel) -> 
             engine.pull_ended(pull)
     assert all(log.finish[f"d{i}"] is Finish.LENGTH and len(log.tokens[f"d{i}"]) == 29 for i in range(6))
     assert all_free(engine)
+
+
+@pytest.mark.parametrize("config", [SMALL, EXACT], ids=["fast", "exact"])
+def test_what_a_block_held_before_reaches_nobody(llama: LoadedModel, config: object) -> None:
+    """Attention reads past the last token under a mask, which does not stop a nan."""
+    answers = []
+    for before in (0.0, float("nan")):
+        engine = Engine(llama, config)
+        engine.cache[:-1] = before
+        for i in range(3):
+            engine.submit(request(engine, prompt(i, 40 + 20 * i), str(i), max_tokens=20))
+        answers.append(run(engine).tokens)
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("config", [SMALL, EXACT], ids=["fast", "exact"])
+@pytest.mark.parametrize("arrived", [0, 2])
+def test_bytes_that_were_not_verified_reach_nobody(llama: LoadedModel, config: object, arrived: int) -> None:
+    tokens, stored = prompt(7, 100), {}
+    prefill = Engine(llama, config)
+    prefill.submit(request(prefill, tokens, phase=Phase.PREFILL, publish=True, max_tokens=30))
+    first = run(prefill).tokens["r"][0]
+    exported(prefill, stored)
+    whole = Engine(llama, config)
+    whole.submit(request(whole, tokens, max_tokens=30))
+    expected = run(whole).tokens["r"]
+
+    decode = Engine(llama, config)
+    decode.submit(request(decode, tokens, phase=Phase.DECODE, pull_tokens=100, max_tokens=30))
+    decode.step()
+    (pull,) = decode.take_pulls()
+    decode.cache[pull.blocks.tolist()] = float("nan")
+    fill(decode, pull, stored, arrived)
+    decode.blocks_arrived(pull, arrived, 1)
+    decode.pull_ended(pull)
+    decode.first_token("r", first)
+    assert [first, *run(decode).tokens["r"]] == expected
+
+
+def test_a_name_is_free_once_its_end_was_told(engine: Engine) -> None:
+    tokens = prompt(1, 20)
+    engine.submit(request(engine, tokens))
+    engine.abort("r")
+    with pytest.raises(BadArgument, match="taken"):
+        engine.submit(request(engine, tokens))
+    assert [e.finish for e in engine.step()] == [Finish.ABORT]
+    engine.submit(request(engine, tokens))
+    assert run(engine).finish == {"r": Finish.LENGTH}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from engines.torch import copies
 from engines.torch.engine import Engine
 from engines.torch.generate import generate
 from engines.torch.hbm import CpuBlocks
 from engines.torch.model import LoadedModel
-from engines.torch.request import Finish, Sampling
+from engines.torch.request import Finish, Sampling, StepEvent
 from engines.torch.worker import EngineWorker
 from kvpool.client import PoolClient
 from kvpool.core.hashing import block_keys
@@ -322,4 +324,76 @@ def test_a_failing_step_fails_its_requests_only(
     assert end.finish_reason == Finish.ERROR and "no memory" in end.error
     gateway.submit("s", prompt(1, 40))
     assert gateway.tokens("s") == expected(llama, prompt(1, 40), 12)
+    eventually(lambda: all_free(own), "everything released")
+
+
+def test_a_system_without_threads_computes_what_it_cannot_pull(
+    llama: LoadedModel, node: Node, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = stack.enter_context(worker(llama, "d", node.address))
+    gateway = stack.enter_context(Gateway(own))
+    tokens = prompt(900, 90)
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "pull":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    run = directory_pb2.Run(source_id="node-t", tier=2, first=0, count=5, address=node.address)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        gateway.submit("r", tokens, pull=[run])
+        assert gateway.tokens("r") == expected(llama, tokens, 12)
+    assert gateway.end("r").times.pull_failures == 5
+    eventually(lambda: all_free(own), "everything released")
+
+
+def test_blocks_stay_lent_while_a_slow_copy_may_still_write_them(
+    llama: LoadedModel, node: Node, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copies, "COPY_SLOW_S", 0.05)
+    made: list[LateBlocks] = []
+    source = stack.enter_context(Gateway(stack.enter_context(worker(llama, "p", node.address))))
+    slow = stack.enter_context(worker(llama, "d", node.address, memory=lambda cache: late_memory(cache, made)))
+    gateway = stack.enter_context(Gateway(slow))
+    tokens = prompt(910, 64)
+    source.submit("r", tokens, PREFILL)
+    assert source.end("r").finish_reason == engine_pb2.FINISH_REASON_HANDED_OFF
+    gateway.submit("r", tokens, DECODE, handoff=node.address)
+    (memory,) = made
+    eventually(lambda: len(memory.pending) == 1, "rows are asked for")
+    memory.complete()
+    eventually(lambda: len(memory.pending) == 1, "the copy in is begun")
+    gateway.abort("r")
+    assert gateway.end("r").finish_reason == engine_pb2.FINISH_REASON_ABORT
+    threading.Event().wait(0.5)
+    assert not all_free(slow) and memory.staged == 1, "given back under a copy that is not over"
+    memory.complete()
+    eventually(lambda: all_free(slow) and memory.staged == 0, "everything released")
+    eventually(node.nothing_held, "holds are freed")
+
+
+def test_an_end_that_is_lost_in_a_failing_step_is_told_as_an_error(
+    llama: LoadedModel, node: Node, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where blocks of the request are still being published."""
+    made: list[LateBlocks] = []
+    own = stack.enter_context(worker(llama, "w", node.address, memory=lambda cache: late_memory(cache, made)))
+    gateway = stack.enter_context(Gateway(own))
+    step = own.engine.step
+
+    def lose_the_end() -> list[StepEvent]:
+        events = step()
+        if any(event.finish is not Finish.NONE for event in events):
+            raise MemoryError("made")
+        return events
+
+    with monkeypatch.context() as patch:
+        patch.setattr(own.engine, "step", lose_the_end)
+        gateway.submit("r", prompt(920, 40), max_tokens=3)
+        end = gateway.end("r")
+    assert end.finish_reason == Finish.ERROR and "made" in end.error
+    made[0].automatic = True
+    made[0].complete()
     eventually(lambda: all_free(own), "everything released")

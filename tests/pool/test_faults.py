@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 
 from kvpool.channels import tcp_wire as wire
+from kvpool.channels.base import Channel
 from kvpool.client import PoolClient
 from kvpool.core.errors import KvpoolError, NoSpace, Unavailable
 from kvpool.service.node import main
+from kvpool.service.source_calls import OPENERS
 from kvpool.service.writer_lock import PREFIX, lock_folder
 from tests.pool.node_process import NodeProcess, eventually, held, namespace_spec, random_blocks
 
@@ -237,3 +239,30 @@ def test_metrics(start_node: Start, connect: Connect) -> None:
         lines = reply.read().decode().splitlines()
     assert 'kvpool_source_blocks{source="metered"} 3.0' in lines
     assert 'kvpool_source_hits_total{source="metered"} 3.0' in lines
+
+
+def test_a_session_that_fails_unexpectedly_is_opened_again(
+    start_node: Start, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The life line's thread outlives what nobody thought of: a client is never cut off for good."""
+    node = start_node()
+    opener, failures = OPENERS["shm"], [RuntimeError("made"), AssertionError("made")]
+
+    def failing(parameters: Mapping[str, str]) -> Channel:
+        if failures:
+            raise failures.pop()
+        return opener(parameters)
+
+    monkeypatch.setitem(OPENERS, "shm", failing)
+    client = connect(node, channels=("shm",))
+    with pytest.raises(Unavailable, match="made"):
+        client.info()
+    eventually(lambda: opened(client))
+    assert not failures
+
+
+def opened(client: PoolClient) -> bool:
+    try:
+        return client.info().source_id != ""
+    except Unavailable:
+        return False

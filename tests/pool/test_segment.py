@@ -139,3 +139,17 @@ def test_numpy_view_is_writable_for_the_owner(tmp_path: Path) -> None:
     owner.data[:] = np.arange(len(owner.data), dtype=np.uint8)
     assert owner.data[257] == 1
     owner.close()
+
+
+def test_a_writer_is_gone_though_its_lock_file_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = WriterLock(tmp_path)
+    proof = WriterProof.open(str(lock.path))
+    assert proof is not None and not proof.gone()
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(f"{path} can't be removed")
+
+    os.close(lock._fd)  # as if its process had died
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        assert proof.gone()

@@ -1,0 +1,122 @@
+"""What a reader gets of answers that go on, end or fail while it is busy with something else."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvpool.v1 import scheduler_pb2
+from scheduler.gateway import events as ev
+from scheduler.gateway.config import GatewayConfig
+from scheduler.gateway.errors import ApiError
+from scheduler.gateway.generation import Backends, Generation, Piece
+from scheduler.gateway.metrics import Metrics
+from scheduler.gateway.streaming import merged
+from scheduler.gateway.submission import GenerationSpec
+from tests.gateway.cluster_made import run
+
+
+class _Scheduler:
+    async def place(self, *_: Any) -> scheduler_pb2.PlaceReply:
+        target = scheduler_pb2.Target(instance_id="w")
+        return scheduler_pb2.PlaceReply(placement=scheduler_pb2.Placement(prefill=target, decode=target))
+
+    def report(self, _: Any) -> None:
+        return
+
+
+class _Links:
+    def link(self, *_: Any) -> Any:
+        def nothing(*_: Any) -> None:
+            return
+
+        return SimpleNamespace(submit=nothing, abort=nothing, release=nothing)
+
+
+def _generation(name: str, scheduler: Any = None) -> Generation:
+    model: Any = SimpleNamespace(
+        name="m", namespace_id=bytes(16), eos_tokens=frozenset(), root_key=lambda _: bytes(16),
+        block_keys=lambda *_: np.zeros((0, 16), dtype=np.uint8),
+        tokenizer=SimpleNamespace(decode=lambda ids: "".join(chr(97 + i) for i in ids)),
+    )  # fmt: skip
+    spec = GenerationSpec(name, model, np.arange(3, dtype=np.uint32), 4, 0.0, 1.0, 1)
+    backends = Backends(GatewayConfig(), scheduler or _Scheduler(), _Links(), Metrics())  # type: ignore[arg-type]
+    return Generation(spec, backends, asyncio.get_running_loop().time())
+
+
+def _answer(generation: Generation) -> None:
+    """An engine's four tokens in two events, and its end: the second comes while the reader has the first."""
+    loop = asyncio.get_running_loop()
+    generation.feed(ev.DecodeTokens(0, (0, 1)))
+    loop.call_later(0.02, generation.feed, ev.DecodeTokens(0, (2, 3), last=True))
+    loop.call_later(0.02, generation.feed, ev.DecodeEnded(0, ev.Finish.LENGTH))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_answer_that_ends_while_its_reader_is_busy_is_whole(count: int) -> None:
+    async def test() -> None:
+        generations = [_generation(str(i)) for i in range(count)]
+        whole = [Piece() for _ in generations]
+        asyncio.get_running_loop().call_later(0.02, lambda: [_answer(g) for g in generations])
+        async with aclosing(merged(generations)) as pieces:
+            async for index, piece in pieces:
+                whole[index].token_ids += piece.token_ids
+                whole[index].text += piece.text
+                whole[index].finish = piece.finish
+                await asyncio.sleep(0.1)
+        assert [(w.token_ids, w.text, w.finish) for w in whole] == [([0, 1, 2, 3], "abcd", "length")] * count
+
+    run(test())
+
+
+def test_what_came_before_a_failure_is_read_first() -> None:
+    async def test() -> None:
+        generation = _generation("r")
+        loop = asyncio.get_running_loop()
+        loop.call_later(0.02, generation.feed, ev.DecodeTokens(0, (0,)))
+        loop.call_later(0.04, generation.feed, ev.DecodeTokens(0, (1,)))
+        loop.call_later(0.05, generation.feed, ev.DeadlinePassed())
+        tokens: list[int] = []
+        with pytest.raises(ApiError):
+            async for piece in generation.pieces():
+                tokens += piece.token_ids
+                await asyncio.sleep(0.1)
+        assert tokens == [0, 1]
+
+    run(test())
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_bug_while_placing_ends_the_request(count: int) -> None:
+    class Broken(_Scheduler):
+        async def place(self, *_: Any) -> scheduler_pb2.PlaceReply:
+            raise ValueError("made")
+
+    async def test() -> None:
+        with pytest.raises(ApiError):
+            async for _ in merged([_generation(str(i), Broken()) for i in range(count)]):
+                pass
+
+    run(test())
+
+
+def test_a_bug_in_one_of_several_answers_ends_them_all() -> None:
+    async def test() -> None:
+        generations = [_generation("good"), _generation("bad")]
+
+        async def broken() -> AsyncGenerator[Piece, None]:
+            raise RuntimeError("made")
+            yield Piece()
+
+        generations[1].pieces = broken  # type: ignore[method-assign]
+        with pytest.raises(RuntimeError, match="made"):
+            async for _ in merged(generations):
+                pass
+
+    run(test())
