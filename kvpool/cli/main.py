@@ -28,6 +28,7 @@ from kvpool.core.kernels.compiling import compile_kernels
 
 app = typer.Typer(
     name="kvpool",
+    add_completion=False,
     help="The KV cache of LLM serving as a resource of the whole cluster.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -263,6 +264,8 @@ def serve(
     die_with_parent()
     if decode == 0:
         output.fail("nothing would decode", hint="give at least --decode 1", code=output.EXIT_USAGE)
+    if Path(model).is_absolute() or model.startswith("."):
+        check_model_folder(Path(model))
     options = LocalOptions(
         model=model, served_name=served_name, prefill=prefill, decode=decode, host=host,
         port=port, scheduler_port=scheduler_port, memory_bytes=output.parse_size(memory), segment_dir=str(segment_dir),
@@ -279,7 +282,15 @@ def serve(
     except ProcessFailed as error:
         output.fail(str(error))
     finally:
+        output.console.print("[dim]stopping all processes[/]")
         cluster.stop()
+
+
+def check_model_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        output.fail(
+            f"no model in {folder}", hint="name a Hugging Face folder, with config.json and weights, or a hub id"
+        )
 
 
 def addresses(cluster: LocalCluster) -> dict[str, str]:

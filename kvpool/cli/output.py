@@ -93,7 +93,10 @@ def version_option(program: str) -> Any:
             print(f"{program} {__version__}")
             raise typer.Exit
 
-    return typer.Option("--version", callback=show, is_eager=True, help="Print the version and end.")
+    # KVPOOL_VERSION is a name that container images like to set: it must not end the program.
+    return typer.Option(
+        "--version", callback=show, is_eager=True, allow_from_autoenv=False, help="Print the version and end."
+    )
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -119,7 +119,8 @@ class Supervisor:
         read_fd, write_fd = os.pipe()
         log = self.log_folder / f"{name}.log"
         extra = {**self._env, **(env or {})}
-        with log.open("ab") as sink:
+        # A new run begins a new log; a restart goes on with it.
+        with log.open("ab" if old is not None else "wb") as sink:
             popen = subprocess.Popen(
                 [sys.executable, "-m", "kvpool.cli.main", *arguments],
                 stdin=subprocess.DEVNULL,

@@ -251,7 +251,8 @@ async def serve(
         port = server.add_insecure_port(address)
     except RuntimeError as error:
         raise Unavailable(
-            f"can't listen on {address}: {error}", hint="is the port taken? choose another with --listen"
+            f"can't listen on {address}: {error}",
+            hint="is the port taken, or the address not of this machine? choose another",
         ) from error
     await server.start()
     return server, port

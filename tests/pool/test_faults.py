@@ -257,7 +257,7 @@ def test_a_session_that_fails_unexpectedly_is_opened_again(
     client = connect(node, channels=("shm",))
     with pytest.raises(Unavailable, match="made"):
         client.info()
-    eventually(lambda: opened(client))
+    assert eventually(lambda: opened(client))
     assert not failures
 
 
