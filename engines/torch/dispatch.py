@@ -356,7 +356,8 @@ class Dispatcher:
         submit = record.submit
         if submit.phase == Phase.DECODE and submit.handoff_source and submit.handoff.request_id and not record.swept:
             record.swept = True
-            keys = wire.prompt_keys(submit, self._engine.config.block_tokens)
+            config = self._engine.config
+            keys = wire.prompt_keys(submit, config.block_tokens, config.block_hash)
             self._sweeper.free(
                 submit.handoff_source, submit.handoff.request_id, keys, after_s=self._config.handoff_grace_s
             )

@@ -51,7 +51,7 @@ class Engine:
         config = config or EngineConfig()
         config.validate()
         self.model, self.config = model, config
-        self.namespace = model.namespace(config.block_tokens, exact=config.deterministic)
+        self.namespace = model.namespace(config.block_tokens, exact=config.deterministic, hash_name=config.block_hash)
         self.pool = BlockPool(config.block_count)
         self.cache = model.new_cache(self.pool.block_count, config.block_tokens)
         self._clock_us = clock_us
@@ -77,7 +77,7 @@ class Engine:
         limits.check(request, self.config, self.model, taken)
         if len(self._waiting) >= self.config.waiting_max:
             raise Overloaded(f"{len(self._waiting)} requests are waiting already", hint="try again later")
-        sequence = Running(request, self.config.block_tokens, self._clock_us())
+        sequence = Running(request, self.config.block_tokens, self._clock_us(), self.config.block_hash)
         self._by_id[request.id] = sequence
         self._waiting.append(sequence)
 
@@ -286,7 +286,7 @@ class Engine:
         end = sequence.prompt_tokens
         full = (end - tail) // self.config.block_tokens
         parent = sequence.keys[full - 1] if full else sequence.request.root
-        return tail_key(parent, sequence.tokens(end - tail, end))
+        return tail_key(parent, sequence.tokens(end - tail, end), self.config.block_hash)
 
     def _grow(self, sequence: Running, tokens: int) -> list[int]:
         """Allocates blocks so that `tokens` tokens have room. Returns the new ones; they hold anything."""

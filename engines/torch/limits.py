@@ -8,7 +8,7 @@ from engines.torch.model import LoadedModel
 from engines.torch.request import Request
 from kvpool.core.errors import BadArgument, KvpoolError, Reason
 from kvpool.core.ids import KEY_BYTES
-from kvpool.core.namespace import BLOCK_TOKENS_MAX
+from kvpool.core.namespace import BLOCK_TOKENS_MAX, HASHES
 
 TEMPERATURE_MAX = 100.0
 
@@ -22,6 +22,7 @@ class EngineConfig:
     chunk_tokens: int = 512  # prompt tokens a step; longer prompts take several steps
     batch_max: int = 32  # requests admitted at a time; more wait
     waiting_max: int = 256  # requests that wait; one more is refused as OVERLOADED
+    block_hash: str = HASHES[0]  # of block keys; sha256/1 where several tenants share a cluster
     deterministic: bool = False  # results do not depend on batching, chunking, reuse or placement; slower
 
     def validate(self) -> None:
@@ -33,6 +34,7 @@ class EngineConfig:
             and self.chunk_tokens % self.block_tokens == 0,
             "batch_max must be at least 1": self.batch_max >= 1,
             "waiting_max must be at least 1": self.waiting_max >= 1,
+            f"block_hash must be one of {', '.join(HASHES)}": self.block_hash in HASHES,
         }
         for rule, holds in checks.items():
             if not holds:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from engines.torch.attention import ATTENTION, ROWS_MULTIPLE, Chunk, PagedBatch
 from kvpool.core.errors import BadArgument, Unsupported
-from kvpool.core.namespace import SECTIONS_MAX, GroupKind, GroupSpec, NamespaceSpec
+from kvpool.core.namespace import HASHES, SECTIONS_MAX, GroupKind, GroupSpec, NamespaceSpec
 
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CONTEXT_DEFAULT = 4096
@@ -53,7 +53,7 @@ class LoadedModel:
     eos_token_ids: tuple[int, ...]
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
-    def namespace(self, block_tokens: int, *, exact: bool) -> NamespaceSpec:
+    def namespace(self, block_tokens: int, *, exact: bool, hash_name: str = HASHES[0]) -> NamespaceSpec:
         """The specification under which this model's blocks are stored.
 
         Exact and fast steps give other bits, so they share nothing.
@@ -77,7 +77,7 @@ class LoadedModel:
             dtype=self.kv.dtype,
             backend=f"kvpool-torch/{self.device.type}/{'exact' if exact else 'fast'}",
             layout="lkthd",
-            hash="xxh3_128/1",
+            hash=hash_name,
             groups=(group,),
         )
         spec.validate()

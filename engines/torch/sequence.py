@@ -23,7 +23,7 @@ class Sequence:
     Tokens [0, computed) have their KV in `blocks`. `keys` are the keys of full blocks of known tokens.
     """
 
-    def __init__(self, request: Request, block_tokens: int, arrived_us: int) -> None:
+    def __init__(self, request: Request, block_tokens: int, arrived_us: int, hash_name: str) -> None:
         self.request = request
         self.state = State.WAITING
         self.times = Times()
@@ -38,11 +38,12 @@ class Sequence:
         self.pull: BlockSet | None = None
         self.prefill_share_us = 0.0
         self.prefill_done = False
-        self._block_tokens = block_tokens
+        self._block_tokens, self._hash = block_tokens, hash_name
         self._tokens = np.zeros(len(request.prompt) + request.sampling.max_tokens, dtype=np.uint32)
         self._tokens[: len(request.prompt)] = request.prompt
         self.known = len(request.prompt)
-        self.keys: list[bytes] = [key.tobytes() for key in block_keys(request.root, request.prompt, block_tokens)]
+        keys = block_keys(request.root, request.prompt, block_tokens, hash_name)
+        self.keys: list[bytes] = [key.tobytes() for key in keys]
 
     @property
     def prompt_tokens(self) -> int:
@@ -76,7 +77,7 @@ class Sequence:
         if self.known % self._block_tokens == 0:
             parent = self.keys[-1] if self.keys else self.request.root
             block = self._tokens[self.known - self._block_tokens : self.known]
-            self.keys.append(block_keys(parent, block, self._block_tokens)[0].tobytes())
+            self.keys.append(block_keys(parent, block, self._block_tokens, self._hash)[0].tobytes())
 
     def blocks_worst(self) -> int:
         """Blocks that hold the KV of everything this request can ever compute here."""

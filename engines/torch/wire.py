@@ -23,15 +23,15 @@ def origins(submit: engine_pb2.Submit) -> tuple[Origin, ...]:
     )
 
 
-def prompt_keys(submit: engine_pb2.Submit, block_tokens: int) -> KeyArray:
+def prompt_keys(submit: engine_pb2.Submit, block_tokens: int, hash_name: str) -> KeyArray:
     """Keys of all blocks of a prompt as a hand-off stores them: full ones, then the tail's."""
     tokens = np.frombuffer(submit.token_ids, dtype="<u4").astype(np.uint32)
-    keys = block_keys(submit.root_key, tokens, block_tokens)
+    keys = block_keys(submit.root_key, tokens, block_tokens, hash_name)
     tail = tokens[len(keys) * block_tokens :]
     if not len(tail):
         return keys
     parent = keys[-1].tobytes() if len(keys) else submit.root_key
-    return np.concatenate([keys, np.frombuffer(tail_key(parent, tail), dtype=np.uint8)[None]])
+    return np.concatenate([keys, np.frombuffer(tail_key(parent, tail, hash_name), dtype=np.uint8)[None]])
 
 
 def request(submit: engine_pb2.Submit, namespace: NamespaceSpec, *, now_us: int, pool: bool) -> Request:

@@ -26,6 +26,7 @@ from engines.torch.wire import report
 from kvpool import __version__
 from kvpool.core.errors import BadArgument
 from kvpool.core.ids import Role, Tier
+from kvpool.core.namespace import HASHES
 from kvpool.service.announcer import SourceFacts
 from kvpool.service.host import host_id
 from kvpool.service.wire import namespace_to_proto
@@ -59,6 +60,7 @@ class WorkerConfig:
     dtype: str = "auto"  # of weights and KV; auto = float32 on the CPU, bfloat16 on CUDA
     device: str = "auto"  # auto = cuda where there is one
     deterministic: bool = False
+    block_hash: str = HASHES[0]  # "sha256/1" where several tenants share a cluster: it resists made-up collisions
     warm_up: bool = True  # compute made-up prompts before serving: no first request waits for compilers
     credential: str = ""
     handoff_grace_s: float = 1.0  # DECODE: how long blocks may still appear after the first token
@@ -73,6 +75,7 @@ class WorkerConfig:
             batch_max=self.batch_max,
             waiting_max=self.waiting_max,
             deterministic=self.deterministic,
+            block_hash=self.block_hash,
         )
 
 

@@ -193,6 +193,9 @@ def worker(
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Same tokens whatever the batching and the placement.")
     ] = False,
+    block_hash: Annotated[
+        str, typer.Option("--block-hash", help="xxh3_128/1, or sha256/1 where several tenants share the cluster.")
+    ] = "xxh3_128/1",
     credential: Credential = "",
 ) -> None:
     """Compute: prefill prompts, decode tokens, share KV through the pool (one a device)."""
@@ -201,7 +204,7 @@ def worker(
     config = WorkerConfig(
         model=model, scheduler=scheduler, node=node, listen=listen, instance_id=id, role=role, served_name=served_name,
         kv_tokens=kv_tokens, block_tokens=block_tokens, chunk_tokens=chunk_tokens, batch_max=batch_max, threads=threads,
-        dtype=dtype, device=device, deterministic=deterministic, credential=credential,
+        dtype=dtype, device=device, deterministic=deterministic, block_hash=block_hash, credential=credential,
     )  # fmt: skip
 
     def run(ready: Any) -> None:

@@ -252,7 +252,7 @@ async def serve(
     except RuntimeError as error:
         raise Unavailable(
             f"can't listen on {address}: {error}",
-            hint="is the port taken, or the address not of this machine? choose another",
+            hint="is the port taken? choose another with --listen (--port of `kvpool serve`)",
         ) from error
     await server.start()
     return server, port

@@ -13,7 +13,10 @@ from engines.torch.engine import Engine
 from engines.torch.generate import generate
 from engines.torch.model import LoadedModel
 from engines.torch.request import Finish, Phase, Sampling
+from engines.torch.wire import prompt_keys
 from kvpool.core.errors import BadArgument, KvpoolError, Overloaded, Reason, UnknownRequest
+from kvpool.core.hashing import block_keys, tail_key
+from kvpool.v1 import engine_pb2
 
 from .conftest import EXACT, SMALL
 from .driving import cached_contents, exported, fill, prompt, request, run
@@ -57,6 +60,19 @@ def test_other_roots_share_nothing(engine: Engine) -> None:
     run(engine)
     engine.submit(replace(request(engine, tokens, "b"), root=b"another tenant's"))
     assert run(engine).times["b"].cached_tokens_hbm == 0
+
+
+def test_block_keys_can_be_sha256(llama: LoadedModel) -> None:
+    engine = Engine(llama, replace(SMALL, block_hash="sha256/1"))
+    tokens = prompt(1, 70)
+    submit = engine_pb2.Submit(token_ids=tokens.astype("<u4").tobytes(), root_key=engine.namespace.id())
+    generate(engine, [tokens.tolist()], Sampling(1))
+    assert engine.namespace.hash == "sha256/1" and engine.namespace != Engine(llama, SMALL).namespace
+    keys = block_keys(engine.namespace.id(), tokens, 16, "sha256/1")
+    assert {key.tobytes() for key in keys} == {key.tobytes() for key in engine.cached_keys()}
+    handed_off = prompt_keys(submit, 16, "sha256/1")
+    assert np.array_equal(handed_off[:4], keys)
+    assert handed_off[4].tobytes() == tail_key(keys[3].tobytes(), tokens[64:], "sha256/1")
 
 
 def test_stop_tokens_and_end_of_sequence(engine: Engine, llama: LoadedModel) -> None:

@@ -174,7 +174,7 @@ def test_a_failed_start_names_the_flag(tmp_path: Path, start_node: Start, capsys
     assert "--segment-dir" in message(**{"segment-dir": str(tmp_path / "missing")})
     node = start_node(id="one")
     assert "--id" in message(id="one")
-    assert "--port" in message(listen=node.address, id="two")
+    assert "--listen" in message(listen=node.address, id="two")
     assert "--data-listen" in message(**{"data-listen": node.facts["data_address"], "id": "two"})
     assert [p.name for p in tmp_path.glob("*.segment")] == [node.segment.name], "a failed start leaves nothing"
 
