@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 # gRPC's own log lines would stand between the answers.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
@@ -256,7 +257,10 @@ def inspect(
     except ValueError:
         output.fail(f"{salt!r} is not hex", code=output.EXIT_USAGE)
     if text == "-":
-        text = typer.get_text_stream("stdin").read()
+        try:
+            text = sys.stdin.buffer.read().decode()
+        except UnicodeDecodeError as error:
+            output.fail(f"standard input is not UTF-8: {error}", code=output.EXIT_USAGE)
     with output.reported_errors(scheduler, "scheduler"):
         cluster = open_cluster(scheduler, credential)
         chosen = _choose_model(cluster.models(), model)

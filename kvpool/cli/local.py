@@ -136,7 +136,9 @@ class LocalCluster:
         return process
 
     def stop(self) -> None:
-        self.supervisor.stop()
+        """Clients first: nobody then sees a peer vanish, and gateways can end their streams."""
+        for prefix in ("gateway", "prefill", "decode", ""):
+            self.supervisor.stop(prefix)
 
     def __enter__(self) -> LocalCluster:
         self.start()

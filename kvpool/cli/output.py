@@ -23,7 +23,7 @@ from kvpool.service import rpc
 EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE = 1, 2, 3
 
 # A file or a pipe has no width of its own; tables need more than the 80 columns that rich would assume.
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 180)
 
 
 def to_dict(message: Message) -> dict[str, Any]:

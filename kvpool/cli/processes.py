@@ -144,13 +144,13 @@ class Supervisor:
     def ended(self) -> list[Process]:
         return [p for p in self.processes.values() if not p.running]
 
-    def stop(self) -> None:
-        """Asks all to end, newest first, and waits for them."""
-        newest_first = list(self.processes.values())[::-1]
-        for process in newest_first:
+    def stop(self, prefix: str = "") -> None:
+        """Asks those whose name begins with `prefix` to end, all at once, and waits for them."""
+        chosen = [p for name, p in self.processes.items() if name.startswith(prefix)]
+        for process in chosen:
             if process.running:
                 process.popen.terminate()
-        for process in newest_first:
+        for process in chosen:
             process.stop()
 
     def __enter__(self) -> Supervisor:
