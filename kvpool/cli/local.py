@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -11,9 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from kvpool.cli.processes import Process, ProcessFailed, Supervisor
+from kvpool.cli.processes import Interrupted, Process, ProcessFailed, Supervisor
 
 READY_TIMEOUT_S = 120.0
+#: Names nodes of clusters that one process supervises: node-local-<its process id>.
+NODE_PREFIX = "node-local-"
+DRAIN_S = 5
+
+
+def remove_orphans(segment_dir: Path) -> None:
+    """Removes segments of such nodes that were killed together with their supervisor: nobody would start them again."""
+    for path in segment_dir.glob(f"kvpool-{NODE_PREFIX}*.segment"):
+        with contextlib.suppress(OSError), path.open("rb") as segment:
+            fcntl.flock(segment, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
 
 
 @dataclass(frozen=True)
@@ -50,22 +64,28 @@ class LocalCluster:
         env = {"KVPOOL_CREDENTIAL": options.credential} if options.credential else {}
         self.supervisor = Supervisor(log_folder, env)
 
-    def start(self, progress: Callable[[str], None] = lambda _: None) -> None:
-        """Starts all roles and waits until each serves. Raises: ProcessFailed, after stopping what ran."""
+    def start(self, progress: Callable[[str], None] = lambda _: None, stop: threading.Event | None = None) -> None:
+        """Starts all roles and waits until each serves.
+
+        Raises: ProcessFailed, or Interrupted once `stop` is set; either after stopping what ran.
+        """
+        remove_orphans(Path(self.options.segment_dir))
         try:
             for step in self._steps():
                 progress(f"starting {', '.join(p.name for p in step)}")
                 for process in step:
-                    process.wait_ready(READY_TIMEOUT_S)
-            self._wait_served()
+                    process.wait_ready(READY_TIMEOUT_S, stop)
+            self._wait_served(stop)
         except BaseException:
             self.stop()
             raise
 
-    def _wait_served(self) -> None:
+    def _wait_served(self, stop: threading.Event | None) -> None:
         """Workers join the scheduler by themselves once they are ready; the gateway then lists their model."""
         deadline = time.monotonic() + READY_TIMEOUT_S
         while not self._models():
+            if stop is not None and stop.is_set():
+                raise Interrupted
             if time.monotonic() > deadline:
                 raise ProcessFailed(f"no worker has joined after {READY_TIMEOUT_S:.0f} s")
             time.sleep(0.1)
@@ -80,7 +100,8 @@ class LocalCluster:
         scheduler = ["scheduler", "--listen", f"{o.host}:{o.scheduler_port}"]
         yield [start("scheduler", [*scheduler, *(["--journal", o.journal] if o.journal else [])])]
         # Two clusters of one machine must not want the same segment.
-        node = ["node", "--id", f"node-{os.getpid()}", "--listen", f"{o.host}:0", "--scheduler", self.scheduler_address]
+        node = ["node", "--id", f"{NODE_PREFIX}{os.getpid()}", "--listen", f"{o.host}:0"]
+        node += ["--scheduler", self.scheduler_address]
         yield [start("node", [*node, "--memory", str(o.memory_bytes), "--segment-dir", o.segment_dir])]
         roles = [(f"prefill-{i}", "prefill") for i in range(o.prefill)]
         roles += [(f"decode-{i}", "decode") for i in range(o.decode)]
@@ -92,7 +113,18 @@ class LocalCluster:
         name = "gateway" if index == 0 else f"gateway-{index}"
         port = o.port if index == 0 else 0
         return self.supervisor.start(
-            name, ["gateway", "--id", name, "--listen", f"{o.host}:{port}", "--scheduler", self.scheduler_address]
+            name,
+            [
+                "gateway",
+                "--id",
+                name,
+                "--listen",
+                f"{o.host}:{port}",
+                "--scheduler",
+                self.scheduler_address,
+                "--drain",
+                str(DRAIN_S),
+            ],
         )
 
     def _worker(self, name: str, role: str) -> list[str]:

@@ -7,10 +7,12 @@ import os
 # gRPC's own log lines would stand between ours.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
+import errno
 import importlib.util
 import inspect
 import logging
 import signal
+import socket
 import sys
 import threading
 import tomllib
@@ -22,7 +24,7 @@ import typer
 
 from kvpool.cli import output
 from kvpool.cli.local import LocalCluster, LocalOptions
-from kvpool.cli.processes import ProcessFailed, announce_ready, die_with_parent
+from kvpool.cli.processes import Interrupted, ProcessFailed, announce_ready, die_with_parent
 from kvpool.core.errors import KvpoolError
 from kvpool.core.kernels.compiling import compile_kernels
 
@@ -158,6 +160,9 @@ def gateway(
     listen: Annotated[str, typer.Option("--listen", help="host:port of the OpenAI HTTP API.")] = "127.0.0.1:8000",
     id: Annotated[str, typer.Option("--id", help="Name of this gateway.")] = "gateway-0",
     policy: Annotated[str, typer.Option("--policy", help="Placement policy; empty = the scheduler's own.")] = "",
+    drain: Annotated[
+        float, typer.Option("--drain", min=0, help="Seconds for running requests when told to stop.")
+    ] = 30.0,
     api_keys: Annotated[str, typer.Option("--api-keys", help="File of `name:key` lines that clients must use.")] = "",
     credential: Credential = "",
 ) -> None:
@@ -165,7 +170,13 @@ def gateway(
     from scheduler.gateway.server import GatewayConfig, run_gateway
 
     config = GatewayConfig(
-        gateway_id=id, listen=listen, scheduler=scheduler, policy=policy, api_keys=api_keys, credential=credential
+        gateway_id=id,
+        listen=listen,
+        scheduler=scheduler,
+        policy=policy,
+        api_keys=api_keys,
+        credential=credential,
+        drain_timeout_s=drain,
     )
     _run("gateway", lambda ready: run_gateway(config, on_ready=ready))
 
@@ -221,6 +232,9 @@ def stop_event() -> threading.Event:
     event = threading.Event()
 
     def handle(_signum: int, _frame: FrameType | None) -> None:
+        if event.is_set():
+            # Asked twice: ends at once, and the children with it.
+            os._exit(130)
         event.set()
 
     signal.signal(signal.SIGTERM, handle)
@@ -269,6 +283,8 @@ def serve(
         output.fail("nothing would decode", hint="give at least --decode 1", code=output.EXIT_USAGE)
     if Path(model).is_absolute() or model.startswith("."):
         check_model_folder(Path(model))
+    for flag, number in (("--port", port), ("--scheduler-port", scheduler_port)):
+        check_port(host, number, flag)
     options = LocalOptions(
         model=model, served_name=served_name, prefill=prefill, decode=decode, host=host,
         port=port, scheduler_port=scheduler_port, memory_bytes=output.parse_size(memory), segment_dir=str(segment_dir),
@@ -278,15 +294,28 @@ def serve(
     stop = stop_event()
     cluster = LocalCluster(options, logs)
     try:
-        cluster.start(lambda what: output.console.print(f"[dim]{what}[/]"))
+        cluster.start(lambda what: output.console.print(f"[dim]{what}[/]"), stop)
         output.facts("serving; Ctrl-C ends it", addresses(cluster))
         announce_ready({"address": cluster.address("gateway"), "scheduler": cluster.scheduler_address})
         watch(cluster, stop)
+    except Interrupted:
+        raise typer.Exit(130) from None
     except ProcessFailed as error:
         output.fail(str(error))
     finally:
         output.console.print("[dim]stopping all processes[/]")
         cluster.stop()
+
+
+def check_port(host: str, port: int, flag: str) -> None:
+    """Before anything is started: a port that is taken is found now, and named by its flag."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            hint = f"choose another port with {flag}" if error.errno == errno.EADDRINUSE else "check --host"
+            output.fail(f"can't listen on {host}:{port}: {error.strerror}", hint=hint)
 
 
 def check_model_folder(folder: Path) -> None:
@@ -329,6 +358,8 @@ def demo(
     stop = stop_event()
     try:
         good = run_demo(model, passes, conversations, turns, keep, out, stop)
+    except Interrupted:
+        raise typer.Exit(130) from None
     except (ProcessFailed, DemoFailed) as error:
         output.fail(str(error))
     raise typer.Exit(0 if good else output.EXIT_FAILED)

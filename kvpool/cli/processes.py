@@ -10,6 +10,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,10 @@ STOP_GRACE_S = 8.0
 
 class ProcessFailed(RuntimeError):
     """A child ended, or was not ready in time. The message holds the end of its log."""
+
+
+class Interrupted(RuntimeError):
+    """Somebody asked to stop while children were being started."""
 
 
 def announce_ready(facts: dict[str, Any]) -> None:
@@ -61,17 +66,19 @@ class Process:
     def running(self) -> bool:
         return self.popen.poll() is None
 
-    def wait_ready(self, timeout_s: float) -> dict[str, Any]:
-        """Facts of the ready process. Raises: ProcessFailed."""
+    def wait_ready(self, timeout_s: float, stop: threading.Event | None = None) -> dict[str, Any]:
+        """Facts of the ready process. Raises: ProcessFailed; Interrupted once `stop` is set."""
         if self.facts:
             return self.facts
         deadline = time.monotonic() + timeout_s
         text = b""
         while not text.endswith(b"\n"):
             left = deadline - time.monotonic()
+            if stop is not None and stop.is_set():
+                raise Interrupted
             if left <= 0:
                 raise ProcessFailed(f"{self.name} was not ready after {timeout_s:.0f} s\n{self.log_tail()}")
-            if select.select([self.ready_fd], [], [], left)[0]:
+            if select.select([self.ready_fd], [], [], min(left, 0.2))[0]:
                 piece = os.read(self.ready_fd, 65536)
                 if not piece:
                     self.popen.wait(timeout=STOP_GRACE_S)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -45,7 +46,7 @@ def run_demo(
     talks = workload.build(shape, reference.count_tokens)
     cluster = LocalCluster(options, out.parent / "demo-logs")
     try:
-        cluster.start(lambda what: output.console.print(f"[dim]{what}[/]"))
+        cluster.start(lambda what: output.console.print(f"[dim]{what}[/]"), stop)
         control = Cluster(cluster.scheduler_address)
         _wait(lambda: control.status()["instances_alive"] == 4 and bool(control.nodes()), "the workers to join")
         passes_played = _play_all(cluster, options, shape, talks, passes, stop)
@@ -61,6 +62,7 @@ def run_demo(
             output.facts("still running; Ctrl-C ends it", addresses(cluster))
             watch(cluster, stop)
     finally:
+        output.console.print("[dim]stopping all processes[/]")
         cluster.stop()
     return bool(result["tokens_identical"]) and not any(held.values())
 
@@ -146,6 +148,10 @@ def _show(result: dict[str, Any], out: Path) -> None:
     out.write_text(json.dumps(result, indent=2) + "\n")
     columns = ("", "TTFT p50 ms:", "p95:", "TPOT p50 ms:", "p95:", "prefix hits:", "TTFT against kvpool:")
     output.table("the same conversations, medians over the passes", columns, report.rows(result))
+    output.console.print(
+        f"[dim]All workers share {os.cpu_count()} cores here: a split moves work without adding any; what shows is\n"
+        "the reuse. Sticky hits only what its one worker computed; kvpool hits as much while workers change.[/]"
+    )
     kinds = f"{result['split_requests']} split, {result['colocated_requests']} co-located"
     verdict = "identical" if result["tokens_identical"] else "DIFFERENT"
     output.facts(
