@@ -209,6 +209,11 @@ class NodeWatch:
                 log.debug("the node does not answer yet: %s", error)
                 self._closing.wait(BACKOFF_MAX_S)
                 continue
+            except Exception:
+                # Without its node a worker never shares anything: a bug of ours costs another try.
+                log.exception("asking the node failed")
+                self._closing.wait(BACKOFF_MAX_S)
+                continue
             self._found.set()
             self._on_found()
             return

@@ -256,6 +256,8 @@ def inspect(
         extras = hashing.Extras(salt=bytes.fromhex(salt))
     except ValueError:
         output.fail(f"{salt!r} is not hex", code=output.EXIT_USAGE)
+    if len(extras.salt) not in (0, 16):
+        output.fail(f"a salt has 16 bytes, not {len(extras.salt)}", code=output.EXIT_USAGE)
     if text == "-":
         try:
             text = sys.stdin.buffer.read().decode()

@@ -127,6 +127,10 @@ class SchedulerClient:
                 why = "the scheduler ended the stream"
             except grpc.RpcError as error:
                 why = str(rpc.from_rpc_error(error, self._address))
+            except Exception as error:
+                # Without its life line a gateway never places again: a bug of ours costs a reconnection.
+                log.exception("the life line to the scheduler failed")
+                why = f"{type(error).__name__}: {error}"
             if self.connected:
                 log.warning("scheduler lost: %s", why)
             self._stream_count += 1
