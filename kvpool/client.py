@@ -7,20 +7,21 @@ digests before they count as found. The connection comes back by itself; what wa
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 import time
 from collections.abc import Sequence
 
-import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpool.channels.base import ChannelError
-from kvpool.core.errors import KvpoolError
-from kvpool.core.ids import NamespaceId, qualify
-from kvpool.service import wire
-from kvpool.service.client_session import Session
+from kvpool.channels.base import Memory
+from kvpool.channels.links import Links
+from kvpool.channels.tls import TlsConfig
+from kvpool.core.errors import BadArgument, KvpoolError, NoSpace
+from kvpool.core.hashing import object_key
+from kvpool.core.ids import NamespaceId
+from kvpool.core.namespace import NamespaceSpec
+from kvpool.service.client_reads import RELEASES_MAX, ReadingCalls, ReadRequest, rows_of
 from kvpool.service.client_types import (
     ABANDONED,
     BEING_WRITTEN,
@@ -28,32 +29,32 @@ from kvpool.service.client_types import (
     DEADLINE,
     EXISTS,
     NO_SPACE,
+    OVER_QUOTA,
     RESERVED,
     SECTION,
     Bools,
     Counters,
     GetResult,
     Hold,
+    ObjectsResult,
     PutResult,
     Reservation,
     Waited,
 )  # fmt: skip
-from kvpool.service.source_calls import OPENERS, Keys, SourceCalls, key_list, ms
+from kvpool.service.source_calls import DEFAULT_CHANNELS, Keys, key_list
 from kvpool.v1 import block_source_pb2 as pb
 
-log = logging.getLogger(__name__)
-
 __all__ = [
-    "ABANDONED", "BEING_WRITTEN", "COMMITTED", "DEADLINE", "EXISTS", "NO_SPACE", "RESERVED", "SECTION",
-    "Counters", "GetResult", "Hold", "PoolClient", "PutResult", "Reservation", "Waited",
+    "ABANDONED", "BEING_WRITTEN", "COMMITTED", "DEADLINE", "EXISTS", "NO_SPACE", "OVER_QUOTA", "RESERVED", "SECTION",
+    "Counters", "GetResult", "Hold", "ObjectsResult", "PoolClient", "PutResult", "Reservation", "Waited",
 ]  # fmt: skip
 
-#: Releases that no reply has come to yet; beyond it a `get` waits for its own.
-RELEASES_MAX = 64
+#: What an object may be given as: anything with the buffer interface.
+Buffer = bytes | bytearray | memoryview | NDArray[np.generic]
 
 
-class PoolClient(SourceCalls):
-    """Whole operations on one source: see `put` and `get`; the calls they are made of are inherited."""
+class PoolClient(ReadingCalls):
+    """Whole operations on one source: blocks by key, objects by name; the calls they are made of are inherited."""
 
     def __init__(
         self,
@@ -61,46 +62,189 @@ class PoolClient(SourceCalls):
         *,
         client: str = "client",
         credential: str = "",
-        channels: Sequence[str] = tuple(OPENERS),
+        channels: Sequence[str] = DEFAULT_CHANNELS,
         timeout_s: float = 5.0,
+        links: Links | None = None,
+        tls: TlsConfig | None = None,
     ) -> None:
-        super().__init__(address, client=client, credential=credential, channels=channels, timeout_s=timeout_s)
+        super().__init__(
+            address, client=client, credential=credential, channels=channels, timeout_s=timeout_s, links=links, tls=tls
+        )
         self._releases = threading.BoundedSemaphore(RELEASES_MAX)
+
+    # ------------------------------------------------------------ blocks
 
     def put(
         self,
         namespace: NamespaceId,
         keys: Keys,
-        blocks: NDArray[np.uint8],
+        blocks: Memory,
         *,
         rows: NDArray[np.int64] | None = None,
         group: int = 0,
         shard: int = 0,
+        parent: bytes = b"",
+        tenant: str = "",
         hold: Hold | None = None,
         ttl_s: float = 30.0,
     ) -> PutResult:
         """Stores blocks: reserve, write, commit. Blocks that exist, or that somebody else writes, are left alone.
 
         Args:
-            blocks: uint8 (rows, >= block bytes); rows[i], or i, is the row of key i.
+            blocks: uint8 (rows, >= block bytes), or one array a row; rows[i], or i, is the row of key i.
+            parent: key of the block before the first one: tells eviction what stands on what.
+            tenant: whose quota the blocks count against.
             hold: put on the blocks, also on those that exist.
             ttl_s: time within which the call has to be through.
         """
         begin_s = time.monotonic()
         try:
-            reservation = self.reserve(namespace, keys, group=group, shard=shard, ttl_s=ttl_s, hold=hold)
-        except KvpoolError as error:
-            if error.reason.name != "NO_SPACE":
-                raise
-            none = np.zeros(len(keys), dtype=np.bool_)
-            return PutResult(none, none.copy(), 0, time.monotonic() - begin_s, "")
+            reservation = self.reserve(
+                namespace, keys, group=group, shard=shard, ttl_s=ttl_s, hold=hold, parent=parent, tenant=tenant
+            )
+        except NoSpace:
+            return _nothing_stored(len(keys), begin_s)
+        return self._fill(reservation, blocks, rows, ttl_s, begin_s)
+
+    def get(
+        self,
+        namespace: NamespaceId,
+        keys: Keys,
+        out: Memory,
+        *,
+        rows: NDArray[np.int64] | None = None,
+        group: int = 0,
+        shard: int = 0,
+        handoff: str = "",
+        ttl_s: float = 30.0,
+        promote_s: float = 5.0,
+        verify: bool = True,
+    ) -> GetResult:
+        """Copies blocks into rows of `out`, each checked against its digests.
+
+        Args:
+            out: uint8 (rows, >= block bytes), or one array a row; rows[i], or i, is the row for key i. Rows not found
+                may hold anything.
+            handoff: request whose hand-off hold on these blocks ends with this call.
+            ttl_s: time within which the call has to be through.
+            promote_s: how long to wait for blocks that are on the source's SSD only; 0 = they count as absent.
+            verify: False for tests and benchmarks only.
+        Raises: Unavailable, ChannelError: nothing was read.
+        """
+        begin_s = time.monotonic()
+        request = ReadRequest(
+            namespace, keys, group, shard, handoff=handoff, ttl_s=ttl_s, promote_s=promote_s, verify=verify
+        )
+        outcome = self._read(request, rows_of(out, rows, len(keys)))
+        return GetResult(outcome.found, outcome.corrupt, outcome.bytes, time.monotonic() - begin_s, outcome.kind)
+
+    def free_hold(self, namespace: NamespaceId, keys: Keys, request_id: str, *, group: int = 0, shard: int = 0) -> None:
+        """Ends a request's hand-off hold on those of `keys` that are there, without reading."""
+        self._call(
+            lambda s, t: s.stub.Release(
+                pb.ReleaseRequest(
+                    session_id=s.id, namespace_id=namespace, handoff_request_id=request_id,
+                    handed_off=key_list(keys, group, shard),
+                ),
+                timeout=t,
+            )
+        )  # fmt: skip
+
+    # ------------------------------------------------------------ objects
+
+    def register_objects(self, domain: str) -> NamespaceId:
+        """The namespace of objects of a domain; any two clients that name the same domain share it."""
+        return self.register(NamespaceSpec.objects(domain))
+
+    def put_objects(
+        self,
+        namespace: NamespaceId,
+        names: Sequence[str],
+        values: Sequence[Buffer],
+        *,
+        tenant: str = "",
+        ttl_s: float = 30.0,
+    ) -> PutResult:
+        """Stores things of any size, from 1 byte to what a segment holds, under string names.
+
+        What a name stands for never changes: a name that exists is left alone, until it is removed.
+        """
+        begin_s = time.monotonic()
+        if len(names) != len(values):
+            raise BadArgument(f"{len(names)} names do not name {len(values)} objects")
+        arrays = [_as_bytes(value) for value in values]
+        sizes = np.fromiter((len(array) for array in arrays), dtype=np.uint64, count=len(arrays))
+        try:
+            reservation = self.reserve(
+                namespace, object_keys(namespace, names), ttl_s=ttl_s, tenant=tenant, sizes=sizes, names=names
+            )
+        except NoSpace:
+            return _nothing_stored(len(names), begin_s)
+        return self._fill(reservation, arrays, None, ttl_s, begin_s)
+
+    def get_objects(
+        self,
+        namespace: NamespaceId,
+        names: Sequence[str],
+        out: Sequence[NDArray[np.uint8]] | None = None,
+        *,
+        ttl_s: float = 30.0,
+        promote_s: float = 5.0,
+    ) -> ObjectsResult:
+        """Reads objects, each checked against its digest.
+
+        Args: out: contiguous uint8, one a name, long enough; values are then views of it. None = new memory.
+        Raises: Unavailable, ChannelError: nothing was read. BadArgument: an array of `out` is too short.
+        """
+        begin_s = time.monotonic()
+        if out is not None and len(out) != len(names):
+            raise BadArgument(f"{len(out)} arrays are not one for each of {len(names)} names")
+        values: list[NDArray[np.uint8] | None] = [None] * len(names)
+
+        def provide(chosen: NDArray[np.int64], sizes: NDArray[np.uint64]) -> tuple[Memory, None]:
+            memory: list[NDArray[np.uint8]] = []
+            for index, size in zip(chosen.tolist(), sizes.tolist(), strict=True):
+                array = np.empty(size, dtype=np.uint8) if out is None else out[index]
+                if len(array) < size:
+                    raise BadArgument(f"{names[index]!r} has {size} bytes, its array only {len(array)}")
+                values[index] = array[:size]
+                memory.append(values[index])
+            return memory, None
+
+        request = ReadRequest(namespace, object_keys(namespace, names), names=names, ttl_s=ttl_s, promote_s=promote_s)
+        outcome = self._read(request, provide)
+        for index in np.flatnonzero(~outcome.found).tolist():
+            values[index] = None
+        return ObjectsResult(values, outcome.corrupt, outcome.bytes, time.monotonic() - begin_s, outcome.kind)
+
+    def lookup_objects(self, namespace: NamespaceId, names: Sequence[str]) -> Bools:
+        """Which names are there, in any tier; holds nothing."""
+        return self.lookup(namespace, object_keys(namespace, names))
+
+    def remove_objects(self, namespace: NamespaceId, names: Sequence[str] = (), *, prefix: str = "") -> int:
+        """Removes objects by name, or all whose names begin with `prefix`. Returns how many were there."""
+        if prefix:
+            return self._remove(pb.RemoveRequest(namespace_id=namespace, name_prefix=prefix))
+        return self.remove(namespace, object_keys(namespace, names))
+
+    # ------------------------------------------------------------ parts
+
+    def _fill(
+        self,
+        reservation: Reservation,
+        memory: Memory,
+        rows: NDArray[np.int64] | None,
+        ttl_s: float,
+        begin_s: float,
+    ) -> PutResult:
+        """Writes and commits what was reserved."""
         indices = np.flatnonzero(reservation.status == RESERVED)
-        stored = np.zeros(len(keys), dtype=np.bool_)
+        stored = np.zeros(len(reservation.status), dtype=np.bool_)
         moved = 0
         if len(indices):
             try:
                 own_rows = indices if rows is None else rows[indices]
-                digests = self.write(reservation, indices, blocks, own_rows, deadline_s=ttl_s)
+                digests = self.write(reservation, indices, memory, own_rows, deadline_s=ttl_s)
                 self.commit(reservation, indices, digests)
             except BaseException:
                 with contextlib.suppress(KvpoolError):
@@ -109,99 +253,23 @@ class PoolClient(SourceCalls):
             stored[indices] = True
             moved = int(reservation.slots.sizes[indices].sum(dtype=np.uint64))
         existed: Bools = reservation.status == EXISTS
-        return PutResult(stored, existed, moved, time.monotonic() - begin_s, reservation.session.writer.kind)
+        kind = reservation.session.channel.write_kind
+        return PutResult(stored, existed, moved, time.monotonic() - begin_s, kind)
 
-    def get(
-        self,
-        namespace: NamespaceId,
-        keys: Keys,
-        out: NDArray[np.uint8],
-        *,
-        rows: NDArray[np.int64] | None = None,
-        group: int = 0,
-        shard: int = 0,
-        handoff: str = "",
-        ttl_s: float = 30.0,
-        verify: bool = True,
-    ) -> GetResult:
-        """Copies blocks into rows of `out`: lease, read, verify, release.
 
-        Args:
-            out: uint8 (rows, >= block bytes); rows[i], or i, is the row for key i. Rows not found may hold anything.
-            handoff: request whose hand-off hold on these blocks ends with this call.
-            ttl_s: time within which the call has to be through.
-            verify: False for tests and benchmarks only.
-        Raises: Unavailable, ChannelError: nothing was read.
-        """
-        begin_s = time.monotonic()
+def object_keys(namespace: NamespaceId, names: Sequence[str]) -> Keys:
+    """Keys of objects: uint8 (names, 16)."""
+    packed = b"".join(object_key(namespace, name) for name in names)
+    return np.frombuffer(packed, dtype=np.uint8).reshape(-1, 16)
 
-        def lease(session: Session, timeout_s: float) -> tuple[Session, pb.LeaseReply]:
-            request = pb.LeaseRequest(
-                session_id=session.id, namespace_id=namespace, keys=key_list(keys, group, shard), ttl_ms=ms(ttl_s),
-                handoff_request_id=handoff,
-            )  # fmt: skip
-            return session, session.stub.Lease(request, timeout=timeout_s)
 
-        session, reply = self._call(lease)
-        leased: Bools = np.fromiter(reply.found, dtype=np.bool_, count=len(keys))
-        found, corrupt = np.zeros(len(keys), dtype=np.bool_), np.zeros(len(keys), dtype=np.bool_)
-        if not reply.lease_id:
-            return GetResult(found, corrupt, 0, time.monotonic() - begin_s, session.channel.kind)
-        section_count = self._group(namespace, group).section_count
-        blocks = wire.descriptors_from_proto(reply.blocks, qualify(keys, group, shard), section_count).take(leased)
-        indices = np.flatnonzero(leased)
-        try:
-            own_rows = indices if rows is None else rows[indices]
-            left_s = max(ttl_s - (time.monotonic() - begin_s), 0.001)
-            good = session.channel.read(reply.lease_id, blocks, out, own_rows, deadline_s=left_s, verify=verify)
-            found[indices] = good
-            # Unchecked bytes are as good as the lease that covered them; a lease that ended proves nothing bad.
-            in_time = time.monotonic() - begin_s < ttl_s
-            corrupt[indices] = ~good & in_time
-            if not verify and not in_time:
-                found[:] = False
-        except ChannelError:
-            self._count(channel_errors=1)
-            raise
-        finally:
-            self._release(session, reply.lease_id, namespace, keys[corrupt], group, shard)
-        moved = int(blocks.sizes[good].sum(dtype=np.uint64))
-        self._count(bytes_read=moved, digest_errors=int(corrupt.sum()))
-        if corrupt.any():
-            log.error("%d blocks from %s failed their digest", int(corrupt.sum()), self.address)
-        return GetResult(found, corrupt, moved, time.monotonic() - begin_s, session.channel.kind)
+def _as_bytes(value: Buffer) -> NDArray[np.uint8]:
+    array = np.frombuffer(value, dtype=np.uint8) if not isinstance(value, np.ndarray) else value
+    if not array.flags.c_contiguous:
+        raise BadArgument("an object must be contiguous in memory")
+    return array.reshape(-1).view(np.uint8)
 
-    def free_hold(self, namespace: NamespaceId, keys: Keys, request_id: str, *, group: int = 0, shard: int = 0) -> int:
-        """Ends a request's hand-off hold on those of `keys` that are there, without reading. Returns how many are."""
 
-        def call(session: Session, timeout_s: float) -> int:
-            request = pb.LeaseRequest(
-                session_id=session.id, namespace_id=namespace, keys=key_list(keys, group, shard),
-                ttl_ms=ms(self._timeout_s), handoff_request_id=request_id,
-            )  # fmt: skip
-            reply = session.stub.Lease(request, timeout=timeout_s)
-            if reply.lease_id:
-                release = pb.ReleaseRequest(session_id=session.id, lease_ids=[reply.lease_id])
-                session.stub.Release(release, timeout=timeout_s)
-            return sum(reply.found)
-
-        return self._call(call)
-
-    def _release(
-        self, session: Session, lease: int, namespace: NamespaceId, corrupt: Keys, group: int, shard: int
-    ) -> None:
-        """Gives a lease back, without waiting for the answer: should it be lost, the lease expires."""
-        request = pb.ReleaseRequest(session_id=session.id, lease_ids=[lease])
-        if len(corrupt):
-            request.namespace_id = namespace
-            request.corrupt.CopyFrom(key_list(corrupt, group, shard))
-        with contextlib.suppress(grpc.RpcError, ValueError):  # ValueError: the session's channel was closed meanwhile
-            if len(corrupt) or not self._releases.acquire(blocking=False):
-                session.stub.Release(request, timeout=self._timeout_s)
-                return
-            try:
-                future = session.stub.Release.future(request, timeout=self._timeout_s)
-            except BaseException:
-                self._releases.release()
-                raise
-            future.add_done_callback(lambda _: self._releases.release())
+def _nothing_stored(count: int, begin_s: float) -> PutResult:
+    none = np.zeros(count, dtype=np.bool_)
+    return PutResult(none, none.copy(), 0, time.monotonic() - begin_s, "")

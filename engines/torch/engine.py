@@ -333,7 +333,8 @@ class Engine:
             sequence = running[piece.index]
             sequence.computed = piece.end
             self._register_full(sequence)
-            self._export(sequence)
+            if not self._ends_prefill(sequence):
+                self._export(sequence)
         for sequence, token in zip(drawing, drawn, strict=True):
             self._advance(sequence, token, ended_us)
         for piece in plan.pieces:
@@ -345,11 +346,13 @@ class Engine:
         if first:
             sequence.times.prefill_us = now_us - sequence.running_us
             self._meter.prefill_may_end(sequence)
+        ends_prefill = self._ends_prefill(sequence)
         sequence.append(drawn.token)
         finish = self._finish_reason(sequence, drawn.token)
         if finish is Finish.NONE and sequence.request.phase is Phase.PREFILL:
             finish = Finish.HANDED_OFF
-            self._export_tail(sequence)
+        if ends_prefill:
+            self._export(sequence, with_tail=finish is Finish.HANDED_OFF)
         asked = sequence.request.sampling.logprobs
         event = StepEvent(
             sequence.request.id,
@@ -378,21 +381,25 @@ class Engine:
             self.pool.register(sequence.blocks[index], sequence.keys[index])
         sequence.registered = max(sequence.registered, full)
 
-    def _export(self, sequence: Running) -> None:
-        """Lends newly finished full blocks to the publisher."""
-        full = min(sequence.computed // self.config.block_tokens, len(sequence.keys))
-        if not sequence.request.publish or full <= sequence.exported:
+    def _ends_prefill(self, sequence: Running) -> bool:
+        """Whether it has computed all that a PREFILL request is to compute; its last blocks then go out as one."""
+        return sequence.request.phase is Phase.PREFILL and sequence.computed >= sequence.prompt_tokens
+
+    def _export(self, sequence: Running, *, with_tail: bool = False) -> None:
+        """Lends newly finished full blocks to the publisher, and the partial last one of a prompt where asked for."""
+        size = self.config.block_tokens
+        full = min(sequence.computed // size, len(sequence.keys))
+        tail = sequence.prompt_tokens % size if with_tail else 0
+        first, end = sequence.exported, full + bool(tail)
+        if not sequence.request.publish or end <= first:
             return
         if sequence.state is State.PULLING and sequence.request.phase is not Phase.PREFILL:
             return  # what arrives from outside is published there already
-        first, sequence.exported = sequence.exported, full
-        self._exports.append(self._lend(sequence, first, full, b"".join(sequence.keys[first:full]), 0))
-
-    def _export_tail(self, sequence: Running) -> None:
-        tail = sequence.prompt_tokens % self.config.block_tokens
-        if tail and sequence.request.publish:
-            full = sequence.prompt_tokens // self.config.block_tokens
-            self._exports.append(self._lend(sequence, full, full + 1, self._tail_key(sequence, tail), tail))
+        keys = b"".join(sequence.keys[first:full])
+        if tail:
+            keys += self._tail_key(sequence, tail)
+        sequence.exported = full
+        self._exports.append(self._lend(sequence, first, end, keys, tail))
 
     def _lend(self, sequence: Running, first: int, end: int, keys: bytes, tail: int) -> BlockSet:
         blocks = sequence.blocks[first:end]

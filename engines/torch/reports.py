@@ -15,8 +15,8 @@ import numpy as np
 
 from kvpool.core.changes import BlockChange, ChangeKind
 from kvpool.core.errors import KvpoolError
-from kvpool.core.ids import KEY_BYTES, KeyArray
-from kvpool.service.announcer import Announcer, SourceFacts
+from kvpool.core.ids import KEY_BYTES, Fidelity
+from kvpool.service.announcer import Announcer, Snapshot, SourceFacts
 from kvpool.service.rpc import from_rpc_error, make_channel
 from kvpool.v1 import engine_pb2, scheduler_pb2, scheduler_pb2_grpc
 
@@ -158,10 +158,10 @@ class HbmAnnouncements:
     def close(self) -> None:
         self._announcer.close()
 
-    def _snapshot(self) -> tuple[KeyArray, int]:
+    def _snapshot(self) -> Snapshot:
         with self._lock:
             packed = np.frombuffer(b"".join(self._keys), dtype=np.uint8)
-            return packed.reshape(-1, KEY_BYTES), self._number
+            return [(packed.reshape(-1, KEY_BYTES), Fidelity.EXACT)], self._number
 
     def _usage(self) -> tuple[int, int]:
         count = len(self._keys)

@@ -23,6 +23,10 @@ from kvpool.core.errors import BadArgument, Unavailable
 Rows = NDArray[np.int64]
 Bytes2D = NDArray[np.uint8]
 
+#: The caller's memory: uint8 (rows, bytes) with contiguous rows, or one contiguous uint8 array a row, of any lengths.
+#: Either way `memory[row][:size]` is where a block lies.
+Memory = NDArray[np.uint8] | Sequence[NDArray[np.uint8]]
+
 
 class ChannelError(Unavailable):
     """The channel could not do it: link lost, peer too slow or gone, hold refused. Another channel may."""
@@ -35,6 +39,7 @@ class Capabilities:
     same_host: bool  # only between processes that share memory
     through_source: bool  # bytes pass through the source's process, which sees and counts them
     threads_useful: int  # calls that gain from running at the same time
+    writes: bool = True
 
 
 class Channel(Protocol):
@@ -47,7 +52,7 @@ class Channel(Protocol):
         self,
         lease: int,
         blocks: Descriptors,
-        out: Bytes2D,
+        out: Memory,
         rows: Rows | None = None,
         *,
         deadline_s: float,
@@ -57,7 +62,7 @@ class Channel(Protocol):
 
         Args:
             lease: the read right that covers `blocks`.
-            out: uint8 (rows, >= block bytes), rows contiguous.
+            out: rows of at least a block's bytes.
             rows: row of `out` for each block; None = the i-th block goes to row i.
             deadline_s: seconds from now within which the call ends.
             verify: check the digests, while the bytes are still in the CPU's cache.
@@ -67,7 +72,7 @@ class Channel(Protocol):
         ...
 
     def write(
-        self, reservation: int, slots: Descriptors, data: Bytes2D, rows: Rows | None = None, *, deadline_s: float
+        self, reservation: int, slots: Descriptors, data: Memory, rows: Rows | None = None, *, deadline_s: float
     ) -> NDArray[np.uint64]:
         """Copies rows of `data` into the slots of `reservation`.
 
@@ -92,20 +97,6 @@ class Offer:
 Opener = Callable[[Mapping[str, str]], Channel]
 
 
-def open_best(offers: Sequence[Offer], openers: Mapping[str, Opener]) -> tuple[Channel | None, dict[str, str]]:
-    """The first channel of `offers` that opens, and why each one before it did not."""
-    failures: dict[str, str] = {}
-    for offer in offers:
-        opener = openers.get(offer.kind)
-        if opener is None:
-            continue
-        try:
-            return opener(offer.parameters), failures
-        except (Unavailable, BadArgument) as error:
-            failures[offer.kind] = str(error)
-    return None, failures
-
-
 def row_numbers(rows: Rows | None, count: int, row_count: int) -> Rows:
     """`rows` or the default, checked. Raises: BadArgument."""
     if rows is None:
@@ -115,9 +106,22 @@ def row_numbers(rows: Rows | None, count: int, row_count: int) -> Rows:
     return rows
 
 
-def check_memory(memory: Bytes2D, sizes: NDArray[np.uint32]) -> None:
-    """Raises: BadArgument unless `memory` has contiguous rows that hold blocks of these sizes."""
-    if memory.dtype != np.uint8 or memory.ndim != 2 or (memory.size and memory.strides[1] != 1):
-        raise BadArgument("block memory must be uint8 (rows, bytes) with contiguous rows")
-    if len(sizes) and int(sizes.max()) > memory.shape[1]:
-        raise BadArgument(f"rows of {memory.shape[1]} bytes can't hold a block of {int(sizes.max())}")
+def check_memory(memory: Memory, rows: Rows, sizes: NDArray[np.uint64]) -> None:
+    """Raises: BadArgument unless these rows of `memory` are contiguous and hold blocks of these sizes."""
+    if isinstance(memory, np.ndarray):
+        if memory.dtype != np.uint8 or memory.ndim != 2 or (memory.size and memory.strides[1] != 1):
+            raise BadArgument("block memory must be uint8 (rows, bytes) with contiguous rows")
+        if len(sizes) and int(sizes.max()) > memory.shape[1]:
+            raise BadArgument(f"rows of {memory.shape[1]} bytes can't hold a block of {int(sizes.max())}")
+        return
+    for row, size in zip(rows.tolist(), sizes.tolist(), strict=True):
+        one = memory[row]
+        if one.dtype != np.uint8 or one.ndim != 1 or not one.flags.c_contiguous or len(one) < size:
+            raise BadArgument(f"row {row} must be a contiguous uint8 array of at least {size} bytes")
+
+
+def addresses(memory: Memory, rows: Rows) -> NDArray[np.uint64]:
+    """Where rows begin in this process's memory; valid as long as the caller keeps `memory`."""
+    if isinstance(memory, np.ndarray):
+        return (memory.ctypes.data + rows * memory.strides[0]).astype(np.uint64)
+    return np.fromiter((memory[row].ctypes.data for row in rows.tolist()), dtype=np.uint64, count=len(rows))

@@ -3,39 +3,55 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
+import ssl
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvpool.channels import tcp_wire as wire
-from kvpool.channels.base import Bytes2D, Capabilities, ChannelError, Rows, check_memory, row_numbers
-from kvpool.channels.sections import block_keys, bounds, digest_block
+from kvpool.channels import tls
+from kvpool.channels.base import Capabilities, ChannelError, Memory, Rows, check_memory, row_numbers
+from kvpool.channels.tcp_batch import Batch, Window, cut
 from kvpool.core.arrays import Descriptors
-from kvpool.core.errors import BadArgument
-from kvpool.core.hashing import section_digest
+from kvpool.core.errors import BadArgument, Reason
 
-#: Streams of one call: two fill a loopback or a 10 Gbit link from Python.
-STREAMS = 2
+#: Streams of one call: two keep two cores busy; where there are more, some hash while others receive.
+STREAMS = 2 if (os.cpu_count() or 1) <= 4 else 4
 #: Below this a second stream costs more than it gains.
-SHARE_BYTES_MIN = 2 << 20
+WINDOW_BYTES_MIN = 1 << 20
+#: Streams take windows of this size as they get through with them, so that a slow one does less.
+WINDOW_BYTES_MAX = 16 << 20
+WINDOW_BLOCKS_MAX = 4096
 CONNECTIONS_MAX = 8
 CONNECT_TIMEOUT_S = 3.0
-#: Received bytes that are hashed together: enough for a system call to pay, few enough to still be in the cache.
-HASH_CHUNK_BYTES = 512 << 10
+#: Bytes that are received, or sent, between two rounds of hashing: each round lets the connection run dry, so they are
+#: worth more than hashing what is still in the nearest cache.
+CHUNK_BYTES = 8 << 20
+#: Connections that failed in a write and were not settled yet. Beyond it the channel writes nothing any more.
+UNSETTLED_MAX = 256
+
+_WELCOMES = {
+    wire.Status.REFUSED: (
+        "the source does not know this session",
+        "it ended: open another one",
+        Reason.UNKNOWN_SESSION,
+    ),
+    wire.Status.OVERLOADED: ("the source has too many connections", "try again shortly", Reason.OVERLOADED),
+    wire.Status.TLS_REQUIRED: ("the source wants TLS", "give this client a TlsConfig", Reason.UNAUTHENTICATED),
+}
 
 
-@dataclass(frozen=True)
-class _Share:
-    """The part of a call that one request carries."""
-
-    first: int
-    count: int
-    bytes_total: int
+@dataclass(frozen=True, eq=False)
+class _Connection:
+    sock: socket.socket
+    number: int  # that the source gave it
 
 
 class TcpChannel:
@@ -44,10 +60,22 @@ class TcpChannel:
     kind = "tcp"
     capabilities = Capabilities(same_host=False, through_source=True, threads_useful=2)
 
-    def __init__(self, host: str, port: int, token: bytes, *, streams: int = STREAMS) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        token: bytes,
+        *,
+        streams: int = STREAMS,
+        tls_config: tls.TlsConfig | None = None,
+    ) -> None:
+        """Raises: BadArgument if the TLS files are no good."""
         self._address, self._token, self._streams = (host, port), token, streams
-        self._idle: list[socket.socket] = []
+        self._context = tls_config.client_context() if tls_config is not None else None
+        self._server_name = tls_config.server_name or host if tls_config is not None else ""
+        self._idle: list[_Connection] = []
         self._open: set[socket.socket] = set()
+        self._unsettled: list[tuple[int, int]] = []  # reservation, number of the connection
         self._lock = threading.Lock()
         # At the bound a call waits, within its deadline, for another one's connection.
         self._slots = threading.BoundedSemaphore(CONNECTIONS_MAX)
@@ -55,11 +83,24 @@ class TcpChannel:
         self._closed = False
 
     @classmethod
-    def open(cls, parameters: Mapping[str, str]) -> TcpChannel:
-        """Opens what a source offered, with one connection to see that it works. Raises: Unavailable, BadArgument."""
+    def open(cls, parameters: Mapping[str, str], *, tls_config: tls.TlsConfig | None = None) -> TcpChannel:
+        """Opens what a source offered, with one connection to see that it works.
+
+        Both sides speak TLS or neither does: a client that has a TlsConfig takes no plain channel.
+
+        Raises: Unavailable, BadArgument.
+        """
+        encrypted = parameters.get("tls") == "1"
+        if encrypted != (tls_config is not None):
+            raise BadArgument(
+                "the source wants TLS, this client has none"
+                if encrypted
+                else "this client wants TLS, the source has none",
+                hint="give both a TlsConfig, or neither",
+            )
         try:
             host, _, port = parameters["address"].rpartition(":")
-            channel = cls(host, int(port), bytes.fromhex(parameters["token"]))
+            channel = cls(host, int(port), bytes.fromhex(parameters["token"]), tls_config=tls_config)
         except (KeyError, ValueError) as error:
             raise BadArgument(f"a bad tcp offer: {error}") from error
         try:
@@ -74,221 +115,305 @@ class TcpChannel:
         self,
         lease: int,
         blocks: Descriptors,
-        out: Bytes2D,
+        out: Memory,
         rows: Rows | None = None,
         *,
         deadline_s: float,
         verify: bool = True,
     ) -> NDArray[np.bool_]:
-        check_memory(out, blocks.sizes)
-        rows = row_numbers(rows, len(blocks.keys), len(out))
-        good = np.zeros(len(rows), dtype=np.bool_)
+        rows = row_numbers(rows, len(blocks), len(out))
+        check_memory(out, rows, blocks.sizes)
+        batch = Batch(blocks, out, rows)
+        good = np.zeros(len(rows) * batch.section_count, dtype=np.bool_)
 
-        def transfer(sock: socket.socket, share: _Share, deadline: wire.Deadline) -> None:
-            part = slice(share.first, share.first + share.count)
-            self._request(sock, wire.Operation.READ, lease, blocks, share, deadline, payload=[])
-            before = wire.receive_bytes(sock, share.count, deadline)
-            if any(before):
-                raise ChannelError(f"tcp: the lease does not cover {sum(map(bool, before))} of {share.count} blocks")
-            good[part] = _receive(sock, blocks, out, rows, range(part.start, part.stop), verify, deadline)
-            if any(wire.receive_bytes(sock, share.count, deadline)):
-                raise ChannelError("tcp: the lease ended while the blocks were sent")
+        def transfer(connection: _Connection, window: Window, deadline: wire.Deadline) -> None:
+            sock = connection.sock
+            wire.send_all(sock, [_request(wire.Operation.READ, lease, batch, window)], deadline)
+            _reply(sock, deadline, Reason.UNKNOWN_LEASE)
+            if window.part:
+                wire.receive_all(sock, batch.part(window), deadline)
+            else:
+                for first, stop in batch.chunks(window, CHUNK_BYTES):
+                    wire.receive_all(sock, batch.views(first, stop), deadline)
+                    if verify:
+                        batch.check(first, stop, good)
+                    else:
+                        good[first:stop] = True
+            if wire.receive_bytes(sock, 1, deadline) != bytes([wire.Status.OK]):
+                raise ChannelError("tcp: the lease ended while the blocks were sent", reason=Reason.UNKNOWN_LEASE)
 
-        self._run(transfer, blocks, deadline_s)
-        return good
+        parted = self._run(transfer, batch, deadline_s)
+        for window in parted:
+            first, stop = batch.sections(window)
+            if verify:
+                batch.check(first, stop, good)
+            else:
+                good[first:stop] = True
+        return np.asarray(good.reshape(-1, batch.section_count).all(axis=1))
 
     def write(
-        self, reservation: int, slots: Descriptors, data: Bytes2D, rows: Rows | None = None, *, deadline_s: float
+        self, reservation: int, slots: Descriptors, data: Memory, rows: Rows | None = None, *, deadline_s: float
     ) -> NDArray[np.uint64]:
-        check_memory(data, slots.sizes)
-        rows = row_numbers(rows, len(slots.keys), len(data))
-        sizes, keys, section_count = slots.sizes.tolist(), block_keys(slots), slots.digests.shape[1]
-        digests = np.zeros(slots.digests.shape, dtype=np.uint64)
+        rows = row_numbers(rows, len(slots), len(data))
+        check_memory(data, rows, slots.sizes)
+        batch = Batch(slots, data, rows)
+        digests = np.zeros((len(slots) * batch.section_count, 1), dtype=np.uint64)
+        deadline = wire.Deadline(deadline_s)
+        self._settle(reservation, deadline)
 
-        def transfer(sock: socket.socket, share: _Share, deadline: wire.Deadline) -> None:
-            part = range(share.first, share.first + share.count)
-            for i in part:
-                digest_block(data[rows[i], : sizes[i]], keys[i], section_count, digests[i])
-            payload = [memoryview(data[rows[i], : sizes[i]]) for i in part]
-            self._request(sock, wire.Operation.WRITE, reservation, slots, share, deadline, payload)
-            states = wire.receive_bytes(sock, share.count, deadline)
-            if any(states):
-                raise ChannelError(f"tcp: {sum(map(bool, states))} of {share.count} slots are not reserved any more")
+        def transfer(connection: _Connection, window: Window, deadline: wire.Deadline) -> None:
+            pending: list[memoryview | bytes] = [_request(wire.Operation.WRITE, reservation, batch, window)]
+            try:
+                if window.part:
+                    pending += batch.part(window)
+                else:
+                    for first, stop in batch.chunks(window, CHUNK_BYTES):
+                        batch.digest(first, stop, digests)
+                        wire.send_all(connection.sock, [*pending, *batch.views(first, stop)], deadline)
+                        pending = []
+                wire.send_all(connection.sock, pending, deadline)
+                _reply(connection.sock, deadline, Reason.UNKNOWN_RESERVATION)
+            except BaseException as error:
+                if not _is_answered(error):
+                    self._note_unsettled(reservation, connection)
+                raise
 
-        self._run(transfer, slots, deadline_s)
-        return digests
+        parted = self._run(transfer, batch, deadline.left_s(), before_retry=lambda d: self._settle(reservation, d))
+        for window in parted:
+            batch.digest(*batch.sections(window), digests)
+        return digests.reshape(slots.digests.shape)
+
+    def probe(self, *, deadline_s: float) -> None:
+        """Asks the source for a sign of life; takes no place of a transfer. Raises: ChannelError."""
+        deadline = wire.Deadline(deadline_s)
+
+        def ping(fresh: bool) -> None:
+            with self._connection(deadline, fresh=fresh, counted=False) as connection:
+                wire.send_all(connection.sock, [wire.REQUEST.pack(wire.Operation.PING, 0, 0, 0, 0)], deadline)
+                _reply(connection.sock, deadline)
+
+        try:
+            ping(fresh=False)
+        except wire.Closed:
+            ping(fresh=True)
+
+    def settle(self, reservation: int, slots: Descriptors, *, deadline_s: float) -> None:
+        """Returns once nothing of failed writes into the reservation is on its way any more. Raises: ChannelError."""
+        self._settle(reservation, wire.Deadline(deadline_s))
 
     def close(self) -> None:
         with self._lock:
             self._closed = True
-            sockets, self._idle = list(self._open), []
+            sockets, idle = list(self._open), self._idle
+            self._idle = []
         for sock in sockets:
-            _hang_up(sock)
+            # A thread that is using it gets an error, and closes the socket.
+            with contextlib.suppress(OSError):
+                wire.hang_up(sock)
+        for connection in idle:
+            self._discard(connection.sock)
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     # ------------------------------------------------------------ requests
 
     def _run(
-        self, transfer: Callable[[socket.socket, _Share, wire.Deadline], None], blocks: Descriptors, deadline_s: float
-    ) -> None:
-        """Carries out a call in as many shares as there are streams to gain from; returns when all have ended."""
-        if len(blocks.keys) == 0:
-            return
-        deadline = wire.Deadline(deadline_s)
-        shares = _split(blocks.sizes, self._streams)
-
-        def one(share: _Share) -> None:
-            try:
-                with self._connection(deadline) as sock:
-                    transfer(sock, share, deadline)
-            except wire.Closed:
-                # A kept connection may have ended since its last use; a fresh one tells whether the source is there.
-                with self._connection(deadline, fresh=True) as sock:
-                    transfer(sock, share, deadline)
-
-        if self._closed:
-            raise ChannelError("tcp: the channel is closed")
-        try:
-            futures = [self._threads.submit(one, share) for share in shares[1:]]
-        except RuntimeError as error:
-            raise ChannelError("tcp: the channel is closed") from error
-        errors = [error for error in [_failure(one, shares[0]), *(f.exception() for f in futures)] if error]
-        if errors:
-            raise errors[0]
-
-    def _request(
         self,
-        sock: socket.socket,
-        operation: wire.Operation,
-        hold: int,
-        blocks: Descriptors,
-        share: _Share,
+        transfer: Callable[[_Connection, Window, wire.Deadline], None],
+        batch: Batch,
+        deadline_s: float,
+        before_retry: Callable[[wire.Deadline], None] = lambda _: None,
+    ) -> list[Window]:
+        """Carries out a call over as many streams as gain from it; returns when all have ended.
+
+        Returns: the first windows of blocks that were moved in parts.
+        """
+        if len(batch.sizes) == 0:
+            return []
+        deadline = wire.Deadline(deadline_s)
+        total = int(batch.sizes.sum(dtype=np.uint64))
+        share = -(-total // self._streams)
+        windows = cut(batch.sizes, min(max(share, WINDOW_BYTES_MIN), WINDOW_BYTES_MAX), WINDOW_BLOCKS_MAX)
+        queue = deque(windows)
+
+        def stream() -> None:
+            try:
+                while (window := _next(queue)) is not None:
+                    self._move(transfer, window, deadline, before_retry)
+            except BaseException:
+                queue.clear()
+                raise
+
+        self._check_open()
+        futures: list[Future[None]] = []
+        errors: list[BaseException | None] = []
+        try:
+            for _ in range(min(self._streams, len(windows)) - 1):
+                futures.append(self._threads.submit(stream))  # noqa: PERF401 (keeps those before one that fails)
+        except RuntimeError:
+            queue.clear()
+            errors.append(ChannelError("tcp: the channel is closed"))
+        errors += [_failure(stream), *map(_outcome, futures)]
+        for error in errors:
+            if error is not None:
+                raise error
+        return [window for window in windows if window.part and window.skip == 0]
+
+    def _move(
+        self,
+        transfer: Callable[[_Connection, Window, wire.Deadline], None],
+        window: Window,
         deadline: wire.Deadline,
-        payload: list[memoryview],
+        before_retry: Callable[[wire.Deadline], None],
     ) -> None:
-        """Sends a request and receives the header of its reply. Raises: ChannelError."""
-        part = slice(share.first, share.first + share.count)
-        head = wire.REQUEST.pack(operation, share.count, hold, share.bytes_total)
-        packed = wire.pack_descriptors(blocks.offsets[part], blocks.sizes[part], blocks.generations[part])
-        wire.send_all(sock, [head + b"".join(packed), *payload], deadline)
-        status, message_bytes = wire.REPLY.unpack(wire.receive_bytes(sock, wire.REPLY.size, deadline))
-        if status != wire.Status.OK:
-            message = wire.receive_bytes(sock, min(message_bytes, 4096), deadline).decode(errors="replace")
-            raise ChannelError(f"tcp: refused: {message}")
+        try:
+            with self._connection(deadline) as connection:
+                transfer(connection, window, deadline)
+        except wire.Closed:
+            # A kept connection may have ended since its last use; a fresh one tells whether the source is there.
+            self._check_open()
+            before_retry(deadline)
+            with self._connection(deadline, fresh=True) as connection:
+                transfer(connection, window, deadline)
+
+    def _note_unsettled(self, reservation: int, connection: _Connection) -> None:
+        with self._lock:
+            self._unsettled.append((reservation, connection.number))
+
+    def _settle(self, reservation: int, deadline: wire.Deadline) -> None:
+        """Has the source end the connections over which writes into the reservation failed."""
+        with self._lock:
+            numbers = [number for r, number in self._unsettled if r == reservation]
+            full = len(self._unsettled) > UNSETTLED_MAX
+        for number in numbers:
+            with self._connection(deadline, fresh=True) as connection:
+                request = wire.REQUEST.pack(wire.Operation.SETTLE, 0, number, 0, 0)
+                wire.send_all(connection.sock, [request], deadline)
+                _reply(connection.sock, deadline)
+            with self._lock, contextlib.suppress(ValueError):  # another thread may have done the same
+                self._unsettled.remove((reservation, number))
+        if full and not numbers:
+            raise ChannelError("tcp: too many writes failed", hint="give their reservations back, open another channel")
 
     # ------------------------------------------------------------ connections
 
     @contextlib.contextmanager
-    def _connection(self, deadline: wire.Deadline, *, fresh: bool = False) -> Iterator[socket.socket]:
+    def _connection(
+        self, deadline: wire.Deadline, *, fresh: bool = False, counted: bool = True
+    ) -> Iterator[_Connection]:
         """A connection for one request; it is kept for the next one unless the request failed."""
-        if not self._slots.acquire(timeout=deadline.left_s()):
+        if counted and not self._slots.acquire(timeout=deadline.left_s()):
             raise wire.TooSlow("tcp: all connections are busy")
         try:
             with self._lock:
-                sock = self._idle.pop() if self._idle and not fresh else None
-            if sock is None:
-                sock = self._connect(deadline)
+                connection = self._idle.pop() if self._idle and not fresh else None
+            if connection is None:
+                connection = self._connect(deadline)
             try:
-                yield sock
-            except BaseException:
-                self._discard(sock)
+                yield connection
+            except BaseException as error:
+                if _is_answered(error):
+                    self._keep(connection)
+                else:
+                    self._discard(connection.sock)
                 raise
-            with self._lock:
-                if not self._closed:
-                    self._idle.append(sock)
-                    return
-            self._discard(sock)
+            self._keep(connection)
         finally:
-            self._slots.release()
+            if counted:
+                self._slots.release()
 
-    def _connect(self, deadline: wire.Deadline) -> socket.socket:
+    def _connect(self, deadline: wire.Deadline) -> _Connection:
         try:
             sock = socket.create_connection(self._address, timeout=min(deadline.left_s(), CONNECT_TIMEOUT_S))
         except OSError as error:
             raise ChannelError(f"tcp: nothing answers at {self._address[0]}:{self._address[1]}: {error}") from error
         try:
             wire.prepare(sock)
-            wire.send_all(sock, [wire.GREETING.pack(wire.MAGIC, self._token)], deadline)
-            status = wire.receive_bytes(sock, 1, deadline)[0]
-            if status != wire.Status.OK:
-                raise ChannelError(f"tcp: the source refused the connection (status {status})")
+            if self._context is not None:
+                sock = tls.wrap(sock, self._context, self._server_name)
             with self._lock:
-                if self._closed:
-                    raise ChannelError("tcp: the channel is closed")
+                self._check_open()
                 self._open.add(sock)
+            if isinstance(sock, ssl.SSLSocket):
+                tls.handshake(sock, deadline.left_s())
+            return _Connection(sock, self._greet(sock, deadline))
         except BaseException:
-            sock.close()
+            self._discard(sock)
             raise
-        return sock
+
+    def _greet(self, sock: socket.socket, deadline: wire.Deadline) -> int:
+        """The number of the connection. Raises: ChannelError."""
+        try:
+            wire.send_all(sock, [wire.GREETING.pack(wire.MAGIC, self._token)], deadline)
+            status, number = wire.WELCOME.unpack(wire.receive_bytes(sock, wire.WELCOME.size, deadline))
+        except wire.Closed as error:
+            if not isinstance(sock, ssl.SSLSocket):
+                raise
+            # A source judges a client's certificate after the client believes that the handshake is over.
+            raise ChannelError(
+                f"{error}, before it said welcome",
+                hint="does the source want a certificate of this client, signed by its ca?",
+                reason=Reason.UNAUTHENTICATED,
+            ) from error
+        if status != wire.Status.OK:
+            what, hint, reason = _WELCOMES.get(status, (f"an unknown answer {status}", "", Reason.PROTOCOL_MISMATCH))
+            raise ChannelError(f"tcp: {what}", hint=hint, reason=reason)
+        return int(number)
+
+    def _keep(self, connection: _Connection) -> None:
+        with self._lock:
+            if not self._closed and len(self._idle) < CONNECTIONS_MAX:
+                self._idle.append(connection)
+                return
+        self._discard(connection.sock)
 
     def _discard(self, sock: socket.socket) -> None:
         with self._lock:
             self._open.discard(sock)
         sock.close()
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ChannelError("tcp: the channel is closed")
 
-def _failure(call: Callable[[_Share], None], share: _Share) -> BaseException | None:
+
+def _outcome(stream: Future[None]) -> BaseException | None:
+    """What a stream raised, once it is over. One that was cancelled never began: others did its part, or failed."""
+    try:
+        return stream.exception()
+    except CancelledError:
+        return None
+
+
+def _is_answered(error: BaseException) -> bool:
+    """Whether the source said so in a reply: the connection is then ready for the next request."""
+    return isinstance(error, ChannelError) and error.reason in (Reason.UNKNOWN_LEASE, Reason.UNKNOWN_RESERVATION)
+
+
+def _next(queue: deque[Window]) -> Window | None:
+    try:
+        return queue.popleft()
+    except IndexError:
+        return None
+
+
+def _request(operation: wire.Operation, hold: int, batch: Batch, window: Window) -> bytes:
+    head = wire.REQUEST.pack(operation, window.count, hold, window.skip, window.total)
+    return head + b"".join(wire.pack_descriptors(*batch.descriptors(window)))
+
+
+def _reply(sock: socket.socket, deadline: wire.Deadline, refused: Reason = Reason.OVERLOADED) -> None:
+    """Receives the header of a reply. Raises: ChannelError, for this reason if the source refused."""
+    status, message_bytes = wire.REPLY.unpack(wire.receive_bytes(sock, wire.REPLY.size, deadline))
+    if status == wire.Status.OK:
+        return
+    message = wire.receive_bytes(sock, min(message_bytes, wire.MESSAGE_BYTES_MAX), deadline).decode(errors="replace")
+    raise ChannelError(f"tcp: refused: {message}", reason=refused if status == wire.Status.REFUSED else None)
+
+
+def _failure(call: Callable[[], None]) -> BaseException | None:
     """What `call` raised: an error must not end the whole call before its other threads are out of the memory."""
     try:
-        call(share)
+        call()
     except BaseException as error:
         return error
     return None
-
-
-def _hang_up(sock: socket.socket) -> None:
-    """Ends a connection that a thread may be using: its calls return, and the thread closes the socket."""
-    with contextlib.suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)
-
-
-def _split(sizes: NDArray[np.uint32], streams: int) -> list[_Share]:
-    """Consecutive shares of about the same number of bytes, each within the bounds of a request."""
-    total = int(sizes.sum(dtype=np.uint64))
-    count = max(1, min(streams, len(sizes), total // SHARE_BYTES_MIN))
-    limit = min(-(-total // count), wire.REQUEST_BYTES_MAX)
-    shares: list[_Share] = []
-    first = filled = 0
-    for i, size in enumerate(sizes.tolist()):
-        if i > first and (filled + size > limit or i - first == wire.BLOCKS_MAX):
-            shares.append(_Share(first, i - first, filled))
-            first, filled = i, 0
-        filled += size
-    shares.append(_Share(first, len(sizes) - first, filled))
-    return shares
-
-
-def _receive(
-    sock: socket.socket,
-    blocks: Descriptors,
-    out: Bytes2D,
-    rows: Rows,
-    part: range,
-    verify: bool,
-    deadline: wire.Deadline,
-) -> NDArray[np.bool_]:
-    """Receives the blocks with these numbers into their rows, hashing as they come; which of them are intact."""
-    intact = np.ones(len(part), dtype=np.bool_)
-    keys, sizes = block_keys(blocks), blocks.sizes.tolist()
-    chunk: list[memoryview] = []
-    todo: list[tuple[int, int, NDArray[np.uint8]]] = []
-    filled = 0
-
-    def flush() -> None:
-        wire.receive_all(sock, chunk, deadline)
-        for i, section, piece in todo if verify else ():
-            if section_digest(piece, keys[i], section) != blocks.digests[i, section]:
-                intact[i - part.start] = False
-
-    for i in part:
-        row = out[rows[i]]
-        for section, start, stop in bounds(sizes[i], blocks.digests.shape[1]):
-            piece = row[start:stop]
-            chunk.append(memoryview(piece))
-            todo.append((i, section, piece))
-            filled += stop - start
-            if filled >= HASH_CHUNK_BYTES:
-                flush()
-                chunk, todo, filled = [], [], 0
-    flush()
-    return intact

@@ -118,6 +118,20 @@ def node(
     segment_dir: Annotated[
         Path, typer.Option("--segment-dir", help="tmpfs or hugetlbfs folder for the shared memory.")
     ] = Path("/dev/shm"),
+    keep_memory: Annotated[
+        bool, typer.Option("--keep-memory", help="When told to stop, leave all blocks for the next start.")
+    ] = False,
+    eviction: Annotated[str, typer.Option("--eviction", help="prefix, lru, lfu or s3fifo.")] = "prefix",
+    ssd_dir: Annotated[
+        str, typer.Option("--ssd-dir", help="Folder on a fast disk for blocks that memory can't hold; empty = none.")
+    ] = "",
+    ssd_size: Annotated[str, typer.Option("--ssd-size", help="Bytes of that disk to use, e.g. 500GiB.")] = "10GiB",
+    nixl: Annotated[bool, typer.Option("--nixl", help="Offer the nixl channel (RDMA, NVLink) too.")] = False,
+    collective: Annotated[str, typer.Option("--collective", help="Offer the collective channel: gloo or nccl.")] = "",
+    collective_listen: Annotated[str, typer.Option("--collective-listen", help="host:port of it.")] = "127.0.0.1:0",
+    tls_cert: Annotated[str, typer.Option("--tls-cert", help="PEM file: TLS on the tcp channel.")] = "",
+    tls_key: Annotated[str, typer.Option("--tls-key", help="PEM file.")] = "",
+    tls_ca: Annotated[str, typer.Option("--tls-ca", help="PEM file of the authority of clients.")] = "",
     metrics_port: MetricsPort = 0,
     credential: Credential = "",
 ) -> None:
@@ -127,7 +141,9 @@ def node(
     config = NodeConfig(
         source_id=id, listen=listen, data_listen=data_listen, scheduler=scheduler,
         memory_bytes=output.parse_size(memory), segment_dir=str(segment_dir), metrics_port=metrics_port,
-        credential=credential,
+        credential=credential, keep_memory=keep_memory, eviction=eviction, ssd_dir=ssd_dir,
+        ssd_bytes=output.parse_size(ssd_size) if ssd_dir else 0, nixl=nixl, collective=collective,
+        collective_listen=collective_listen, tls_cert=tls_cert, tls_key=tls_key, tls_ca=tls_ca,
     )  # fmt: skip
     _run("node", lambda ready: run_node(config, on_ready=ready))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from kvpool.codecs.int8 import Int8
 from kvpool.codecs.raw import Raw
 from kvpool.core.errors import Unsupported
 from kvpool.core.ids import Fidelity
@@ -15,10 +16,12 @@ class Codec(Protocol):
 
     fidelity: Fidelity
 
-    def stored_bytes(self, group: GroupSpec) -> int: ...
+    def stored_bytes(self, group: GroupSpec) -> int:
+        """Bytes of one stored block of `group`. Raises: Unsupported if this codec can't store such blocks."""
+        ...
 
 
-CODECS: dict[Fidelity, Codec] = {codec.fidelity: codec for codec in (Raw(),)}
+CODECS: dict[Fidelity, Codec] = {codec.fidelity: codec for codec in (Raw(), Int8())}
 
 
 def codec_for(fidelity: Fidelity) -> Codec:

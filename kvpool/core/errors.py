@@ -29,6 +29,10 @@ class Reason(IntEnum):
     SLO_UNREACHABLE = 19
     NO_CAPACITY = 20
     DEADLINE = 21
+    QUOTA_EXCEEDED = 22
+    DRAINING = 23
+    NO_SSD = 24
+    UNREACHABLE = 25
 
 
 class KvpoolError(Exception):
@@ -83,6 +87,18 @@ class NoSpace(KvpoolError):
     reason = Reason.NO_SPACE
 
 
+class QuotaExceeded(NoSpace):
+    reason = Reason.QUOTA_EXCEEDED
+
+
+class Draining(KvpoolError):
+    reason = Reason.DRAINING
+
+
+class NoSsd(KvpoolError):
+    reason = Reason.NO_SSD
+
+
 class Overloaded(KvpoolError):
     reason = Reason.OVERLOADED
 
@@ -108,9 +124,9 @@ class DeadlineExceeded(KvpoolError):
 
 
 class Unavailable(KvpoolError):
-    """The other side can't be reached; carries no reason of the other side."""
+    """The other side can't be reached."""
 
-    reason = Reason.OVERLOADED
+    reason = Reason.UNREACHABLE
 
 
 #: Error class by reason, for clients; reasons without a class of their own come as KvpoolError.
@@ -119,6 +135,6 @@ ERRORS: dict[Reason, type[KvpoolError]] = {
     for cls in (
         BadArgument, BadKeyLength, UnknownNamespace, NamespaceMismatch, UnknownSession, UnknownReservation,
         ReservationExpired, AlreadyCommitted, UnknownLease, NoSpace, Overloaded, ProtocolMismatch, Unauthenticated,
-        UnknownRequest, Unsupported, DeadlineExceeded,
+        UnknownRequest, Unsupported, DeadlineExceeded, QuotaExceeded, Draining, NoSsd, Unavailable,
     )
 }  # fmt: skip

@@ -146,6 +146,23 @@ def tail_key(parent: bytes, tokens: Tokens, hash_name: str = XXH3) -> bytes:
     return _hash(hash_name)(bytes(parent) + words.astype("<u4").tobytes() + length)
 
 
+#: Bytes of an object's name, in UTF-8.
+NAME_BYTES_MAX = 1024
+
+
+def object_key(namespace_id: bytes, name: str | bytes) -> bytes:
+    """Key of an object: sha256(namespace id ‖ name), first 16 bytes; its whole name is kept and compared beside it.
+
+    Args: name: text, or its UTF-8.
+    Raises: BadArgument for a name of no or more than 1024 bytes; BadKeyLength for a namespace id that is none.
+    """
+    _check_key(namespace_id)
+    encoded = name.encode() if isinstance(name, str) else bytes(name)
+    if not 1 <= len(encoded) <= NAME_BYTES_MAX:
+        raise BadArgument(f"the name of an object has 1 to {NAME_BYTES_MAX} bytes, not {len(encoded)}")
+    return _sha256(bytes(namespace_id) + encoded)
+
+
 def section_seed(key: bytes, section: int) -> int:
     """Seed of a section's digest: bytes stored under another key or as another section do not verify."""
     _check_key(key)

@@ -25,13 +25,12 @@ class HeldBlocks:
         self._expiries.cancel(Expiry.LEASE, lease)
         handoff = self._holds.leases[lease].handoff
         self._store.unhold(self._holds.end_lease(lease))
-        if handoff and handoff not in self._holds.handoffs:
-            self._expiries.cancel(Expiry.HANDOFF, handoff)
+        self._forget_ended(handoff)
 
-    def pin(self, session: SessionId, entries: Entries, expires_us: int) -> PinId:
-        """`expires_us` 0 = until released."""
+    def pin(self, session: SessionId, entries: Entries, expires_us: int, owner: str) -> PinId:
+        """`expires_us` 0 = until released; `session` 0 = it belongs to `owner`."""
         self._store.hold(entries)
-        pin = self._holds.add_pin(session, entries, expires_us)
+        pin = self._holds.add_pin(session, entries, expires_us, owner)
         if expires_us:
             self._expiries.set(Expiry.PIN, pin, expires_us)
         return pin
@@ -53,9 +52,18 @@ class HeldBlocks:
         self._expiries.cancel(Expiry.HANDOFF, request_id)
         self._store.unhold(self._holds.end_handoff(request_id))
 
+    def end_handoff_of(self, request_id: str, entries: Entries) -> None:
+        """Ends a request's hand-off holds on some blocks; blocks that have none are passed over."""
+        self._store.unhold(self._holds.end_handoff_of(request_id, entries))
+        self._forget_ended(request_id)
+
     def end_session(self, session: SessionId) -> None:
         leases, pins = self._holds.of_session(session)
         for lease in leases:
             self.end_lease(lease)
         for pin in pins:
             self.end_pin(pin)
+
+    def _forget_ended(self, request_id: str) -> None:
+        if request_id and request_id not in self._holds.handoffs:
+            self._expiries.cancel(Expiry.HANDOFF, request_id)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvpool.core.ids import LeaseId, PinId, SessionId
 from kvpool.core.index import Entries
@@ -28,9 +29,12 @@ class Lease:
 
 @dataclass(slots=True, eq=False)
 class Pin:
+    """`session` 0: it belongs to `owner` and outlives sessions."""
+
     session: SessionId
     entries: Entries
     expires_us: int  # 0 = until released
+    owner: str
 
 
 @dataclass(slots=True)
@@ -48,37 +52,42 @@ class Holds:
         self.leases: dict[LeaseId, Lease] = {}
         self.pins: dict[PinId, Pin] = {}
         self.handoffs: dict[str, Handoff] = {}
+        self.rows = 0  # of leases and pins
+        self.detached = 0  # pins
         self._next = 1
 
-    def held(self, entries: Entries) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-        return (self.lease_counts[entries] + self.pin_counts[entries]) > 0
+    def held(self, entries: Entries) -> NDArray[np.bool_]:
+        held: NDArray[np.bool_] = (self.lease_counts[entries] + self.pin_counts[entries]) > 0
+        return held
 
     def add_lease(self, session: SessionId, entries: Entries, expires_us: int, handoff: str) -> LeaseId:
         lease = LeaseId(self._number())
         self.leases[lease] = Lease(session, entries, expires_us, handoff)
+        self.rows += len(entries)
         np.add.at(self.lease_counts, entries, 1)
         return lease
 
     def end_lease(self, lease: LeaseId) -> Entries:
         """Ends a lease, and the hand-off holds that its blocks had for its request."""
         found = self.leases.pop(lease)
+        self.rows -= len(found.entries)
         np.subtract.at(self.lease_counts, found.entries, 1)
-        handoff = self.handoffs.get(found.handoff)
-        if handoff is not None:
-            mine = [e for e in found.entries.tolist() if handoff.entries.pop(e, 0) is None]
-            self.pin_counts[mine] -= np.uint32(1)
-            if not handoff.entries:
-                del self.handoffs[found.handoff]
+        self._end_handoff_part(found.handoff, found.entries)
         return self._unheld(found.entries)
 
-    def add_pin(self, session: SessionId, entries: Entries, expires_us: int) -> PinId:
+    def add_pin(self, session: SessionId, entries: Entries, expires_us: int, owner: str = "") -> PinId:
+        """`session` 0 = detached."""
         pin = PinId(self._number())
-        self.pins[pin] = Pin(session, entries, expires_us)
+        self.pins[pin] = Pin(session, entries, expires_us, owner)
+        self.rows += len(entries)
+        self.detached += not session
         np.add.at(self.pin_counts, entries, 1)
         return pin
 
     def end_pin(self, pin: PinId) -> Entries:
         found = self.pins.pop(pin)
+        self.rows -= len(found.entries)
+        self.detached -= not found.session
         np.subtract.at(self.pin_counts, found.entries, 1)
         return self._unheld(found.entries)
 
@@ -95,9 +104,19 @@ class Holds:
         self.pin_counts[entries] -= np.uint32(1)
         return self._unheld(entries)
 
+    def end_handoff_of(self, request_id: str, entries: Entries) -> Entries:
+        """Ends a request's hand-off holds on some blocks; others of the request stay."""
+        held = self.handoffs.get(request_id)
+        mine = [e for e in entries.tolist() if held is not None and e in held.entries]
+        self._end_handoff_part(request_id, entries)
+        return self._unheld(np.array(mine, dtype=np.int32))
+
     def of_session(self, session: SessionId) -> tuple[list[LeaseId], list[PinId]]:
         leases = [lease for lease, found in self.leases.items() if found.session == session]
         return leases, [pin for pin, found in self.pins.items() if found.session == session]
+
+    def pins_of_owner(self, owner: str) -> list[PinId]:
+        return [pin for pin, found in self.pins.items() if not found.session and found.owner == owner]
 
     def check_invariants(self) -> None:
         leases = np.zeros_like(self.lease_counts)
@@ -106,14 +125,26 @@ class Holds:
             np.add.at(leases, lease.entries, 1)
         for pin in self.pins.values():
             np.add.at(pins, pin.entries, 1)
+            assert pin.session or pin.owner
         for handoff in self.handoffs.values():
             assert handoff.entries
             np.add.at(pins, list(handoff.entries), 1)
         assert (leases == self.lease_counts).all() and (pins == self.pin_counts).all()
+        assert self.rows == sum(len(h.entries) for h in [*self.leases.values(), *self.pins.values()])
+        assert self.detached == sum(not pin.session for pin in self.pins.values())
 
     def _number(self) -> int:
         self._next += 1
         return self._next - 1
+
+    def _end_handoff_part(self, request_id: str, entries: Entries) -> None:
+        handoff = self.handoffs.get(request_id)
+        if handoff is None:
+            return
+        mine = [e for e in entries.tolist() if handoff.entries.pop(e, 0) is None]
+        self.pin_counts[mine] -= np.uint32(1)
+        if not handoff.entries:
+            del self.handoffs[request_id]
 
     def _unheld(self, entries: Entries) -> Entries:
         free = entries[~self.held(entries)]

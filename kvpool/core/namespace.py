@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import IntEnum
+from typing import Any, Final
 
 from kvpool.core.errors import BadArgument, Overloaded, UnknownNamespace
 from kvpool.core.ids import NamespaceId
@@ -17,6 +19,8 @@ BLOCK_BYTES_MAX = 1 << 30
 SECTIONS_MAX = 8
 SHARDS_MAX = 1024
 NAMESPACES_MAX = 1024
+#: Layout of a namespace of objects: things of any size under string names.
+OBJECTS_LAYOUT = "objects"
 
 
 class GroupKind(IntEnum):
@@ -67,9 +71,13 @@ class GroupSpec:
                 raise BadArgument(f"group {self.id}: {rule}")
 
 
+#: Stands for the group of a namespace of objects, whose sizes come with each reservation.
+OBJECTS_GROUP: Final = GroupSpec(0, GroupKind.FULL, (), 0, 1, 1, 0)
+
+
 @dataclass(frozen=True, slots=True)
 class NamespaceSpec:
-    """Canonical description of stored KV; see the .proto for each field."""
+    """Canonical description of what is stored; see the .proto for each field."""
 
     model: str
     revision: str
@@ -79,12 +87,37 @@ class NamespaceSpec:
     hash: str
     groups: tuple[GroupSpec, ...]
 
+    @classmethod
+    def objects(cls, domain: str) -> NamespaceSpec:
+        """A namespace of objects; `domain` tells it from others."""
+        return cls(domain, "", "", "", OBJECTS_LAYOUT, "sha256/1", ())
+
+    @classmethod
+    def from_mapping(cls, fields: Mapping[str, Any]) -> NamespaceSpec:
+        """The inverse of `asdict`, and of reading `canonical` as JSON. Raises: BadArgument for anything else."""
+        try:
+            groups = tuple(
+                GroupSpec(**{**group, "kind": GroupKind(group["kind"]), "layers": tuple(group["layers"])})
+                for group in fields["groups"]
+            )
+            return cls(**{**fields, "groups": groups})
+        except (TypeError, KeyError, ValueError) as error:
+            raise BadArgument(f"not the description of a namespace: {error}") from error
+
+    @property
+    def is_objects(self) -> bool:
+        return self.layout == OBJECTS_LAYOUT
+
     def validate(self) -> None:
         """Raises: BadArgument with the field that is wrong."""
         if not self.model:
             raise BadArgument("model must not be empty")
         if self.hash not in HASHES:
             raise BadArgument(f"hash {self.hash!r} is not one of {', '.join(HASHES)}")
+        if self.is_objects:
+            if self.groups:
+                raise BadArgument("a namespace of objects has no groups")
+            return
         if not 1 <= len(self.groups) <= GROUPS_MAX:
             raise BadArgument(f"a namespace has 1 to {GROUPS_MAX} groups")
         if [g.id for g in self.groups] != list(range(len(self.groups))):
@@ -107,11 +140,18 @@ class Namespaces:
     def __init__(self) -> None:
         self._specs: dict[NamespaceId, NamespaceSpec] = {}
         self._numbers: dict[NamespaceId, int] = {}
+        self._ids: list[NamespaceId] = []
+
+    def __len__(self) -> int:
+        return len(self._ids)
 
     @property
-    def ids(self) -> list[NamespaceId]:
+    def specs(self) -> list[NamespaceSpec]:
         """By number."""
-        return list(self._specs)
+        return list(self._specs.values())
+
+    def knows(self, spec: NamespaceSpec) -> bool:
+        return spec.id() in self._specs
 
     def register(self, spec: NamespaceSpec) -> NamespaceId:
         """Makes a namespace known. Idempotent. Raises: BadArgument, Overloaded."""
@@ -122,6 +162,7 @@ class Namespaces:
                 raise Overloaded(f"{NAMESPACES_MAX} namespaces are registered already")
             self._numbers[namespace] = len(self._specs)
             self._specs[namespace] = spec
+            self._ids.append(namespace)
         return namespace
 
     def number(self, namespace_id: bytes) -> int:
@@ -133,10 +174,19 @@ class Namespaces:
             )
         return number
 
+    def id_of(self, number: int) -> NamespaceId:
+        """Empty for a number that nobody was given: an index that was taken over may hold such."""
+        return self._ids[number] if number < len(self._ids) else NamespaceId(b"")
+
+    def spec(self, namespace_id: bytes) -> NamespaceSpec:
+        """Raises: UnknownNamespace."""
+        self.number(namespace_id)
+        return self._specs[NamespaceId(namespace_id)]
+
     def group(self, namespace_id: bytes, group: int, shard: int) -> GroupSpec:
         """Raises: UnknownNamespace, BadArgument."""
-        self.number(namespace_id)
-        groups = self._specs[NamespaceId(namespace_id)].groups
+        spec = self.spec(namespace_id)
+        groups = (OBJECTS_GROUP,) if spec.is_objects else spec.groups
         if not 0 <= group < len(groups):
             raise BadArgument(f"group {group} is not one of the namespace's {len(groups)}")
         if not 0 <= shard < groups[group].shard_count:

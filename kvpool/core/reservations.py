@@ -1,7 +1,8 @@
 """Reservations, and the quarantine of slots whose writer may still be at work.
 
 A reservation is live until each of its blocks is complete, aborted, or out of time. It then is finished (kept for a
-while, to answer a repeated commit) or expired (kept until its writer has stopped).
+while, to answer a repeated commit) or expired (kept, with its entries in state QUARANTINED, until its writer has
+stopped).
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from numpy.typing import NDArray
 
 from kvpool.core.errors import AlreadyCommitted, BadArgument, UnknownReservation
 from kvpool.core.holds import Hold
-from kvpool.core.ids import ReservationId, SessionId
-from kvpool.core.index import NO_ENTRY, Entries
+from kvpool.core.ids import KeyArray, ReservationId, SessionId
+from kvpool.core.index import NO_ENTRY, BlockIndex, Entries
 
 
 class ReservationState(IntEnum):
@@ -24,14 +25,32 @@ class ReservationState(IntEnum):
     EXPIRED = 3
 
 
-@dataclass(frozen=True, slots=True)
-class QuarantinedSlot:
-    """A place that nobody may be given yet."""
+_NOBODY = np.empty(0, dtype=np.int32)
 
-    offset: int
-    size: int
-    generation: int
-    key: bytes
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lineage:
+    """What stands on what in a reserve call: its keys in prompt order, and the block before the first one.
+
+    keys uint8 (n, 16); parent: a key, or empty; weight: see `Evictor.insert`. Objects stand on nothing: keys None.
+    """
+
+    keys: KeyArray | None
+    parent: bytes
+    weight: int
+
+    def parents(self, rows: NDArray[np.int64], index: BlockIndex) -> Entries:
+        """Entries of the blocks before those of `rows`, of whatever state, or NO_ENTRY; int32 (n)."""
+        if self.keys is None:
+            return np.full(len(rows), NO_ENTRY, dtype=np.int32)
+        before = self.keys[np.maximum(rows - 1, 0)]
+        parents = index.lookup(before)
+        first = rows == 0
+        if first.any():
+            parents[first] = NO_ENTRY
+            if self.parent:
+                parents[first] = index.lookup(np.frombuffer(self.parent, dtype=np.uint8).reshape(1, -1))[0]
+        return parents
 
 
 @dataclass(slots=True, eq=False)
@@ -48,8 +67,9 @@ class Reservation:
     section_count: int
     expires_us: int
     hold: Hold | None
+    lineage: Lineage
     state: ReservationState = ReservationState.LIVE
-    quarantined: list[QuarantinedSlot] = field(default_factory=list)
+    quarantined: Entries = field(default_factory=lambda: _NOBODY)
     pending: NDArray[np.bool_] = field(init=False)
     _masks: NDArray[np.uint32] = field(init=False)  # sections committed, a bit each
     _digests: NDArray[np.uint64] = field(init=False)
@@ -98,11 +118,11 @@ class Reservation:
         np.bitwise_or.at(self._masks, positions[fresh], np.uint32(1) << sections[fresh])
         return fresh
 
-    def take_complete(self) -> Entries:
-        """Entries that are complete by now and no longer the reservation's."""
+    def take_complete(self) -> tuple[NDArray[np.int64], Entries]:
+        """Rows and entries that are complete by now and no longer the reservation's."""
         complete = self.pending & (self._masks == np.uint32((1 << self.section_count) - 1))
         self.pending &= ~complete
-        return self.entries[complete]
+        return self.rows[complete], self.entries[complete]
 
 
 class Reservations:
@@ -112,7 +132,6 @@ class Reservations:
         self._reservations: dict[ReservationId, Reservation] = {}
         self._finished: dict[ReservationId, None] = {}  # oldest first
         self._next = 1
-        self.quarantined = 0
         self.live = 0
 
     def __len__(self) -> int:
@@ -155,24 +174,22 @@ class Reservations:
             self.remove(number)
         return oldest
 
-    def remove(self, number: ReservationId) -> list[QuarantinedSlot]:
-        """Forgets a reservation; returns the slots it had in quarantine."""
+    def remove(self, number: ReservationId) -> Entries:
+        """Forgets a reservation; returns the entries it had in quarantine."""
         found = self._reservations.pop(number)
         self.live -= found.state is ReservationState.LIVE
         self._finished.pop(number, None)
-        self.quarantined -= len(found.quarantined)
         return found.quarantined
 
-    def quarantine(self, number: ReservationId, slots: list[QuarantinedSlot]) -> None:
+    def quarantine(self, number: ReservationId) -> None:
         """Keeps the slots of a dropped reservation from being used until its writer has stopped."""
         found = self._reservations[number]
-        found.state, found.quarantined = ReservationState.EXPIRED, slots
+        found.state, found.quarantined = ReservationState.EXPIRED, found.pending_entries
         found.pending[:] = False
         self.live -= 1
-        self.quarantined += len(slots)
 
-    def quarantined_slots(self) -> list[QuarantinedSlot]:
-        return [slot for r in self._reservations.values() for slot in r.quarantined]
+    def quarantined_entries(self) -> Entries:
+        return np.concatenate([_NOBODY, *(r.quarantined for r in self._reservations.values())])
 
     def entries_being_written(self) -> Entries:
         entries = [r.pending_entries for r in self._reservations.values()]
@@ -182,7 +199,6 @@ class Reservations:
         states = [r.state for r in self._reservations.values()]
         assert states.count(ReservationState.LIVE) == self.live
         assert states.count(ReservationState.FINISHED) == len(self._finished)
-        assert self.quarantined == len(self.quarantined_slots())
         for r in self._reservations.values():
             assert r.pending.any() == (r.state is ReservationState.LIVE)
-            assert not r.quarantined or r.state is ReservationState.EXPIRED
+            assert not len(r.quarantined) or r.state is ReservationState.EXPIRED

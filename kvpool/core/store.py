@@ -2,73 +2,128 @@
 
 from __future__ import annotations
 
-import itertools
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvpool.core.arrays import Descriptors, EntryState
 from kvpool.core.changes import BlockChange, ChangeKind
-from kvpool.core.eviction import LruLists
+from kvpool.core.evictors import EVICTORS
 from kvpool.core.holds import Holds
 from kvpool.core.ids import Fidelity, KeyArray
-from kvpool.core.index import NO_ENTRY, BlockIndex, Entries
-from kvpool.core.reservations import QuarantinedSlot
+from kvpool.core.index import NO_ENTRY, BlockIndex, Entries, NewEntries
+from kvpool.core.names import Names
 from kvpool.core.results import ReserveStatus
-from kvpool.core.slots import SlotAllocator
+from kvpool.core.room import Room
+from kvpool.core.spans import CLASSES, SlotAllocator, slot_classes
+from kvpool.core.usage import Usage
+
+#: Blocks that are evicted before it is looked again which class has the coldest one.
+_EVICTED_TOGETHER_MAX = 64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Demand:
+    """What a reservation wants to store, beside its keys.
+
+    sizes uint64 (n), payload bytes; names: one a key, or None for blocks.
+    """
+
+    namespace: int
+    tenant: int
+    fidelity: Fidelity
+    section_count: int
+    sizes: NDArray[np.uint64]
+    names: list[bytes] | None
+
+    @property
+    def footprints(self) -> NDArray[np.int64]:
+        """Bytes in a slot, names included; int64 (n)."""
+        sizes = self.sizes.astype(np.int64)
+        if self.names is None:
+            return sizes
+        return sizes + np.fromiter((len(name) for name in self.names), dtype=np.int64, count=len(self.names))
 
 
 class BlockStore:
     """Where blocks lie and in which order they would go. Knows holds only as counts."""
 
-    def __init__(self, index: BlockIndex, holds: Holds, capacity_bytes: int, slab_bytes: int) -> None:
-        self.index, self.arrays, self._holds = index, index.arrays, holds
-        self.slots = SlotAllocator(capacity_bytes, slab_bytes)
-        self.lru = LruLists(self.arrays.entries)
+    def __init__(
+        self, index: BlockIndex, holds: Holds, slots: SlotAllocator, names: Names, usage: Usage, eviction: str
+    ) -> None:
+        self.index, self.arrays, self.slots, self.usage, self._names = index, index.arrays, slots, usage, names
+        self._holds = holds
+        self.evictor = EVICTORS[eviction](self.arrays.entries, CLASSES)
+        self._room = Room(self.arrays, slots, self.evictor)
         self.evictions = 0
-        self._masks = np.zeros(self.arrays.entries, dtype=np.uint32)  # sections committed
-        self._namespaces = np.zeros(self.arrays.entries, dtype=np.uint16)
+        self.evictions_unsaved = 0  # of them without a copy in a lower tier
+        self.touches = 0
+        self.freshness = 0  # changes when a block may have become free to go; see `coldest`
+        self.on_lower = np.zeros(self.arrays.entries, dtype=np.bool_)
+        self.not_on_lower = 0  # readable blocks
+        self._masks = np.zeros(self.arrays.entries, dtype=np.uint8)  # sections committed
         self._changes: list[tuple[ChangeKind, int, bytes]] = []
 
     # ---------------------------------------------------------------- space
 
-    def allocate(self, keys: KeyArray, size: int) -> Entries:
-        """Entries with slots for as many leading keys as there is room for, after evicting just what that needs."""
-        slot_bytes = self.slots.slot_bytes(size)
-        if not len(keys) or not self.slots.can_ever_fit(size) or not self.lru.open_class(slot_bytes):
-            return np.empty(0, dtype=np.int32)
-        offsets: list[int] = []
-        for missing in range(len(keys), 0, -1):
-            offset = self.slots.allocate(size)
-            if offset is None and self._make_room(slot_bytes, missing):
-                offset = self.slots.allocate(size)
-            if offset is None:
-                break
-            # Making room may have given entries back; evict for an entry only once there is a slot for it.
-            if self.index.free_count == len(offsets) and not self._evict_one_entry():
-                self.slots.free(offset, size)
-                break
-            offsets.append(offset)
-        entries = self.index.insert(keys[: len(offsets)])
-        self.arrays.offsets[entries] = offsets
-        self.arrays.sizes[entries] = size
+    def allocate(self, keys: KeyArray, rows: NDArray[np.int64], demand: Demand) -> tuple[NDArray[np.int64], Entries]:
+        """Entries with slots for as many of `rows` as there is room for, after evicting just what that needs.
+
+        Of equal sizes the leading ones get it. What is stored under such a key already is dropped.
+
+        Returns: those of `rows` that have a slot now, ascending, and their entries.
+        """
+        footprints = demand.footprints[rows]
+        offsets = np.full(len(rows), -1, dtype=np.int64)
+        # One call of the allocator for all sizes that can take each other's slots.
+        for size in dict.fromkeys(footprints.tolist()):
+            alike = np.flatnonzero(footprints == size)
+            mine = self._allocate_alike(size, len(alike))
+            offsets[alike[: len(mine)]] = mine
+        self._keep_as_many_as_entries(offsets, footprints)
+        got = offsets >= 0
+        rows, offsets = rows[got], offsets[got]
+        replaced = self.index.lookup(keys[rows])
+        self.drop(replaced[replaced != NO_ENTRY])
+        names = None if demand.names is None else [demand.names[row] for row in rows.tolist()]
+        name_bytes = np.zeros(len(rows), dtype=np.uint16)
+        if names is not None:
+            name_bytes[:] = [len(name) for name in names]
+        entries = self.index.insert(
+            NewEntries(
+                keys[rows], offsets, demand.sizes[rows], name_bytes, demand.namespace, demand.tenant, demand.fidelity,
+                demand.section_count,
+            )
+        )  # fmt: skip
+        if names is not None:
+            self._names.write(entries, names)
         self._masks[entries] = 0
-        self.lru.count(slot_bytes, len(entries))
-        return entries
+        self.on_lower[entries] = False
+        self._account(entries, 1)
+        return rows, entries
 
-    def evict_to(self, bytes_used: int) -> None:
-        """Evicts the oldest blocks until at most `bytes_used` are in slots, or nothing more can go."""
+    def evict_to(self, bytes_used: int) -> tuple[int, int]:
+        """Evicts the coldest blocks until at most `bytes_used` are in slots, or nothing more can go.
+
+        Returns: blocks evicted, and the bytes of their slots.
+        """
+        before, evictions = self.slots.bytes_used, self.evictions
         while self.slots.bytes_used > bytes_used:
-            slot_bytes = self.lru.oldest_class()
-            if slot_bytes is None:
-                return
-            excess = -(-(self.slots.bytes_used - bytes_used) // slot_bytes)
-            # A few at a time: another size may be the older one by then.
-            self._evict(self.lru.oldest(slot_bytes, min(excess, 64)))
+            number = self.evictor.next_class()
+            if number is None:
+                break
+            victims = self.evictor.victims(number, _EVICTED_TOGETHER_MAX)
+            freed = np.cumsum(self.slots.slots_bytes(self.footprints(victims)))
+            self.evict(victims[: int(np.searchsorted(freed, self.slots.bytes_used - bytes_used)) + 1])
+        return self.evictions - evictions, before - self.slots.bytes_used
 
-    def free_slots(self, slots: list[QuarantinedSlot]) -> None:
-        for slot in slots:
-            self.slots.free(slot.offset, slot.size)
+    def evict(self, entries: Entries) -> None:
+        """Drops blocks that nobody holds, to make room."""
+        self.evictions += len(entries)
+        self.evictions_unsaved += int((~self.on_lower[entries]).sum())
+        self._room.evicted(len(entries))
+        self.drop(entries)
 
     # ---------------------------------------------------------------- writing
 
@@ -80,76 +135,146 @@ class BlockStore:
         """Notes digests of sections of blocks that are being written."""
         assert (self.arrays.states[entries] == EntryState.WRITING).all()
         self.arrays.digests[entries, sections] = digests
-        np.bitwise_or.at(self._masks, entries, np.uint32(1) << sections)
+        np.bitwise_or.at(self._masks, entries, (np.uint8(1) << sections.astype(np.uint8)))
 
-    def publish(self, entries: Entries) -> None:
-        """Makes blocks readable; those that nobody holds may be evicted from now on."""
+    def publish(self, entries: Entries, parents: Entries, weights: NDArray[np.uint32]) -> None:
+        """Makes blocks readable; those that nobody holds may be evicted from now on.
+
+        Args: parents: entry of the block before in its prefix, or NO_ENTRY; weights: see `Evictor.insert`.
+        """
         self.index.publish(entries)
         self._note(ChangeKind.STORED, entries)
-        self._list(entries[~self._holds.held(entries)])
+        self.count_readable(entries, 1)
+        self.list_readable(entries, parents, weights)
 
-    def discard(self, entries: Entries) -> list[QuarantinedSlot]:
-        """Drops blocks that were never completed; their slots are the caller's to free."""
-        slots = self._slots(entries)
-        self.index.unlink(entries)
-        self._free_entries(entries)
-        return slots
+    def list_readable(self, entries: Entries, parents: Entries, weights: NDArray[np.uint32]) -> None:
+        """Tells the eviction policy of readable blocks."""
+        classes = slot_classes(self.footprints(entries))
+        prints = self.arrays.keys[entries, 0] ^ self.arrays.keys[entries, 1]
+        self.evictor.insert(entries, classes, parents, weights, prints)
+        self.evictor.hide(entries[self._holds.held(entries)])
+        self.freshness += 1
 
-    # ---------------------------------------------------------------- holding and removal
+    def discard(self, entries: Entries) -> None:
+        """Drops blocks that were never completed and whose writer has stopped."""
+        self._give_back(entries)
+        self.index.discard(entries)
 
-    def guard(self, entries: Entries) -> None:
-        """Keeps unheld blocks out of eviction's sight for the length of one call."""
-        self.lru.unlink(entries)
+    def quarantine(self, entries: Entries) -> None:
+        """Drops blocks that were never completed; nobody gets their slots before `end_quarantine`."""
+        self.index.quarantine(entries)
 
-    def unguard(self, entries: Entries) -> None:
-        fresh = entries[~self._holds.held(entries)]
-        self._list(np.fromiter(dict.fromkeys(fresh.tolist()), dtype=np.int32))
+    def end_quarantine(self, entries: Entries) -> None:
+        """Their writers have stopped."""
+        self._give_back(entries)
+        self.index.free(entries)
+
+    # ---------------------------------------------------------------- holding, use and removal
+
+    def guard(self, entries: Entries) -> Entries:
+        """Keeps readable blocks that nobody holds out of eviction's sight. Returns what to give to `unguard`."""
+        mine = np.unique(entries[~self._holds.held(entries)])
+        self.evictor.hide(mine)
+        return mine
+
+    def unguard(self, guarded: Entries) -> None:
+        self.evictor.show(guarded[~self._holds.held(guarded)])
+        self.freshness += 1
+
+    def touch(self, entries: Entries) -> None:
+        """Readable blocks were used, in prompt order."""
+        self.evictor.touch(entries)
+
+    def drain_touches(self) -> int:
+        """Takes note of what readers of the shared memory have read. Returns how many blocks that were."""
+        marks = self.arrays.touches
+        whole = len(marks) // 8 * 8
+        words = np.flatnonzero(marks[:whole].view(np.uint64))
+        marked = (words[:, None] * 8 + np.arange(8)).ravel()
+        marked = np.concatenate([marked, np.arange(whole, len(marks))])
+        marked = marked[marks[marked] != 0].astype(np.int32)
+        if not len(marked):
+            return 0
+        marks[marked] = 0
+        used = marked[self.arrays.states[marked] == EntryState.READABLE]
+        self.evictor.touch(used)
+        self.touches += len(used)
+        return len(used)
 
     def hold(self, entries: Entries) -> None:
         """Blocks are about to be held."""
-        self.lru.unlink(entries)
+        fresh = entries[(self.arrays.states[entries] == EntryState.READABLE) & ~self._holds.held(entries)]
+        self.evictor.hide(np.unique(fresh[~self.evictor.hidden(fresh)]))
 
     def unhold(self, entries: Entries) -> None:
-        """Nobody holds these any more, in prompt order: readable ones are listed, removed ones are freed."""
+        """Nobody holds these any more: readable ones may go again, removed ones are freed."""
         doomed = self.arrays.states[entries] == EntryState.DOOMED
         self._release(entries[doomed])
-        self._list(entries[~doomed])
+        self.evictor.show(entries[~doomed])
+        self.freshness += 1
 
     def drop(self, entries: Entries) -> None:
         """Removes readable blocks; those under a hold keep their slots until it ends."""
+        if not len(entries):
+            return
         self._note(ChangeKind.REMOVED, entries)
-        self.lru.unlink(entries)
+        self.count_readable(entries, -1)
+        self.evictor.remove(entries)
         self.index.unlink(entries)
         self._release(entries[~self._holds.held(entries)])
 
-    # ---------------------------------------------------------------- namespaces, changes
+    def mark_lower(self, entries: Entries, present: bool) -> None:
+        """A lower tier has, or no longer has, copies of these readable blocks."""
+        entries = np.unique(entries)
+        changed = entries[self.on_lower[entries] != present]
+        self.on_lower[changed] = present
+        self.not_on_lower += -len(changed) if present else len(changed)
+        self.freshness += 1
 
-    def set_namespace(self, entries: Entries, number: int) -> None:
-        self._namespaces[entries] = number
+    # ---------------------------------------------------------------- what is there
 
-    def namespace_of(self, entry: int) -> int:
-        return int(self._namespaces[entry])
+    def footprints(self, entries: Entries) -> NDArray[np.int64]:
+        return self._room.footprints(entries)
 
     def in_namespace(self, entries: Entries, number: int) -> NDArray[np.bool_]:
-        inside: NDArray[np.bool_] = self._namespaces[entries] == number
+        inside: NDArray[np.bool_] = self.arrays.namespaces[entries] == number
         return inside
 
-    def readable(self, number: int, keys: KeyArray) -> tuple[Entries, NDArray[np.bool_]]:
-        """Entries of keys, and which of them are readable blocks of namespace `number`."""
+    def readable(
+        self, number: int, keys: KeyArray, names: list[bytes] | None = None, fidelity_min: Fidelity = Fidelity.INT8
+    ) -> tuple[Entries, NDArray[np.bool_]]:
+        """Entries of keys, and which of them are readable blocks of namespace `number`.
+
+        With `names`, only those with that whole name; `fidelity_min` EXACT leaves lossy copies out.
+        """
         entries = self.index.lookup(keys)
         found = entries != NO_ENTRY
         known = entries[found]
-        found[found] = (self.arrays.states[known] == EntryState.READABLE) & self.in_namespace(known, number)
+        found[found] = (
+            (self.arrays.states[known] == EntryState.READABLE)
+            & self.in_namespace(known, number)
+            & (self.arrays.fidelities[known] <= fidelity_min)
+        )
+        if names is not None:
+            found[found] = self._names.equal(entries[found], [names[row] for row in np.flatnonzero(found).tolist()])
         return entries, found
 
-    def status(self, number: int, keys: KeyArray) -> tuple[NDArray[np.uint8], Entries]:
-        """What a reserve finds: EXISTS, BEING_WRITTEN, NO_SPACE (the key is another namespace's) or 0; and entries."""
+    def status(self, demand: Demand, keys: KeyArray) -> tuple[NDArray[np.uint8], Entries]:
+        """What a reserve finds: EXISTS, BEING_WRITTEN, NO_SPACE (something else has the key) or 0; and entries.
+
+        A lossy copy is nothing to somebody who brings an exact one.
+        """
         entries = self.index.lookup(keys)
         status = np.zeros(len(keys), dtype=np.uint8)
-        known = np.flatnonzero(entries != NO_ENTRY)
-        readable = self.arrays.states[entries[known]] == EntryState.READABLE
-        status[known] = np.where(readable, ReserveStatus.EXISTS, ReserveStatus.BEING_WRITTEN)
-        status[known[~self.in_namespace(entries[known], number)]] = ReserveStatus.NO_SPACE
+        rows = np.flatnonzero(entries != NO_ENTRY)
+        known = entries[rows]
+        readable = self.arrays.states[known] == EntryState.READABLE
+        worse = readable & (self.arrays.fidelities[known] > demand.fidelity)
+        status[rows] = np.where(readable, np.where(worse, 0, ReserveStatus.EXISTS), ReserveStatus.BEING_WRITTEN)
+        mine = self.in_namespace(known, demand.namespace)
+        if demand.names is not None:
+            mine &= self._names.equal(known, [demand.names[row] for row in rows.tolist()])
+        status[rows[~mine]] = ReserveStatus.NO_SPACE
         return status, entries
 
     def describe(self, keys: KeyArray, entries: Entries, valid: NDArray[np.bool_], sections: int) -> Descriptors:
@@ -160,7 +285,7 @@ class BlockStore:
         return Descriptors(keys, rows.offsets, rows.sizes, rows.generations, rows.digests)
 
     def readable_of(self, number: int) -> Entries:
-        chosen = (self.arrays.states == EntryState.READABLE) & (self._namespaces == number)
+        chosen = (self.arrays.states == EntryState.READABLE) & (self.arrays.namespaces == number)
         return np.flatnonzero(chosen).astype(np.int32)
 
     def take_changes(self) -> list[BlockChange]:
@@ -174,92 +299,86 @@ class BlockStore:
         self._changes = []
         return [BlockChange(kind, b"".join(keys), Fidelity(fidelity)) for kind, fidelity, keys in merged]
 
-    def check_invariants(self, quarantined: list[QuarantinedSlot]) -> None:
+    def count_readable(self, entries: Entries, change: int) -> None:
+        """Blocks became readable (1) or stopped being so (-1)."""
+        self.usage.add_blocks(self.arrays.namespaces[entries], change)
+        self.not_on_lower += change * int((~self.on_lower[entries]).sum())
+
+    def take_over(self, readable: Entries, quarantined: Entries) -> None:
+        """Begins with blocks of a process before, whose slots are taken already; what was used when is not known."""
+        self._account(readable, 1)
+        self._account(quarantined, 1)
+        self.count_readable(readable, 1)
+        parents = np.full(len(readable), NO_ENTRY, dtype=np.int32)
+        self.list_readable(readable, parents, np.ones(len(readable), dtype=np.uint32))
+
+    def check_invariants(self) -> None:
         self.slots.check_invariants()
-        self.lru.check_invariants()
-        used = np.flatnonzero(self.arrays.states != EntryState.FREE).astype(np.int32)
-        held = self._holds.held(used)
-        states = self.arrays.states[used]
-        listed = np.fromiter((self.lru.listed(e) for e in used.tolist()), dtype=bool, count=len(used))
-        assert (listed == ((states == EntryState.READABLE) & ~held)).all()
-        assert held[states == EntryState.DOOMED].all()
-        assert not held[states == EntryState.WRITING].any()
-        extents = [(int(self.arrays.offsets[e]), int(self.arrays.sizes[e])) for e in used.tolist()]
-        extents = sorted(extents + [(slot.offset, slot.size) for slot in quarantined])
-        for (offset, size), (after, _) in itertools.pairwise(extents):
-            assert offset + size <= after, "two blocks in one place"
-        assert sum(self.slots.slot_bytes(size) for _, size in extents) == self.slots.bytes_used
+        self.evictor.check_invariants()
+        arrays, every = self.arrays, np.arange(self.arrays.entries, dtype=np.int32)
+        readable, held = arrays.states == EntryState.READABLE, self._holds.held(every)
+        assert (self.evictor.hidden(every) == (readable & held)).all()
+        assert held[arrays.states == EntryState.DOOMED].all()
+        assert not held[np.isin(arrays.states, (EntryState.WRITING, EntryState.QUARANTINED, EntryState.FREE))].any()
+        used = np.flatnonzero(arrays.states != EntryState.FREE).astype(np.int32)
+        begins, slots_bytes = arrays.offsets[used].astype(np.int64), self.slots.slots_bytes(self.footprints(used))
+        order = np.argsort(begins)
+        ends = (begins + slots_bytes)[order]
+        assert (ends[:-1] <= begins[order][1:]).all(), "two blocks in one place"
+        assert int(slots_bytes.sum()) == self.slots.bytes_used
+        usage = Usage(len(self.usage.tenant_bytes) - 1)
+        usage.add_bytes(arrays.namespaces[used], arrays.tenants[used], slots_bytes)
+        usage.add_blocks(arrays.namespaces[readable], 1)
+        for mine, counted in zip(vars(self.usage).values(), vars(usage).values(), strict=True):
+            assert (mine == counted).all()
+        assert self.not_on_lower == int((readable & ~self.on_lower).sum())
 
     # ---------------------------------------------------------------- parts
 
-    def _make_room(self, slot_bytes: int, count: int) -> bool:
-        """Evicts for at most `count` slots of this size; False if not one can be had now."""
-        victims = self.lru.oldest(slot_bytes, count)
-        if len(victims) and slot_bytes <= self.slots.slab_bytes:
-            self._evict(victims)
-            return True
-        return self._empty_slabs(-(-slot_bytes // self.slots.slab_bytes))
+    def _allocate_alike(self, size: int, count: int) -> NDArray[np.int64]:
+        """Offsets of at most `count` slots of one size; evicts for what is missing."""
+        parts = [self.slots.allocate(size, count)]
+        missing = count - len(parts[0])
+        if missing and self.slots.can_ever_fit(size):
+            self.drain_touches()
+            while missing:
+                victims = self._room.victims(size, missing)
+                if not len(victims):
+                    break
+                self.evict(victims)
+                parts.append(self.slots.allocate(size, missing))
+                assert len(parts[-1]), "room was made, and is not there"
+                missing -= len(parts[-1])
+        return np.concatenate(parts)
 
-    def _empty_slabs(self, count: int) -> bool:
-        """Empties `count` neighbouring slabs of which each block may go: of such places the one with fewest blocks."""
-        slab_count = self.slots.capacity_bytes // self.slots.slab_bytes
-        used = np.flatnonzero(self.arrays.states != EntryState.FREE).astype(np.int32)
-        first = self.arrays.offsets[used] // np.uint64(self.slots.slab_bytes)
-        last = (self.arrays.offsets[used] + self.arrays.sizes[used] - np.uint64(1)) // np.uint64(self.slots.slab_bytes)
-        free = np.fromiter((self.lru.listed(e) for e in used.tolist()), dtype=bool, count=len(used))
-        best: tuple[int, int] | None = None
-        for start in range(slab_count - count + 1):
-            inside = (last >= start) & (first < start + count)
-            usable = free[inside].all() and self.slots.bytes_touching(start, count) == self._bytes(used[inside])
-            if usable:
-                candidate = (int(inside.sum()), start)
-                best = candidate if best is None else min(best, candidate)
-        if best is None:
-            return False
-        inside = (last >= best[1]) & (first < best[1] + count)
-        self._evict(used[inside])
-        return True
-
-    def _bytes(self, entries: Entries) -> int:
-        sizes = self.arrays.sizes[entries].astype(np.int64)
-        return sum(self.slots.slot_bytes(size) for size in sizes.tolist())
-
-    def _evict_one_entry(self) -> bool:
-        slot_bytes = self.lru.oldest_class()
-        if slot_bytes is None:
-            return False
-        self._evict(self.lru.oldest(slot_bytes, 1))
-        return True
-
-    def _evict(self, entries: Entries) -> None:
-        self.evictions += len(entries)
-        self.drop(entries)
+    def _keep_as_many_as_entries(self, offsets: NDArray[np.int64], footprints: NDArray[np.int64]) -> None:
+        """Evicts for entries that are missing; where that fails, gives the last slots back: their offsets become -1."""
+        missing = int((offsets >= 0).sum()) - self.index.free_count
+        if missing > 0:
+            self.drain_touches()
+        while missing > 0:
+            victim = self._room.next_victim()
+            if not len(victim):
+                break
+            self.evict(victim)
+            missing -= 1
+        if missing > 0:
+            last = np.flatnonzero(offsets >= 0)[-missing:]
+            self.slots.free(offsets[last], footprints[last])
+            offsets[last] = -1
 
     def _release(self, entries: Entries) -> None:
-        for slot in self._slots(entries):
-            self.slots.free(slot.offset, slot.size)
-        self._free_entries(entries)
-
-    def _free_entries(self, entries: Entries) -> None:
-        sizes = self.arrays.sizes[entries].tolist()
+        self._give_back(entries)
         self.index.free(entries)
-        for size in sizes:
-            self.lru.count(self.slots.slot_bytes(size), -1)
 
-    def _slots(self, entries: Entries) -> list[QuarantinedSlot]:
-        a = self.arrays
-        return [
-            QuarantinedSlot(int(a.offsets[e]), int(a.sizes[e]), int(a.generations[e]), a.keys[e].tobytes())
-            for e in entries.tolist()
-        ]
+    def _give_back(self, entries: Entries) -> None:
+        self._account(entries, -1)
+        self.slots.free(self.arrays.offsets[entries], self.footprints(entries))
 
-    def _list(self, entries: Entries) -> None:
-        """Lists a run in prompt order as just used, by size."""
-        if len(entries) == 0:
-            return
-        sizes = self.arrays.sizes[entries]
-        for size in dict.fromkeys(sizes.tolist()):
-            self.lru.append(entries[sizes == size], self.slots.slot_bytes(size))
+    def _account(self, entries: Entries, sign: int) -> None:
+        arrays = self.arrays
+        slots_bytes = sign * self.slots.slots_bytes(self.footprints(entries))
+        self.usage.add_bytes(arrays.namespaces[entries], arrays.tenants[entries], slots_bytes)
 
     def _note(self, kind: ChangeKind, entries: Entries) -> None:
         fidelities = self.arrays.fidelities[entries]

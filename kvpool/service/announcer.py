@@ -35,7 +35,8 @@ CONNECT_TIMEOUT_S = 3.0
 BACKOFF_MIN_S, BACKOFF_MAX_S = 0.1, 1.0
 
 Message = directory_pb2.SourceMessage
-Snapshot = tuple[KeyArray, int]
+#: What is held, a list for each fidelity, and the number of the last `publish` that it includes.
+Snapshot = tuple[Sequence[tuple[KeyArray, Fidelity]], int]
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Announcer:
     """The life line of one source to one directory.
 
     Args:
-        snapshot: all keys held and the number of the last `publish` that they include; called in another thread.
+        snapshot: called in another thread.
         usage: (bytes used, blocks); called in another thread, must be quick.
     """
 
@@ -89,6 +90,11 @@ class Announcer:
         number = self._log.append(changes)
         self._wake.set()
         return number
+
+    def lose(self) -> None:
+        """Some changes were lost: the directory gets a snapshot. From any thread."""
+        self._log.lose()
+        self._wake.set()
 
     @property
     def last_number(self) -> int:
@@ -204,16 +210,18 @@ class Announcer:
 
     def _snapshot_parts(self, line: _Line, snapshot: Snapshot) -> Iterator[Message]:
         """All keys, in parts, as of the batches sent so far."""
-        keys, number = snapshot
+        held, number = snapshot
         self._log.snapshot_taken(number)
-        keys = np.ascontiguousarray(keys)
-        part_count = max(1, -(-len(keys) // SNAPSHOT_PART_KEYS))
-        for part in range(part_count):
-            piece = keys[part * SNAPSHOT_PART_KEYS : (part + 1) * SNAPSHOT_PART_KEYS]
+        pieces = [
+            (np.ascontiguousarray(keys[first : first + SNAPSHOT_PART_KEYS]), fidelity)
+            for keys, fidelity in held
+            for first in range(0, len(keys), SNAPSHOT_PART_KEYS)
+        ] or [(np.empty((0, 16), dtype=np.uint8), Fidelity.EXACT)]
+        for part, (piece, fidelity) in enumerate(pieces):
             yield Message(
                 snapshot=directory_pb2.Snapshot(
-                    seq=line.seq, part=part, last=part == part_count - 1,
-                    keys=common_pb2.KeyList(keys=piece.tobytes()), fidelity=int(Fidelity.EXACT),
+                    seq=line.seq, part=part, last=part == len(pieces) - 1,
+                    keys=common_pb2.KeyList(keys=piece.tobytes()), fidelity=int(fidelity),
                 )
             )  # fmt: skip
 

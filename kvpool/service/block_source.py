@@ -4,51 +4,48 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import grpc.aio
 import numpy as np
 from numpy.typing import NDArray
 
 from kvpool import __version__
-from kvpool.channels.sections import block_keys, check_block
 from kvpool.codecs import codec_for
-from kvpool.core.arrays import Descriptors
-from kvpool.core.errors import BadArgument, UnknownSession
+from kvpool.core.errors import BadArgument, BadKeyLength, UnknownSession
 from kvpool.core.holds import Hold
-from kvpool.core.ids import KeyArray
-from kvpool.core.namespace import HASHES, SECTIONS_MAX, GroupSpec
+from kvpool.core.ids import KEY_BYTES, Fidelity, qualify, unpack_keys
+from kvpool.core.namespace import HASHES, SECTIONS_MAX
 from kvpool.service import wire
 from kvpool.service.announcer import SourceFacts
 from kvpool.service.grants import Grants
+from kvpool.service.lower_tier import LowerTier
 from kvpool.service.sessions import Session, Sessions
 from kvpool.service.source_driver import SourceDriver
+from kvpool.service.source_reading import ReadingServicer, check_text, names_of
+from kvpool.service.ssd_tier import SsdTier
 from kvpool.v1 import block_source_pb2 as pb
-from kvpool.v1 import block_source_pb2_grpc
+from kvpool.v1 import common_pb2
 
 log = logging.getLogger(__name__)
 
 PINGS_MISSED_MAX = 5
 HELLO_TIMEOUT_S = 5.0
-AWAIT_GRACE_S = 5.0
-#: Blocks of one report whose stored bytes are hashed again; the rest is counted only.
-CORRUPT_CHECKED_MAX = 256
-CORRUPT_CHECK_LEASE_US = 60_000_000
 _LIST_DEFAULT, _LIST_MAX = 1000, 10_000
-_TEXT_MAX = 256
 
 
-@dataclass(frozen=True)
-class Channels:
-    """What this source offers, by kind: the parameters for a client of this or of another host."""
+class ChannelServer(Protocol):
+    """One kind of data channel that a source serves, best kind first in its list."""
 
-    shm: Mapping[str, str]
-    tcp: Mapping[str, str]
+    kind: str
+
+    def offer(self, session: Session, token: bytes, *, same_host: bool) -> Mapping[str, str] | None:
+        """What a client needs to open it; None if this client can't."""
+        ...
 
 
-class BlockSourceServicer(block_source_pb2_grpc.BlockSourceServicer):
+class BlockSourceServicer(ReadingServicer):
     """One source, served from its event loop."""
 
     def __init__(
@@ -58,13 +55,15 @@ class BlockSourceServicer(block_source_pb2_grpc.BlockSourceServicer):
         grants: Grants,
         data: NDArray[np.uint8],
         facts: SourceFacts,
-        channels: Channels,
+        offers: Sequence[ChannelServer],
         ping_interval_s: float,
+        below: LowerTier | None = None,
+        ssd_failure: str = "",
     ) -> None:
-        self._driver, self._core, self._sessions, self._grants = driver, driver.core, sessions, grants
-        self._data, self._facts, self._channels = data, facts, channels
-        self._ping_interval_s = ping_interval_s
-        self.digest_errors = 0
+        """Args: ssd_failure: why there is no SSD tier though one was asked for."""
+        super().__init__(driver, sessions, grants, data, facts.tier, below)
+        self._ssd_failure = ssd_failure
+        self._facts, self._offers, self._ping_interval_s = facts, offers, ping_interval_s
 
     async def GetSourceInfo(self, request: pb.GetSourceInfoRequest, context: object) -> pb.SourceInfo:
         f = self._facts
@@ -86,7 +85,7 @@ class BlockSourceServicer(block_source_pb2_grpc.BlockSourceServicer):
         if not first.HasField("hello"):
             raise BadArgument("the first message of a session is hello")
         hello = first.hello
-        _check_text("client", hello.client)
+        check_text("client", hello.client)
         session = self._sessions.open(hello.client, hello.host_id, hello.writer_lock)
         why = "its stream ended"
         try:
@@ -110,19 +109,20 @@ class BlockSourceServicer(block_source_pb2_grpc.BlockSourceServicer):
         session = self._sessions.get(request.session_id)
         token = self._grants.token(session.id)
         assert token is not None
+        same_host = request.host_id == self._facts.host_id
         offers: list[pb.ChannelOffer] = []
-        if "shm" in request.channels and request.host_id == self._facts.host_id:
-            # Without proof of a writer's end its slots could never be freed safely.
-            writable = {"writable": "1" if session.proof is not None else "0"}
-            offers.append(pb.ChannelOffer(kind="shm", parameters={**self._channels.shm, **writable}))
-        if "tcp" in request.channels:
-            offers.append(pb.ChannelOffer(kind="tcp", parameters={**self._channels.tcp, "token": token.hex()}))
+        for server in self._offers:
+            parameters = server.offer(session, token, same_host=same_host) if server.kind in request.channels else None
+            if parameters is not None:
+                offers.append(pb.ChannelOffer(kind=server.kind, parameters=parameters))
         return pb.OpenChannelReply(offers=offers)
 
     async def RegisterNamespace(self, request: pb.RegisterNamespaceRequest, context: object) -> Any:
         spec = wire.namespace_from_proto(request.namespace)
         with self._driver.turn():
-            return pb.RegisterNamespaceReply(namespace_id=self._core.register_namespace(spec))
+            namespace = self._core.register_namespace(spec)
+            self._driver.save_catalog()
+        return pb.RegisterNamespaceReply(namespace_id=namespace, number=self._core.namespace_number(namespace))
 
     # ------------------------------------------------------------ writing
 
@@ -130,16 +130,27 @@ class BlockSourceServicer(block_source_pb2_grpc.BlockSourceServicer):
         session = self._sessions.get(request.session_id)
         group, keys = self._keys(request.namespace_id, request.keys)
         fidelity = wire.fidelity_from_proto(request.fidelity)
-        codec_for(fidelity)
+        codec = codec_for(fidelity)
         hold = None
         if request.HasField("hold"):
-            _check_text("hold.request_id", request.hold.request_id)
+            check_text("hold.request_id", request.hold.request_id)
             hold = Hold(request.hold.request_id, wire.ttl_us(request.hold.ttl_ms))
+        check_text("tenant", request.tenant, empty=True)
         ttl_us = wire.ttl_us(request.ttl_ms)
+        sizes = wire.array(request.sizes, np.uint64) if request.sizes else None
+        if fidelity is not Fidelity.EXACT and sizes is None:
+            sizes = np.full(len(keys), codec.stored_bytes(group), dtype=np.uint64)
+        exists = None
+        # What stands under an object's name below may be something else: nothing may be written beside it.
+        if self._below is not None and request.names:
+            exists = self._below.contains(request.namespace_id, keys)
         with self._driver.turn() as now:
             reserved = self._core.reserve(
-                session.id, request.namespace_id, group, keys, ttl_us, now, hold=hold, fidelity=fidelity
-            )
+                session.id, request.namespace_id, group, keys, ttl_us, now, hold=hold, fidelity=fidelity, sizes=sizes,
+                names=names_of(request.names, len(keys)), tenant=request.tenant, parent=_parent(request.keys),
+                exists=exists,
+            )  # fmt: skip
+            self._driver.save_catalog()
             if reserved.reservation:
                 mine = np.asarray(reserved.status) == pb.ReserveReply.RESERVED
                 self._grants.grant_write(
@@ -171,107 +182,38 @@ class BlockSourceServicer(block_source_pb2_grpc.BlockSourceServicer):
         with self._driver.turn() as now:
             return pb.AbortReply(blocks_dropped=self._core.abort(session.id, request.reservation_id, now))
 
-    # ------------------------------------------------------------ reading
-
-    async def Lease(self, request: pb.LeaseRequest, context: object) -> pb.LeaseReply:
-        session = self._sessions.get(request.session_id)
-        group, keys = self._keys(request.namespace_id, request.keys)
-        # A source of this release holds exact blocks only, which satisfy every minimum.
-        wire.fidelity_from_proto(request.fidelity_min)
-        _check_text("handoff_request_id", request.handoff_request_id, empty=True)
-        ttl_us = wire.ttl_us(request.ttl_ms)
-        with self._driver.turn() as now:
-            leased = self._core.lease(
-                session.id, request.namespace_id, keys, ttl_us, now, handoff=request.handoff_request_id
-            )
-            if leased.lease:
-                self._grants.grant_read(session.id, leased.lease, leased.blocks, leased.found, now + ttl_us)
-        return pb.LeaseReply(
-            lease_id=leased.lease,
-            found=leased.found.tolist(),
-            blocks=wire.descriptors_to_proto(leased.blocks, group.section_count),
-            fidelity=leased.fidelity.tolist(),
-        )
-
-    async def Release(self, request: pb.ReleaseRequest, context: object) -> pb.ReleaseReply:
-        session = self._sessions.get(request.session_id)
-        leases = list(request.lease_ids)
-        corrupt: KeyArray = wire.keys_from_proto(request.corrupt)
-        group = (
-            self._core.group(request.namespace_id, request.corrupt.group, request.corrupt.shard)
-            if len(corrupt)
-            else None
-        )
-        self._grants.revoke_read(session.id, leases)
-        with self._driver.turn() as now:
-            self._core.release(session.id, leases, now)
-        if group is not None:
-            self.digest_errors += len(corrupt)
-            await self._check_stored(session, request.namespace_id, group, corrupt[:CORRUPT_CHECKED_MAX])
-        return pb.ReleaseReply()
-
-    async def Await(self, request: pb.AwaitRequest, context: grpc.aio.ServicerContext) -> AsyncIterator[pb.AwaitReply]:
-        session = self._sessions.get(request.session_id)
-        _, keys = self._keys(request.namespace_id, request.keys)
-        deadline_us = wire.ttl_us(request.deadline_ms)
-        with self._driver.turn() as now:
-            wait = self._core.wait(
-                session.id, request.namespace_id, keys, now + deadline_us, now,
-                absent_is_abandoned=request.absent_is_abandoned,
-            )  # fmt: skip
-            waiter = self._driver.wait_begun(wait, session.id)
-        done = len(keys) == 0
-        try:
-            # Tells the client that the wait has begun.
-            await context.send_initial_metadata(())
-            while not done:
-                reply = pb.AwaitReply()
-                # The core ends the wait at its deadline; the extra time only guards against that not happening.
-                for wakeup in await asyncio.wait_for(waiter.take(), deadline_us / 1e6 + AWAIT_GRACE_S):
-                    reply.indices.extend(wakeup.indices)
-                    reply.states.extend(wakeup.states)
-                    reply.sections.extend(wakeup.sections)
-                    done |= wakeup.done
-                if len(reply.indices):
-                    yield reply
-        finally:
-            self._driver.wait_ended(wait)
-            with self._driver.turn():
-                self._core.cancel_wait(wait)
-
-    async def Pin(self, request: pb.PinRequest, context: object) -> pb.PinReply:
-        session = self._sessions.get(request.session_id)
-        _, keys = self._keys(request.namespace_id, request.keys)
-        ttl_us = wire.ttl_us(request.ttl_ms, zero=0)
-        with self._driver.turn() as now:
-            pinned = self._core.pin(session.id, request.namespace_id, keys, ttl_us, now)
-        return pb.PinReply(pin_id=pinned.pin, found=pinned.found.tolist())
-
-    async def Unpin(self, request: pb.UnpinRequest, context: object) -> pb.UnpinReply:
-        session = self._sessions.get(request.session_id)
-        with self._driver.turn() as now:
-            self._core.unpin(session.id, request.pin_id, now)
-        return pb.UnpinReply()
-
-    # ------------------------------------------------------------ looking, removing
-
-    async def Lookup(self, request: pb.LookupRequest, context: object) -> pb.LookupReply:
-        _, keys = self._keys(request.namespace_id, request.keys)
-        return pb.LookupReply(found=self._core.lookup(request.namespace_id, keys).tolist())
+    # ------------------------------------------------------------ removing, inspecting
 
     async def Remove(self, request: pb.RemoveRequest, context: object) -> pb.RemoveReply:
         _, keys = self._keys(request.namespace_id, request.keys)
-        with self._driver.turn() as now:
-            if request.all:
-                return pb.RemoveReply(blocks_removed=self._core.remove_namespace(request.namespace_id, now))
-            return pb.RemoveReply(blocks_removed=self._core.remove(request.namespace_id, keys, now))
+        prefix = request.name_prefix.encode()
+
+        def remove() -> int:
+            with self._driver.turn() as now:
+                if request.all:
+                    return self._core.remove_namespace(request.namespace_id, now)
+                if prefix:
+                    return self._core.remove_prefix(request.namespace_id, prefix, now)
+                return self._core.remove(request.namespace_id, keys, now)
+
+        if self._below is None:
+            return pb.RemoveReply(blocks_removed=remove())
+        # Answered once it can't come back: what is removed stays removed.
+        chosen = None if request.all or prefix else keys
+        return pb.RemoveReply(blocks_removed=await self._below.remove(request.namespace_id, chosen, prefix, remove))
 
     async def ListBlocks(self, request: pb.ListBlocksRequest, context: object) -> pb.ListBlocksReply:
         if request.limit > _LIST_MAX:
             raise BadArgument(f"limit must be 1 to {_LIST_MAX}, or 0 for {_LIST_DEFAULT}")
         if request.cursor >= 1 << 63:
             raise BadArgument("cursor must be 0 or a next_cursor")
-        records, cursor = self._core.list_blocks(request.cursor, request.limit or _LIST_DEFAULT)
+        if request.keys:
+            records, cursor = self._core.records_of(unpack_keys(request.keys)[:_LIST_MAX]), 0
+        else:
+            records, cursor = self._core.list_blocks(
+                request.cursor, request.limit or _LIST_DEFAULT, namespace_id=request.namespace_id,
+                name_prefix=request.name_prefix.encode(),
+            )  # fmt: skip
         return pb.ListBlocksReply(
             blocks=[wire.record_to_proto(r, self._facts.tier) for r in records], next_cursor=cursor
         )
@@ -280,42 +222,26 @@ class BlockSourceServicer(block_source_pb2_grpc.BlockSourceServicer):
         return self.stats()
 
     def stats(self) -> pb.SourceStats:
-        return wire.counts_to_proto(
+        stats = wire.counts_to_proto(
             self._core.counts(),
             bytes_read=self._grants.bytes_read,
             bytes_written=self._grants.bytes_written,
             digest_errors=self.digest_errors,
         )
+        if isinstance(self._below, SsdTier):
+            stats.ssd.CopyFrom(self._below.stats())
+        elif self._ssd_failure:
+            stats.ssd.CopyFrom(pb.SsdStats(state="failed", reason=self._ssd_failure))
+        return stats
 
-    # ------------------------------------------------------------ parts
 
-    def _keys(self, namespace_id: bytes, keys: Any) -> tuple[GroupSpec, KeyArray]:
-        """The group that a call is about, and its keys as they are stored. Raises: UnknownNamespace, BadArgument."""
-        group = self._core.group(namespace_id, keys.group, keys.shard)
-        return group, wire.keys_from_proto(keys)
-
-    async def _check_stored(self, session: Session, namespace_id: bytes, group: GroupSpec, keys: KeyArray) -> None:
-        """Hashes what is stored under these keys and removes what is bad here: it may be the reader's link alone."""
-        with self._driver.turn() as now:
-            leased = self._core.lease(session.id, namespace_id, keys, CORRUPT_CHECK_LEASE_US, now)
-        if not leased.lease:
-            return
-        blocks = leased.blocks.take(leased.found)
-        bad = await asyncio.to_thread(self._bad_rows, blocks, group.section_count)
-        with self._driver.turn() as now:
-            self._core.release(session.id, [leased.lease], now)
-            removed = self._core.remove(namespace_id, blocks.keys[bad], now) if len(bad) else 0
-        log.error("%s reports %d bad blocks; %d are bad here, removed", session.client, len(keys), removed)
-
-    def _bad_rows(self, blocks: Descriptors, section_count: int) -> NDArray[np.int64]:
-        rows = [
-            i
-            for i, (key, offset, size) in enumerate(
-                zip(block_keys(blocks), blocks.offsets.tolist(), blocks.sizes.tolist(), strict=True)
-            )
-            if not check_block(self._data[offset : offset + size], key, blocks.digests[i, :section_count])
-        ]
-        return np.array(rows, dtype=np.int64)
+def _parent(keys: common_pb2.KeyList) -> bytes:
+    """The parent of a list's first key as it is stored. Raises: BadKeyLength."""
+    if not keys.parent:
+        return b""
+    if len(keys.parent) != KEY_BYTES:
+        raise BadKeyLength(f"a parent has {KEY_BYTES} bytes, not {len(keys.parent)}")
+    return qualify(unpack_keys(keys.parent), keys.group, keys.shard).tobytes()
 
 
 async def _pings(reads: AsyncIterator[pb.SessionPing], interval_s: float) -> AsyncIterator[pb.SessionPing]:
@@ -341,8 +267,3 @@ async def _pings(reads: AsyncIterator[pb.SessionPing], interval_s: float) -> Asy
         raise TimeoutError
     finally:
         read.cancel()
-
-
-def _check_text(field: str, text: str, *, empty: bool = False) -> None:
-    if len(text) > _TEXT_MAX or not (text or empty):
-        raise BadArgument(f"{field} must have {0 if empty else 1} to {_TEXT_MAX} characters, not {len(text)}")

@@ -9,19 +9,24 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
 
-from kvpool.channels.base import Channel, Offer, Opener, open_best
+from kvpool.channels.base import Offer, Opener
+from kvpool.channels.failover import FailoverChannel
+from kvpool.channels.links import Links
+from kvpool.channels.shared_index import SharedIndex
 from kvpool.core.errors import KvpoolError, Unavailable
+from kvpool.core.ids import NamespaceId
+from kvpool.service import wire
 from kvpool.service.host import host_id
 from kvpool.service.rpc import from_rpc_error, make_channel
 from kvpool.service.writer_lock import WriterLock
 from kvpool.v1 import block_source_pb2 as pb
-from kvpool.v1 import block_source_pb2_grpc
+from kvpool.v1 import block_source_pb2_grpc, source_admin_pb2, source_admin_pb2_grpc
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +42,9 @@ class Session:
     epoch: int
     source_id: str
     stub: Any
-    channel: Channel  # for reads
-    writer: Channel  # for writes; the same one, unless the source lets this process only read its memory
+    channel: FailoverChannel
+    shared: SharedIndex | None  # the source's own index, where it is on this host
+    numbers: dict[NamespaceId, int]  # by which the source's index names namespaces
     lock: WriterLock | None
     lost: bool = False
 
@@ -52,10 +58,12 @@ class SessionKeeper:
         client: str,
         credential: str,
         openers: Mapping[str, Opener],
-        on_open: Callable[[Any], None],
+        on_open: Callable[[Any], dict[NamespaceId, int]],
         timeout_s: float,
+        links: Links,
     ) -> None:
-        self.address, self._client, self._credential = address, client, credential
+        """Args: on_open: told the stub of each new session; returns the numbers of the namespaces it registered."""
+        self.address, self._client, self._credential, self._links = address, client, credential, links
         self._openers, self._on_open, self._timeout_s = openers, on_open, timeout_s
         self._changed = threading.Condition()
         self._session: Session | None = None
@@ -149,17 +157,17 @@ class SessionKeeper:
             watchdog.start()
             first = next(call)
             interval_s[0] = max(first.ping_interval_ms, 10) / 1000
-            self._on_open(stub)
-            channel, writer = self._open_channels(stub, first.session_id)
+            numbers = self._on_open(stub)
+            channel, shared = self._open_channels(stub, first.session_id, info.source_id)
             watchdog.cancel()
-            session = Session(first.session_id, first.epoch, info.source_id, stub, channel, writer, lock)
+            session = Session(first.session_id, first.epoch, info.source_id, stub, channel, shared, numbers, lock)
             with self._changed:
                 self._session, self._error = session, None
                 self.sessions_opened += 1
                 self._changed.notify_all()
             # No deadline here: the channel's keepalive ends the stream of a source that is gone or stuck.
             for _ in call:
-                pass
+                self._report_links(session, grpc_channel)
         except StopIteration:
             raise Unavailable(f"{self.address} opened no session") from None
         finally:
@@ -167,10 +175,24 @@ class SessionKeeper:
             if session is not None:
                 session.lost = True
                 session.channel.close()
-                session.writer.close()
+                if session.shared is not None:
+                    session.shared.close()
             if lock is not None:
                 lock.retire()
             grpc_channel.close()
+
+    def _report_links(self, session: Session, grpc_channel: grpc.Channel) -> None:
+        """Tells the source how its links do, so that `kvctl links` can show them. Once a pong; a loss does no harm."""
+        request = source_admin_pb2.ReportLinksRequest(
+            session_id=session.id,
+            links=[
+                wire.link_to_proto(link, self._client, active=link.channel == session.channel.kind)
+                for link in self._links.snapshot(session.source_id)
+            ],
+        )
+        stub = source_admin_pb2_grpc.SourceAdminStub(grpc_channel)
+        with contextlib.suppress(grpc.RpcError, ValueError):
+            stub.ReportLinks(request, timeout=self._timeout_s)
 
     def _writer_lock(self) -> WriterLock | None:
         with contextlib.suppress(OSError):
@@ -183,29 +205,16 @@ class SessionKeeper:
         while not wake.wait(interval_s[0]):
             yield pb.SessionPing()
 
-    def _open_channels(self, stub: Any, session_id: int) -> tuple[Channel, Channel]:
-        """The best channel to read with, and the best to write with."""
+    def _open_channels(self, stub: Any, session_id: int, source_id: str) -> tuple[FailoverChannel, SharedIndex | None]:
         request = pb.OpenChannelRequest(session_id=session_id, host_id=host_id(), channels=list(self._openers))
         reply = stub.OpenChannel(request, timeout=self._timeout_s)
         offers = [Offer(o.kind, dict(o.parameters)) for o in reply.offers]
-        channel = self._open_best(offers)
-        offer = next(o for o in offers if o.kind == channel.kind)
-        if offer.parameters.get("writable", "1") == "1":
-            return channel, channel
-        others = [o for o in offers if o is not offer]
-        try:
-            return channel, self._open_best(others) if others else channel
-        except BaseException:
-            channel.close()
-            raise
-
-    def _open_best(self, offers: Sequence[Offer]) -> Channel:
-        channel, failures = open_best(offers, self._openers)
-        for kind, why in failures.items():
-            log.warning("%s: channel %s to %s does not open: %s", self._client, kind, self.address, why)
-        if channel is None:
-            raise Unavailable(
-                f"no data channel to {self.address} opens: {failures or 'none is offered'}",
-                hint="is its data port reachable from here?",
-            )
-        return channel
+        channel = FailoverChannel.open(source_id, offers, self._openers, self._links, deadline_s=self._timeout_s)
+        shared = None
+        for offer in offers:
+            if offer.kind == "shm":
+                try:
+                    shared = SharedIndex.open(offer.parameters)
+                except KvpoolError as error:
+                    log.warning("%s: the index of %s can't be read here: %s", self._client, source_id, error)
+        return channel, shared

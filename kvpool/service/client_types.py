@@ -11,7 +11,7 @@ from kvpool.core.arrays import Descriptors
 from kvpool.service.client_session import Session
 
 #: Status of a key of a reservation.
-RESERVED, EXISTS, BEING_WRITTEN, NO_SPACE = 1, 2, 3, 4
+RESERVED, EXISTS, BEING_WRITTEN, NO_SPACE, OVER_QUOTA = 1, 2, 3, 4, 5
 #: State of an awaited key.
 COMMITTED, ABANDONED, DEADLINE, SECTION = 1, 2, 3, 4
 
@@ -28,7 +28,8 @@ class Hold:
 
 @dataclass(frozen=True, eq=False)
 class Reservation:
-    """Slots to write. `status` is RESERVED, EXISTS, BEING_WRITTEN or NO_SPACE for each key; `slots` run beside them."""
+    """Slots to write. `status` is RESERVED, EXISTS, BEING_WRITTEN, NO_SPACE or OVER_QUOTA for each key; `slots` run
+    beside them."""
 
     id: int  # 0: no key was reserved
     status: NDArray[np.uint8]
@@ -59,9 +60,19 @@ class GetResult:
 
 
 @dataclass(frozen=True, eq=False)
+class ObjectsResult:
+    """`values[i]`: uint8, the object's bytes, checked; None where it is not there. `corrupt` as in GetResult."""
+
+    values: list[NDArray[np.uint8] | None]
+    corrupt: Bools
+    bytes: int
+    seconds: float
+    channel: str
+
+
+@dataclass(frozen=True, eq=False)
 class Waited:
-    """News of some keys of a wait: state #: State of an awaited key.
-    COMMITTED, ABANDONED, DEADLINE, or SECTION with its number."""
+    """News of some keys of a wait: state COMMITTED, ABANDONED, DEADLINE, or SECTION with its number."""
 
     indices: NDArray[np.int64]
     states: NDArray[np.uint8]
@@ -73,6 +84,9 @@ class Counters:
     """What this client saw, since its start."""
 
     digest_errors: int = 0
+    hits: int = 0  # blocks and objects
+    misses: int = 0
+    hits_shared: int = 0  # of `hits`: without a call to the source
     bytes_read: int = 0
     bytes_written: int = 0
     channel_errors: int = 0

@@ -49,6 +49,14 @@ class EventLog:
                 self._overflows += 1
             return self._number
 
+    def lose(self) -> None:
+        """Changes were lost before they came here: only a snapshot helps."""
+        with self._lock:
+            self._batches.clear()
+            self._keys = 0
+            self._number += 1
+            self._complete = False
+
     def take(self, keys_max: int) -> list[BlockChange] | None:
         """Removes leading batches of about `keys_max` keys. None: batches were dropped, only a snapshot helps."""
         with self._lock:

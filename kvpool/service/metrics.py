@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from kvpool.core.errors import Unavailable, Unsupported
 from kvpool.v1 import block_source_pb2
@@ -11,7 +12,10 @@ from kvpool.v1 import block_source_pb2
 SCRAPE_TIMEOUT_S = 5.0
 _NAMES = {"bytes_total": "capacity_bytes"}  # `_total` would say that it is a counter
 #: Counts that only grow; all others go up and down.
-_COUNTERS = ("hits", "misses", "evictions", "bytes_read", "bytes_written", "digest_errors")
+_COUNTERS = (
+    "hits", "misses", "evictions", "bytes_read", "bytes_written", "digest_errors", "adopted", "touches", "expired",
+    "demotions", "io_errors", "recovered_bytes",
+)  # fmt: skip
 
 
 def serve_metrics(
@@ -33,17 +37,28 @@ def serve_metrics(
     async def read() -> block_source_pb2.SourceStats:
         return stats()
 
+    def families(prefix: str, message: Any) -> Iterator[Metric]:
+        """A metric for each number of a message."""
+        for field in message.DESCRIPTOR.fields:
+            value = getattr(message, field.name)
+            if not isinstance(value, int | float):
+                continue
+            family = CounterMetricFamily if field.name in _COUNTERS else GaugeMetricFamily
+            metric = family(f"{prefix}_{_NAMES.get(field.name, field.name)}", field.full_name, labels=["source"])
+            metric.add_metric([source_id], value)
+            yield metric
+
     class Collector:
         """Asks the source once a scrape."""
 
         def collect(self) -> Iterator[Metric]:
             now = asyncio.run_coroutine_threadsafe(read(), loop).result(SCRAPE_TIMEOUT_S)
-            for field in now.DESCRIPTOR.fields:
-                family = CounterMetricFamily if field.name in _COUNTERS else GaugeMetricFamily
-                name = _NAMES.get(field.name, field.name)
-                metric = family(f"kvpool_source_{name}", f"SourceStats.{field.name}", labels=["source"])
-                metric.add_metric([source_id], getattr(now, field.name))
-                yield metric
+            yield from families("kvpool_source", now)
+            if now.HasField("ssd"):
+                yield from families("kvpool_ssd", now.ssd)
+                state = GaugeMetricFamily("kvpool_ssd_state", "1 for the state it is in.", labels=["source", "state"])
+                state.add_metric([source_id, now.ssd.state], 1)
+                yield state
 
         def describe(self) -> list[Metric]:
             return []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import json
 import logging
 import signal
@@ -19,31 +20,38 @@ from typing import Any
 import grpc.aio
 import numpy as np
 
+from kvpool.channels.collective_server import CollectiveServer
+from kvpool.channels.nixl_server import NixlServer
 from kvpool.channels.tcp_server import TcpDataServer
+from kvpool.channels.tls import TlsConfig
 from kvpool.core.arrays import SourceArrays
-from kvpool.core.errors import BadArgument, KvpoolError
-from kvpool.core.ids import Tier
+from kvpool.core.catalog import Catalog
+from kvpool.core.errors import BadArgument, KvpoolError, NoSsd
+from kvpool.core.evictors import EVICTORS
+from kvpool.core.ids import KeyArray, Tier
 from kvpool.core.namespace import HASHES, GroupKind, GroupSpec, NamespaceSpec
 from kvpool.core.results import SourceConfig
 from kvpool.core.source import SourceCore
 from kvpool.service import rpc
 from kvpool.service.announcer import Announcer, SourceFacts
-from kvpool.service.block_source import BlockSourceServicer, Channels
+from kvpool.service.block_source import BlockSourceServicer, ChannelServer
 from kvpool.service.grants import Grants
 from kvpool.service.host import host_id
-from kvpool.service.sessions import Sessions
+from kvpool.service.offers import ServerOffer, ShmOffer, TcpOffer
+from kvpool.service.sessions import DataServer, Sessions
+from kvpool.service.source_admin import SourceAdminServicer
 from kvpool.service.source_driver import SourceDriver
-from kvpool.service.writer_lock import remove_orphans
-from kvpool.tiers.dram import Segment
-from kvpool.v1 import block_source_pb2_grpc
+from kvpool.service.ssd_tier import SsdTier
+from kvpool.service.writer_lock import WriterTable, remove_orphans
+from kvpool.tiers.dram import WRITERS_MAX, Segment
+from kvpool.tiers.ssd.store import SsdStore
+from kvpool.v1 import block_source_pb2_grpc, source_admin_pb2_grpc
 
 log = logging.getLogger(__name__)
 
 #: Entries of the index: enough for blocks of this size on average; smaller blocks may use it up before the bytes.
 ENTRY_BYTES_MIN = 16 << 10
 ENTRIES_MIN, ENTRIES_MAX = 4096, 1 << 22
-SLAB_BYTES_MAX = 64 << 20
-SLABS_MIN = 16
 STOP_GRACE_S = 0.5
 MEMORY_BYTES_MIN = 4 << 20
 
@@ -61,6 +69,17 @@ class NodeConfig:
     metrics_port: int = 0  # 0: no HTTP metrics
     credential: str = ""
     ping_interval_s: float = 2.0  # clients ping so often; after five intervals without one a session is closed
+    eviction: str = "prefix"  # a name of `core.evictors`
+    keep_memory: bool = False  # when told to stop, leave the segment for the next process of this name
+    ssd_dir: str = ""  # empty: no SSD tier
+    ssd_bytes: int = 0
+    tls_cert: str = ""  # PEM files: with all three, the tcp channel speaks TLS
+    tls_key: str = ""
+    tls_ca: str = ""
+    nixl: bool = False  # offer the nixl channel too
+    collective: str = ""  # "gloo" or "nccl": offer the collective channel too
+    collective_listen: str = "127.0.0.1:0"
+    ssd_demote_from: float = 0.7  # of memory in use: beyond it the coldest blocks are copied to the SSD
 
 
 class NodeServer:
@@ -86,33 +105,78 @@ class NodeServer:
 
     async def _startup(self) -> None:
         config = self.config
-        entries = min(max(config.memory_bytes // ENTRY_BYTES_MIN, ENTRIES_MIN), ENTRIES_MAX)
         # Allocating takes seconds for a large segment; nothing else runs in this loop yet.
-        self.segment = Segment.create(
-            Path(config.segment_dir),
-            config.source_id,
-            data_bytes=config.memory_bytes,
-            index_bytes=SourceArrays.bytes_needed(entries),
-        )
-        self._cleanup.callback(self.segment.close)
+        self.segment, core = open_memory(config)
+        self._keep, self._ssd_failure = False, ""
+        self._cleanup.callback(lambda: self.segment.close(keep=self._keep))
         self.segment.prefault()
+        writers = WriterTable(self.segment, WRITERS_MAX)
         remove_orphans()
         warm_up()
-        arrays = SourceArrays.over(self.segment.index, entries, fresh=True)
-        core = SourceCore(source_config(self.segment.layout.data_bytes, entries), arrays)
         self.grants = Grants()
-        self.driver = SourceDriver(core, self.grants)
+        self.driver = SourceDriver(core, self.grants, self.segment.write_catalog)
         self._cleanup.callback(self.driver.stop)
+        with self.driver.turn():
+            core.catalog_changed = True
+            self.driver.save_catalog()
+        self.ssd = await self._open_ssd()
 
-        data_host, data_port = split_address(config.data_listen)
-        self.data_server = TcpDataServer(self.segment.data, self.grants, data_host, data_port)
-        self._cleanup.callback(self.data_server.close)
-        self.sessions = Sessions(self.driver, self.grants, self.data_server)
+        servers = await self._start_data_servers()
+        self.sessions = Sessions(self.driver, self.grants, servers, writers)
         self._cleanup.push_async_callback(self.sessions.close)
         await self._serve()
-        self._start_announcer()
+        self._start_announcers()
+        if self.ssd is not None:
+            self.ssd.start()
         if config.metrics_port:
             self._start_metrics(config.metrics_port)
+
+    async def _start_data_servers(self) -> list[DataServer]:
+        """Servers of all channels that leave the host's memory; `offers` says what clients hear of them, best first."""
+        config, data = self.config, self.segment.data
+        tls = TlsConfig(config.tls_cert, config.tls_key, config.tls_ca) if config.tls_cert else None
+        host, port = split_address(config.data_listen)
+        self.data_server = TcpDataServer(data, self.grants, host, port, tls_config=tls)
+        self._cleanup.callback(self.data_server.close)
+        self._offers: list[ChannelServer] = [
+            ShmOffer(self.segment), TcpOffer(self.data_server, reachable(self.data_server.address))
+        ]  # fmt: skip
+        servers: list[DataServer] = [self.data_server]
+        if config.nixl:
+            # In a thread: it starts a process of its own.
+            nixl = await asyncio.to_thread(NixlServer, self.segment.path, self.segment.uuid)
+            self._cleanup.callback(nixl.close)
+            servers.append(nixl)
+            self._offers.insert(1, ServerOffer(nixl, "nixl"))
+        if config.collective:
+            host, port = split_address(config.collective_listen)
+            collective = await asyncio.to_thread(
+                CollectiveServer, data, self.grants, host, port, backend=config.collective
+            )
+            self._cleanup.callback(collective.close)
+            servers.append(collective)
+            self._offers.append(ServerOffer(collective, "collective"))
+        return servers
+
+    async def _open_ssd(self) -> SsdTier | None:
+        config = self.config
+        if not config.ssd_dir:
+            return None
+        try:
+            store = await asyncio.to_thread(SsdStore.open, Path(config.ssd_dir), config.source_id, config.ssd_bytes)
+        except NoSsd as error:
+            # Losing the disk costs the tier, not the node.
+            log.error("no SSD tier: %s (%s)", error, error.hint)
+            self._ssd_failure = str(error)
+            return None
+        stats = store.stats()
+        log.info(
+            "SSD: %d blocks; %.2f GB of the log read in %.2f s",
+            stats.space.records, stats.counters.recovered_bytes / 1e9, stats.counters.recovery_s,
+        )  # fmt: skip
+        tier = SsdTier(store, self.driver, self.segment.data, demote_from=config.ssd_demote_from)
+        self._cleanup.push_async_callback(tier.close)
+        return tier
 
     async def _serve(self) -> None:
         config = self.config
@@ -121,38 +185,56 @@ class NodeServer:
             source_id=config.source_id, epoch=self.epoch, tier=Tier.DRAM, host_id=host_id(),
             bytes_total=self.segment.layout.data_bytes,
         )  # fmt: skip
-        channels = Channels(
-            shm={"path": str(self.segment.path), "uuid": self.segment.uuid.hex()},
-            tcp={"address": reachable(self.data_server.address)},
-        )
         self.servicer = BlockSourceServicer(
-            self.driver, self.sessions, self.grants, self.segment.data, facts, channels, config.ping_interval_s
+            self.driver,
+            self.sessions,
+            self.grants,
+            self.segment.data,
+            facts,
+            self._offers,
+            config.ping_interval_s,
+            self.ssd,
+            self._ssd_failure,
         )
+
+        self.admin = SourceAdminServicer(
+            self.driver, self.sessions, self.segment.data, facts, lambda: self.address, credential=config.credential,
+            lower=self.ssd,
+        )  # fmt: skip
+        self._cleanup.push_async_callback(self.admin.close)
 
         def register(server: grpc.aio.Server) -> Sequence[str]:
             block_source_pb2_grpc.add_BlockSourceServicer_to_server(self.servicer, server)
-            return ["kvpool.v1.BlockSource"]
+            source_admin_pb2_grpc.add_SourceAdminServicer_to_server(self.admin, server)
+            return ["kvpool.v1.BlockSource", "kvpool.v1.SourceAdmin"]
 
         server, port = await rpc.serve(config.listen, register, credential=config.credential)
         self._cleanup.push_async_callback(server.stop, STOP_GRACE_S)
         self.address = reachable(f"{host}:{port}")
         self._facts = facts
 
-    def _start_announcer(self) -> None:
+    def _start_announcers(self) -> None:
         if not self.config.scheduler:
             return
-        facts = SourceFacts(**{**self._facts.__dict__, "address": self.address})
+        facts = dataclasses.replace(self._facts, address=self.address)
+        self.driver.announcer = self._announce(facts, self.driver.snapshot, self.driver.usage)
+        if self.ssd is not None:
+            # A source of its own in the directory, at the same address: a lease there brings blocks up first.
+            facts = dataclasses.replace(
+                facts, source_id=f"{facts.source_id}.ssd", tier=Tier.SSD, bytes_total=self.ssd.bytes_total
+            )
+            self.ssd.announcer = self._announce(facts, self.ssd.snapshot, self.ssd.usage)
+
+    def _announce(
+        self, facts: SourceFacts, snapshot: Callable[[], tuple[KeyArray, int]], usage: Callable[[], tuple[int, int]]
+    ) -> Announcer:
         announcer = Announcer(
-            self.config.scheduler,
-            facts,
-            snapshot=self.driver.snapshot,
-            usage=self.driver.usage,
-            credential=self.config.credential,
+            self.config.scheduler, facts, snapshot=snapshot, usage=usage, credential=self.config.credential
         )
-        self.driver.announcer = announcer
         announcer.start()
         # In a thread: the announcer may be waiting for a snapshot from this very loop.
         self._cleanup.push_async_callback(asyncio.to_thread, announcer.close)
+        return announcer
 
     def _start_metrics(self, port: int) -> None:
         from kvpool.service.metrics import serve_metrics
@@ -174,6 +256,7 @@ class NodeServer:
 
     async def shutdown(self) -> None:
         """Ends the sessions, the servers and the segment, in the order in which they depend on each other."""
+        self._keep = self.config.keep_memory
         await self._cleanup.aclose()
 
 
@@ -197,17 +280,51 @@ async def _run(config: NodeConfig, on_ready: Callable[[dict[str, Any]], None]) -
         await node.shutdown()
 
 
-def source_config(data_bytes: int, entries: int) -> SourceConfig:
-    """Slabs of at most 64 MiB, and at least 16 of them, so that several sizes of blocks fit side by side."""
-    slab = SLAB_BYTES_MAX
-    while slab > data_bytes // SLABS_MIN and slab > 1 << 20:
-        slab //= 2
-    return SourceConfig(capacity_bytes=data_bytes, entries_max=entries, slab_bytes=slab)
+def open_memory(config: NodeConfig) -> tuple[Segment, SourceCore]:
+    """The node's segment and the core over it: with all that its last owner committed, where it had one.
+
+    Raises: NoSpace, BadArgument, Unavailable.
+    """
+    entries = min(max(config.memory_bytes // ENTRY_BYTES_MIN, ENTRIES_MIN), ENTRIES_MAX)
+    if config.eviction not in EVICTORS:
+        raise BadArgument(f"no eviction policy {config.eviction!r}", hint=f"one of {', '.join(EVICTORS)}")
+
+    def create(*, adopt: bool) -> tuple[Segment, SourceConfig]:
+        segment = Segment.create(
+            Path(config.segment_dir),
+            config.source_id,
+            data_bytes=config.memory_bytes,
+            index_bytes=SourceArrays.bytes_needed(entries),
+            touch_bytes=entries,
+            adopt=adopt,
+        )
+        return segment, SourceConfig(segment.layout.data_bytes, entries, eviction=config.eviction)
+
+    segment, core_config = create(adopt=True)
+    if segment.adopted:
+        try:
+            return segment, adopt_core(segment, core_config)
+        except KvpoolError as error:
+            log.warning("what is in %s can't be used: %s; this node starts empty", segment.path, error)
+        # In another file: a writer of the process before may still have the old one in its hands.
+        segment.close()
+        segment, core_config = create(adopt=False)
+    arrays = SourceArrays.over(segment.index, entries, fresh=True, touches=segment.touches)
+    return segment, SourceCore(core_config, arrays, segment.data)
+
+
+def adopt_core(segment: Segment, config: SourceConfig) -> SourceCore:
+    """Raises: BadArgument if what is in the segment makes no sense."""
+    catalog = Catalog.from_bytes(segment.read_catalog())
+    arrays = SourceArrays.over(segment.index, config.entries_max, fresh=False, touches=segment.touches)
+    core = SourceCore.adopt(config, arrays, segment.data, catalog)
+    log.info("took over %s with %d blocks", segment.path, core.adopted)
+    return core
 
 
 def warm_up() -> None:
     """Loads or compiles the core's kernels, so that no client waits for it."""
-    core = SourceCore(SourceConfig(capacity_bytes=1 << 20, entries_max=16, slab_bytes=1 << 16))
+    core = SourceCore(SourceConfig(capacity_bytes=1 << 20, entries_max=16))
     group = GroupSpec(0, GroupKind.FULL, (0,), 1, 1, 1, 1 << 16)
     spec = NamespaceSpec("warm-up", "", "", "", "", HASHES[0], (group,))
     namespace, session = core.register_namespace(spec), core.open_session("warm-up", 0)
@@ -246,13 +363,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--segment-dir", default=defaults.segment_dir)
     parser.add_argument("--metrics-port", type=int, default=defaults.metrics_port)
     parser.add_argument("--credential", default=defaults.credential)
+    parser.add_argument("--eviction", default=defaults.eviction)
+    parser.add_argument("--keep-memory", action="store_true")
+    parser.add_argument("--nixl", action="store_true")
+    parser.add_argument("--collective", default=defaults.collective)
+    parser.add_argument("--collective-listen", default=defaults.collective_listen)
+    parser.add_argument("--tls-cert", default=defaults.tls_cert)
+    parser.add_argument("--tls-key", default=defaults.tls_key)
+    parser.add_argument("--tls-ca", default=defaults.tls_ca)
+    parser.add_argument("--ssd-dir", default=defaults.ssd_dir)
+    parser.add_argument("--ssd-bytes", type=int, default=defaults.ssd_bytes)
+    parser.add_argument("--ssd-demote-from", type=float, default=defaults.ssd_demote_from)
     parser.add_argument("--ping-interval-s", type=float, default=defaults.ping_interval_s)
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     config = NodeConfig(
         source_id=args.id, listen=args.listen, data_listen=args.data_listen, scheduler=args.scheduler,
         memory_bytes=args.memory_bytes, segment_dir=args.segment_dir, metrics_port=args.metrics_port,
-        credential=args.credential, ping_interval_s=args.ping_interval_s,
+        credential=args.credential, ping_interval_s=args.ping_interval_s, eviction=args.eviction,
+        keep_memory=args.keep_memory, ssd_dir=args.ssd_dir, ssd_bytes=args.ssd_bytes,
+        ssd_demote_from=args.ssd_demote_from, nixl=args.nixl, collective=args.collective,
+        collective_listen=args.collective_listen, tls_cert=args.tls_cert, tls_key=args.tls_key, tls_ca=args.tls_ca,
     )  # fmt: skip
     try:
         run_node(config, on_ready=lambda facts: print(json.dumps(facts), flush=True))

@@ -76,6 +76,10 @@ _STATUS: dict[Reason, grpc.StatusCode] = {
     Reason.UNAUTHENTICATED: grpc.StatusCode.UNAUTHENTICATED,
     Reason.UNSUPPORTED: grpc.StatusCode.UNIMPLEMENTED,
     Reason.DEADLINE: grpc.StatusCode.DEADLINE_EXCEEDED,
+    Reason.QUOTA_EXCEEDED: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Reason.DRAINING: grpc.StatusCode.FAILED_PRECONDITION,
+    Reason.NO_SSD: grpc.StatusCode.FAILED_PRECONDITION,
+    Reason.UNREACHABLE: grpc.StatusCode.UNAVAILABLE,
 }
 
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from kvpool.channels.tcp_server import TcpDataServer
 from kvpool.core.errors import DeadlineExceeded, Overloaded, UnknownSession
 from kvpool.core.ids import SessionId
 from kvpool.service.grants import Grants
 from kvpool.service.source_driver import SourceDriver
-from kvpool.service.writer_lock import WriterProof
+from kvpool.service.writer_lock import WriterProof, WriterTable
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +32,7 @@ class Session:
     client: str
     host_id: str
     proof: WriterProof | None  # None: it may not write shared memory
+    place: int | None = None  # in the table of writers
 
 
 @dataclass
@@ -40,14 +40,23 @@ class _Orphan:
     """An ended session with quarantined slots."""
 
     proof: WriterProof | None
+    place: int | None
     reservations: list[int]
+
+
+class DataServer(Protocol):
+    """A server of data channels: ends the connections of a session when told."""
+
+    def close_session(self, session: int) -> None: ...
 
 
 class Sessions:
     """Opens and ends sessions in the core, the grants and the data server, in the order that keeps slots safe."""
 
-    def __init__(self, driver: SourceDriver, grants: Grants, data_server: TcpDataServer) -> None:
-        self._driver, self._grants, self._data_server = driver, grants, data_server
+    def __init__(
+        self, driver: SourceDriver, grants: Grants, data_servers: Sequence[DataServer], writers: WriterTable
+    ) -> None:
+        self._driver, self._grants, self._data_servers, self._writers = driver, grants, data_servers, writers
         self._live: dict[SessionId, Session] = {}
         self._orphans: dict[SessionId, _Orphan] = {}
         self._ends: set[asyncio.Task[None]] = set()
@@ -58,16 +67,15 @@ class Sessions:
         """Raises: Overloaded at the bound of sessions."""
         if self._closing or len(self._orphans) >= ORPHANS_MAX:
             raise Overloaded("no session can be opened now", hint="try again shortly")
+        with self._driver.turn() as now:
+            session_id = self._driver.core.open_session(client, now)
         proof = WriterProof.open(writer_lock) if writer_lock else None
-        try:
-            with self._driver.turn() as now:
-                session_id = self._driver.core.open_session(client, now)
-        except BaseException:
-            if proof is not None:
-                proof.close()
-            raise
+        place = self._writers.note(writer_lock) if proof is not None else None
+        if proof is not None and place is None:
+            proof.close()
+            proof = None
         self._grants.open_session(session_id)
-        session = self._live[session_id] = Session(session_id, client, host_id, proof)
+        session = self._live[session_id] = Session(session_id, client, host_id, proof, place)
         log.info("session %d of %s opened%s", session_id, client, "" if proof else " (writes over tcp only)")
         return session
 
@@ -108,13 +116,16 @@ class Sessions:
     async def _end(self, session: Session) -> None:
         self._driver.end_waits(session.id)
         reservations = self._grants.close_session(session.id)
-        self._data_server.close_session(session.id)
+        for server in self._data_servers:
+            server.close_session(session.id)
         drained = await self._drained(reservations)
         gone = drained and (session.proof is None or session.proof.gone())
         with self._driver.turn() as now:
             self._driver.core.close_session(session.id, now, writer_gone=gone)
         if not gone:
-            self._orphans[session.id] = _Orphan(session.proof, reservations)
+            self._orphans[session.id] = _Orphan(session.proof, session.place, reservations)
+        elif session.place is not None:
+            self._writers.strike(session.place)
 
     async def _drained(self, reservations: list[int]) -> bool:
         if not self._grants.busy(reservations):
@@ -123,12 +134,21 @@ class Sessions:
 
     async def _adopt_orphans(self) -> None:
         """Frees the slots of ended sessions once their writers have proven to be gone."""
+        inherited = True
         while True:
+            if inherited and self._writers.all_inherited_gone():
+                inherited = False
+                with self._driver.turn() as now:
+                    freed = self._driver.core.release_inherited(now)
+                if freed:
+                    log.info("the writers of the process before are gone, their %d slots are free again", freed)
             await asyncio.sleep(PROOF_INTERVAL_S)
             for session_id, orphan in list(self._orphans.items()):
                 if self._grants.busy(orphan.reservations) or not (orphan.proof is None or orphan.proof.gone()):
                     continue
                 del self._orphans[session_id]
+                if orphan.place is not None:
+                    self._writers.strike(orphan.place)
                 log.info("session %d: its writer is gone, its slots are free again", session_id)
                 with self._driver.turn() as now:
                     self._driver.core.writer_gone(session_id, now)

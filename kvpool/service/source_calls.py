@@ -5,6 +5,7 @@ Synchronous, for any thread. `kvpool.client.PoolClient` builds the whole operati
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -15,12 +16,25 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpool.channels.base import ChannelError, Opener
+from kvpool.channels.base import ChannelError, Memory, Opener
+from kvpool.channels.collective import CollectiveChannel
+from kvpool.channels.collective import available as collective_available
+from kvpool.channels.links import Links
+from kvpool.channels.nixl import NixlChannel
+from kvpool.channels.nixl import available as nixl_available
 from kvpool.channels.shm import ShmChannel
 from kvpool.channels.tcp import TcpChannel
-from kvpool.core.errors import BadArgument, KvpoolError, Unavailable, UnknownNamespace, UnknownSession
-from kvpool.core.ids import KEY_BYTES, KeyArray, NamespaceId, qualify
-from kvpool.core.namespace import GroupSpec, NamespaceSpec
+from kvpool.channels.tls import TlsConfig
+from kvpool.core.errors import (
+    BadArgument,
+    KvpoolError,
+    Unavailable,
+    UnknownNamespace,
+    UnknownSession,
+    Unsupported,
+)
+from kvpool.core.ids import KEY_BYTES, Fidelity, KeyArray, NamespaceId, qualify
+from kvpool.core.namespace import OBJECTS_GROUP, GroupSpec, NamespaceSpec
 from kvpool.service import wire
 from kvpool.service.client_session import Session, SessionKeeper
 from kvpool.service.client_types import Bools, Counters, Hold, Reservation, Waited
@@ -30,7 +44,15 @@ from kvpool.v1 import common_pb2
 
 log = logging.getLogger(__name__)
 
-OPENERS: dict[str, Opener] = {"shm": ShmChannel.open, "tcp": TcpChannel.open}
+OPENERS: dict[str, Opener] = {
+    "shm": ShmChannel.open,
+    "tcp": TcpChannel.open,
+    "nixl": NixlChannel.open,
+    "collective": CollectiveChannel.open,
+}
+AVAILABLE = {"nixl": nixl_available, "collective": collective_available}
+#: What a client uses if it is not told otherwise: what needs nothing installed besides.
+DEFAULT_CHANNELS = ("shm", "tcp")
 
 Reply = TypeVar("Reply")
 Keys = KeyArray
@@ -42,8 +64,10 @@ class SourceCalls:
     Args:
         address: host:port of its BlockSource service.
         client: name for its logs.
-        channels: kinds of data channel to use; the source decides which of them is best.
+        channels: kinds of data channel to use, of OPENERS; which of them carries what is decided by measuring them.
+        tls: certificates for the tcp channel, where the source asks for TLS.
         timeout_s: deadline of each call that takes none of its own.
+        links: what is measured of the ways to sources; share one among the clients of a process.
     """
 
     def __init__(
@@ -52,16 +76,24 @@ class SourceCalls:
         *,
         client: str = "client",
         credential: str = "",
-        channels: Sequence[str] = ("shm", "tcp"),
+        channels: Sequence[str] = DEFAULT_CHANNELS,
         timeout_s: float = 5.0,
+        links: Links | None = None,
+        tls: TlsConfig | None = None,
     ) -> None:
         unknown = [kind for kind in channels if kind not in OPENERS]
         if unknown or not channels:
             raise BadArgument(f"unknown channels {unknown}", hint=f"known are {', '.join(OPENERS)}")
         self.address, self._timeout_s = address, timeout_s
         self._specs: dict[NamespaceId, NamespaceSpec] = {}
+        missing = [kind for kind in channels if not AVAILABLE.get(kind, lambda: True)()]
+        if missing:
+            raise Unsupported(f"channel {missing[0]} is not installed here", hint=f"pip install 'kvpool[{missing[0]}]'")
         openers = {kind: OPENERS[kind] for kind in channels}
-        self._keeper = SessionKeeper(address, client, credential, openers, self._register_again, timeout_s)
+        if tls is not None and "tcp" in openers:
+            openers["tcp"] = functools.partial(TcpChannel.open, tls_config=tls)
+        self._links = links or Links()
+        self._keeper = SessionKeeper(address, client, credential, openers, self._register_again, timeout_s, self._links)
         self._lock = threading.Lock()
         self._counters = Counters()
 
@@ -95,7 +127,7 @@ class SourceCalls:
 
     @property
     def channel(self) -> str:
-        """Kind of the data channel in use. Raises: Unavailable."""
+        """Kind of the data channel that was used last. Raises: Unavailable."""
         return self._session().channel.kind
 
     @property
@@ -116,8 +148,13 @@ class SourceCalls:
         namespace = spec.id()
         with self._lock:
             self._specs[namespace] = spec
-        reply = self._call(lambda s, t: s.stub.RegisterNamespace(request, timeout=t))
-        if reply.namespace_id != namespace:
+
+        def call(session: Session, timeout_s: float) -> bytes:
+            reply = session.stub.RegisterNamespace(request, timeout=timeout_s)
+            session.numbers[namespace] = reply.number
+            return bytes(reply.namespace_id)
+
+        if self._call(call) != namespace:
             raise BadArgument("the source computes another id for this namespace", hint="run one release on both sides")
         return namespace
 
@@ -132,15 +169,29 @@ class SourceCalls:
         shard: int = 0,
         ttl_s: float = 30.0,
         hold: Hold | None = None,
+        parent: bytes = b"",
+        tenant: str = "",
+        sizes: NDArray[np.uint64] | None = None,
+        names: Sequence[str] = (),
+        fidelity: Fidelity = Fidelity.EXACT,
     ) -> Reservation:
-        """Raises: NoSpace if not one slot could be had."""
+        """Slots for keys that are neither there nor being written.
+
+        Args:
+            parent: key of the block before the first of `keys`, where there is one.
+            tenant: whose quota the blocks count against.
+            sizes: uint64 (keys,), bytes of each; None = the group's blocks.
+            names: of objects, one a key.
+        Raises: NoSpace or QuotaExceeded if not one slot could be had; Draining.
+        """
         section_count = self._group(namespace, group).section_count
         wire_hold = common_pb2.HandoffHold(request_id=hold.request_id, ttl_ms=ms(hold.ttl_s)) if hold else None
 
         def call(session: Session, timeout_s: float) -> Reservation:
             request = pb.ReserveRequest(
-                session_id=session.id, namespace_id=namespace, keys=key_list(keys, group, shard), ttl_ms=ms(ttl_s),
-                hold=wire_hold,
+                session_id=session.id, namespace_id=namespace, keys=key_list(keys, group, shard, parent),
+                ttl_ms=ms(ttl_s), hold=wire_hold, tenant=tenant, names=names, fidelity=int(fidelity),
+                sizes=[] if sizes is None else sizes.tolist(),
             )  # fmt: skip
             reply = session.stub.Reserve(request, timeout=timeout_s)
             slots = wire.descriptors_from_proto(reply.slots, qualify(keys, group, shard), section_count)
@@ -152,7 +203,7 @@ class SourceCalls:
         self,
         reservation: Reservation,
         indices: NDArray[np.int64],
-        blocks: NDArray[np.uint8],
+        blocks: Memory,
         rows: NDArray[np.int64] | None = None,
         *,
         deadline_s: float | None = None,
@@ -171,7 +222,7 @@ class SourceCalls:
             raise Unavailable("the session of this reservation has ended")
         try:
             slots = reservation.slots.take(np.asarray(indices, dtype=np.int64))
-            digests = session.writer.write(
+            digests = session.channel.write(
                 reservation.id, slots, blocks, rows, deadline_s=deadline_s or self._timeout_s
             )
         except ChannelError:
@@ -219,26 +270,57 @@ class SourceCalls:
 
     def remove(self, namespace: NamespaceId, keys: Keys, *, group: int = 0, shard: int = 0) -> int:
         """Drops blocks; those under lease when their last lease ends. Returns how many were there."""
-        request = pb.RemoveRequest(namespace_id=namespace, keys=key_list(keys, group, shard))
+        return self._remove(pb.RemoveRequest(namespace_id=namespace, keys=key_list(keys, group, shard)))
+
+    def remove_all(self, namespace: NamespaceId) -> int:
+        """Drops all of a namespace, as `remove` does."""
+        return self._remove(pb.RemoveRequest(namespace_id=namespace, all=True))
+
+    def _remove(self, request: pb.RemoveRequest) -> int:
         return self._call(lambda s, t: int(s.stub.Remove(request, timeout=t).blocks_removed))
 
     def pin(
-        self, namespace: NamespaceId, keys: Keys, *, ttl_s: float = 0.0, group: int = 0, shard: int = 0
+        self, namespace: NamespaceId, keys: Keys, *, ttl_s: float = 0.0, group: int = 0, shard: int = 0, owner: str = ""
     ) -> tuple[int, Bools]:
-        """Holds blocks against eviction, for `ttl_s` or until `unpin`. Returns the pin (or 0) and which it holds."""
+        """Holds blocks against eviction, for `ttl_s` or until `unpin`. Returns the pin (or 0) and which it holds.
+
+        The pin ends with this session, unless it names an `owner`.
+        """
 
         def call(session: Session, timeout_s: float) -> tuple[int, Bools]:
             request = pb.PinRequest(
                 session_id=session.id, namespace_id=namespace, keys=key_list(keys, group, shard),
-                ttl_ms=ms(ttl_s) if ttl_s else 0,
+                ttl_ms=ms(ttl_s) if ttl_s else 0, owner=owner,
             )  # fmt: skip
             reply = session.stub.Pin(request, timeout=timeout_s)
             return reply.pin_id, np.fromiter(reply.found, dtype=np.bool_, count=len(keys))
 
         return self._call(call)
 
-    def unpin(self, pin: int) -> None:
-        self._call(lambda s, t: s.stub.Unpin(pb.UnpinRequest(session_id=s.id, pin_id=pin), timeout=t))
+    def unpin(self, pin: int = 0, *, owner: str = "") -> int:
+        """Ends a pin of this session or of `owner`; without a number, all of the owner's. Returns how many ended."""
+
+        def call(session: Session, timeout_s: float) -> int:
+            request = pb.UnpinRequest(session_id=0 if owner else session.id, pin_id=pin, owner=owner)
+            return int(session.stub.Unpin(request, timeout=timeout_s).pins_released)
+
+        return self._call(call)
+
+    def list_blocks(
+        self, *, namespace: bytes = b"", name_prefix: str = "", keys: Keys | None = None, limit: int = 1000
+    ) -> Iterator[pb.BlockInfo]:
+        """What the source holds, page by page: all, of one namespace, or just these keys as they are stored."""
+        cursor = 0
+        while True:
+            request = pb.ListBlocksRequest(
+                cursor=cursor, limit=limit, namespace_id=namespace, name_prefix=name_prefix,
+                keys=b"" if keys is None else keys.tobytes(),
+            )  # fmt: skip
+            reply = self._call(lambda s, t, r=request: s.stub.ListBlocks(r, timeout=t))
+            yield from reply.blocks
+            cursor = reply.next_cursor
+            if cursor == 0:
+                return
 
     def wait(
         self,
@@ -288,6 +370,8 @@ class SourceCalls:
         spec = self._specs.get(namespace)
         if spec is None:
             raise UnknownNamespace("this client does not know the namespace", hint="call register first")
+        if spec.is_objects:
+            return OBJECTS_GROUP
         if not 0 <= group < len(spec.groups):
             raise BadArgument(f"group {group} is not one of the namespace's {len(spec.groups)}")
         return spec.groups[group]
@@ -318,11 +402,13 @@ class SourceCalls:
             return Unavailable(f"{self.address} has ended the session", hint="the next call opens another")
         return error
 
-    def _register_again(self, stub: Any) -> None:
-        """A new session may be with a restarted source, which knows no namespaces."""
-        for spec in list(self._specs.values()):
+    def _register_again(self, stub: Any) -> dict[NamespaceId, int]:
+        """A new session may be with a restarted source, which may know no namespaces, or by other numbers."""
+        numbers: dict[NamespaceId, int] = {}
+        for namespace, spec in list(self._specs.items()):
             request = pb.RegisterNamespaceRequest(namespace=wire.namespace_to_proto(spec))
-            stub.RegisterNamespace(request, timeout=self._timeout_s)
+            numbers[namespace] = stub.RegisterNamespace(request, timeout=self._timeout_s).number
+        return numbers
 
     def _count(self, **amounts: int) -> None:
         with self._lock:
@@ -330,10 +416,10 @@ class SourceCalls:
                 setattr(self._counters, name, getattr(self._counters, name) + amount)
 
 
-def key_list(keys: Keys, group: int, shard: int) -> common_pb2.KeyList:
+def key_list(keys: Keys, group: int, shard: int, parent: bytes = b"") -> common_pb2.KeyList:
     if keys.dtype != np.uint8 or keys.ndim != 2 or keys.shape[1] != KEY_BYTES:
         raise BadArgument("keys must be uint8 (keys, 16)")
-    return common_pb2.KeyList(group=group, shard=shard, keys=keys.tobytes())
+    return common_pb2.KeyList(group=group, shard=shard, keys=keys.tobytes(), parent=parent)
 
 
 def ms(seconds: float) -> int:

@@ -8,15 +8,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterator
-
-import numpy as np
+from collections.abc import Callable, Iterator
 
 from kvpool.core.errors import UnknownSession
-from kvpool.core.ids import KeyArray, SessionId, WaitId
+from kvpool.core.ids import SessionId, WaitId
 from kvpool.core.source import SourceCore
 from kvpool.core.waits import Wakeup
-from kvpool.service.announcer import Announcer
+from kvpool.service.announcer import Announcer, Snapshot
 from kvpool.service.grants import Grants, now_us
 
 log = logging.getLogger(__name__)
@@ -47,11 +45,14 @@ class Waiter:
 class SourceDriver:
     """Calls the core inside `turn`, which carries out what the call asks for."""
 
-    def __init__(self, core: SourceCore, grants: Grants) -> None:
+    def __init__(
+        self, core: SourceCore, grants: Grants, write_catalog: Callable[[bytes], None] = lambda _: None
+    ) -> None:
         self.core, self.grants = core, grants
+        self._write_catalog = write_catalog
         self.announcer: Announcer | None = None
         self._waiters: dict[WaitId, Waiter] = {}
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_us = 0
         self._usage = (0, 0)
@@ -65,6 +66,12 @@ class SourceDriver:
             yield now
         finally:
             self._settle()
+
+    def save_catalog(self) -> None:
+        """Writes down what the numbers in the index stand for, inside the turn that added one. Raises: Overloaded."""
+        if self.core.catalog_changed:
+            self._write_catalog(self.core.catalog().to_bytes())
+            self.core.catalog_changed = False
 
     def wait_begun(self, wait: WaitId, session: SessionId) -> Waiter:
         """Registers a wait inside the turn that began it."""
@@ -105,7 +112,7 @@ class SourceDriver:
                 return
             self._timer.cancel()
         self._timer_us = deadline
-        self._timer = self._loop.call_later(max(0, deadline - now_us()) / 1e6, self._tick)
+        self._timer = self.loop.call_later(max(0, deadline - now_us()) / 1e6, self._tick)
 
     def _tick(self) -> None:
         self._timer = None
@@ -118,13 +125,13 @@ class SourceDriver:
 
     # ------------------------------------------------------------ for the announcer's thread
 
-    def snapshot(self) -> tuple[KeyArray, int]:
+    def snapshot(self) -> Snapshot:
         """All keys held, and the number of the last published batch that they include. For other threads."""
-        return asyncio.run_coroutine_threadsafe(self._snapshot(), self._loop).result(SNAPSHOT_TIMEOUT_S)
+        return asyncio.run_coroutine_threadsafe(self._snapshot(), self.loop).result(SNAPSHOT_TIMEOUT_S)
 
-    async def _snapshot(self) -> tuple[KeyArray, int]:
+    async def _snapshot(self) -> Snapshot:
         number = self.announcer.last_number if self.announcer is not None else 0
-        return np.array(self.core.snapshot_keys(), copy=True), number
+        return self.core.snapshot_keys(), number
 
     def usage(self) -> tuple[int, int]:
         """(bytes used, blocks readable) of a moment ago. From any thread, and at once: heartbeats depend on it."""

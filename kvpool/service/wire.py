@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +12,13 @@ from kvpool.core.arrays import Descriptors
 from kvpool.core.changes import BlockChange, ChangeKind
 from kvpool.core.errors import BadArgument
 from kvpool.core.ids import Fidelity, KeyArray, Tier, qualify, unpack_keys
+from kvpool.core.links import LinkSnapshot
 from kvpool.core.listing import BlockRecord, SourceCounts
 from kvpool.core.namespace import GroupKind, GroupSpec, NamespaceSpec
-from kvpool.v1 import block_source_pb2, common_pb2, directory_pb2
+from kvpool.v1 import block_source_pb2, common_pb2, directory_pb2, source_admin_pb2
+
+if TYPE_CHECKING:
+    from kvpool.core.results import PinRecord, QuotaRecord
 
 TTL_MS_MAX = 600_000
 #: Keys of one call; a longer prompt asks twice.
@@ -65,6 +69,18 @@ def namespace_from_proto(spec: common_pb2.NamespaceSpec) -> NamespaceSpec:
     return result
 
 
+def group_like(spec: NamespaceSpec, block: block_source_pb2.BlockInfo) -> int | None:
+    """A group of the namespace that is cut like a stored block, whose own group can't be told from its key."""
+    if spec.is_objects:
+        return 0
+    for group in spec.groups:
+        if group.section_count == block.section_count and (
+            group.block_bytes == block.size or block.fidelity != common_pb2.FIDELITY_EXACT
+        ):
+            return group.id
+    return None
+
+
 def array(values: Iterable[int], dtype: Any) -> NDArray[Any]:
     return np.fromiter(values, dtype=dtype)
 
@@ -83,7 +99,7 @@ def descriptors_from_proto(blocks: block_source_pb2.Descriptors, keys: KeyArray,
     return Descriptors(
         keys=keys,
         offsets=array(blocks.offsets, np.uint64),
-        sizes=array(blocks.sizes, np.uint32),
+        sizes=array(blocks.sizes, np.uint64),
         generations=array(blocks.generations, np.uint32),
         digests=digests.reshape(count, section_count),
     )
@@ -140,7 +156,10 @@ def counts_to_proto(
         blocks_writing=counts.blocks_writing, sessions=counts.sessions, leases=counts.leases, pins=counts.pins,
         reservations=counts.reservations, quarantined=counts.quarantined, waiters=counts.waiters, hits=counts.hits,
         misses=counts.misses, evictions=counts.evictions, bytes_read=bytes_read, bytes_written=bytes_written,
-        digest_errors=digest_errors,
+        digest_errors=digest_errors, bytes_free=counts.bytes_free, bytes_largest_extent=counts.bytes_largest_extent,
+        fragmentation=counts.fragmentation, entries_total=counts.entries_total, pins_detached=counts.pins_detached,
+        eviction=counts.eviction, draining=counts.draining, adopted=counts.adopted, touches=counts.touches,
+        expired=counts.expired,
     )  # fmt: skip
 
 
@@ -148,5 +167,34 @@ def record_to_proto(record: BlockRecord, tier: Tier) -> block_source_pb2.BlockIn
     return block_source_pb2.BlockInfo(
         key=record.key, namespace_id=record.namespace_id, tier=int(tier), fidelity=int(record.fidelity),
         offset=record.offset, size=record.size, generation=record.generation, leases=record.leases, pins=record.pins,
-        state=record.state,
+        state=record.state, name=record.name.decode(errors="replace"), tenant=record.tenant,
+        section_count=record.section_count, on_ssd=record.on_lower,
     )  # fmt: skip
+
+
+def quota_to_proto(quota: QuotaRecord) -> source_admin_pb2.Quota:
+    return source_admin_pb2.Quota(
+        namespace_id=quota.namespace_id, tenant=quota.tenant, bytes_max=quota.bytes_max, bytes_used=quota.bytes_used
+    )
+
+
+def pin_to_proto(pin: PinRecord, client: str, now_us: int) -> source_admin_pb2.PinInfo:
+    """Args: client: of the session that the pin belongs to; shown where the pin names no owner of its own."""
+    left_ms = -1 if pin.expires_us is None else max(0, pin.expires_us - now_us) // 1000
+    return source_admin_pb2.PinInfo(
+        pin_id=pin.pin, owner=pin.owner or client, session_id=pin.session, blocks=pin.blocks, bytes=pin.bytes,
+        expires_in_ms=left_ms, kind=pin.kind,
+    )  # fmt: skip
+
+
+def link_to_proto(
+    link: LinkSnapshot, client: str, *, active: bool = False, age_ms: int = 0
+) -> source_admin_pb2.LinkInfo:
+    """A measured link of `client`; what was never measured is 0."""
+    info = source_admin_pb2.LinkInfo(
+        to=link.source, kind=link.channel, state=str(link.state), latency_us=link.latency_us or 0,
+        bytes_per_s=link.bandwidth_bytes_s or link.bandwidth_shared_bytes_s or 0, transfers=link.samples,
+        bytes=link.bytes_total, errors=link.errors, active=active, age_ms=age_ms,
+    )  # fmt: skip
+    setattr(info, "from", client)
+    return info

@@ -1,7 +1,8 @@
 """Proof that a writer of shared memory is gone: a file whose flock the kernel drops with the writer's process.
 
 Client side `WriterLock`, source side `WriterProof`. The source opens the file while the client is known to hold it, so
-that later on neither its name nor its folder matters.
+that later on neither its name nor its folder matters; `WriterTable` writes the names down in the segment, for a source
+that takes the segment over.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ import tempfile
 import threading
 import uuid
 from pathlib import Path
+from typing import Protocol
+
+from kvpool.core.errors import BadArgument
 
 PREFIX = "kvpool-writer-"
 
@@ -97,6 +101,55 @@ class WriterProof:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+class Places(Protocol):
+    """Where paths are written down so that they outlive this process; see `tiers.dram.Segment`."""
+
+    def writers(self) -> dict[int, str]: ...
+
+    def note_writer(self, place: int, path: str) -> None: ...
+
+
+class WriterTable:
+    """Who may be writing into a segment, as its next owner will find it."""
+
+    def __init__(self, places: Places, places_max: int) -> None:
+        self._places = places
+        known = places.writers()
+        self._free = [place for place in range(places_max)[::-1] if place not in known]
+        # Writers of the process before; those that can't be proven gone now may be at work still.
+        self._inherited = {place: path for place, path in known.items() if not self._is_gone(place, path)}
+
+    def note(self, path: str) -> int | None:
+        """Before a writer may begin. None: no place is left, or the path is too long; it may then not write."""
+        if not self._free:
+            return None
+        place = self._free[-1]
+        try:
+            self._places.note_writer(place, path)
+        except BadArgument:
+            return None
+        return self._free.pop()
+
+    def strike(self, place: int) -> None:
+        """Once the writer is proven gone."""
+        self._places.note_writer(place, "")
+        self._free.append(place)
+
+    def all_inherited_gone(self) -> bool:
+        """Whether no writer of the process before can be at work any more."""
+        self._inherited = {place: path for place, path in self._inherited.items() if not self._is_gone(place, path)}
+        return not self._inherited
+
+    def _is_gone(self, place: int, path: str) -> bool:
+        if Path(path).exists():
+            proof = WriterProof.open(path)
+            if proof is not None:
+                proof.close()
+                return False
+        self.strike(place)
+        return True
 
 
 def remove_orphans(folder: Path | None = None) -> None:

@@ -59,10 +59,12 @@ class RegisterNamespaceRequest(_message.Message):
     def __init__(self, namespace: _Optional[_Union[_common_pb2.NamespaceSpec, _Mapping]] = ...) -> None: ...
 
 class RegisterNamespaceReply(_message.Message):
-    __slots__ = ("namespace_id",)
+    __slots__ = ("namespace_id", "number")
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
     namespace_id: bytes
-    def __init__(self, namespace_id: _Optional[bytes] = ...) -> None: ...
+    number: int
+    def __init__(self, namespace_id: _Optional[bytes] = ..., number: _Optional[int] = ...) -> None: ...
 
 class OpenChannelRequest(_message.Message):
     __slots__ = ("session_id", "host_id", "channels")
@@ -108,20 +110,26 @@ class Descriptors(_message.Message):
     def __init__(self, offsets: _Optional[_Iterable[int]] = ..., sizes: _Optional[_Iterable[int]] = ..., generations: _Optional[_Iterable[int]] = ..., digests: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ReserveRequest(_message.Message):
-    __slots__ = ("session_id", "namespace_id", "keys", "ttl_ms", "hold", "fidelity")
+    __slots__ = ("session_id", "namespace_id", "keys", "ttl_ms", "hold", "fidelity", "sizes", "names", "tenant")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     TTL_MS_FIELD_NUMBER: _ClassVar[int]
     HOLD_FIELD_NUMBER: _ClassVar[int]
     FIDELITY_FIELD_NUMBER: _ClassVar[int]
+    SIZES_FIELD_NUMBER: _ClassVar[int]
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     session_id: int
     namespace_id: bytes
     keys: _common_pb2.KeyList
     ttl_ms: int
     hold: _common_pb2.HandoffHold
     fidelity: _common_pb2.Fidelity
-    def __init__(self, session_id: _Optional[int] = ..., namespace_id: _Optional[bytes] = ..., keys: _Optional[_Union[_common_pb2.KeyList, _Mapping]] = ..., ttl_ms: _Optional[int] = ..., hold: _Optional[_Union[_common_pb2.HandoffHold, _Mapping]] = ..., fidelity: _Optional[_Union[_common_pb2.Fidelity, str]] = ...) -> None: ...
+    sizes: _containers.RepeatedScalarFieldContainer[int]
+    names: _containers.RepeatedScalarFieldContainer[str]
+    tenant: str
+    def __init__(self, session_id: _Optional[int] = ..., namespace_id: _Optional[bytes] = ..., keys: _Optional[_Union[_common_pb2.KeyList, _Mapping]] = ..., ttl_ms: _Optional[int] = ..., hold: _Optional[_Union[_common_pb2.HandoffHold, _Mapping]] = ..., fidelity: _Optional[_Union[_common_pb2.Fidelity, str]] = ..., sizes: _Optional[_Iterable[int]] = ..., names: _Optional[_Iterable[str]] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class ReserveReply(_message.Message):
     __slots__ = ("reservation_id", "status", "slots")
@@ -132,11 +140,13 @@ class ReserveReply(_message.Message):
         EXISTS: _ClassVar[ReserveReply.Status]
         BEING_WRITTEN: _ClassVar[ReserveReply.Status]
         NO_SPACE: _ClassVar[ReserveReply.Status]
+        OVER_QUOTA: _ClassVar[ReserveReply.Status]
     STATUS_UNSPECIFIED: ReserveReply.Status
     RESERVED: ReserveReply.Status
     EXISTS: ReserveReply.Status
     BEING_WRITTEN: ReserveReply.Status
     NO_SPACE: ReserveReply.Status
+    OVER_QUOTA: ReserveReply.Status
     RESERVATION_ID_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
@@ -180,44 +190,54 @@ class AbortReply(_message.Message):
     def __init__(self, blocks_dropped: _Optional[int] = ...) -> None: ...
 
 class LeaseRequest(_message.Message):
-    __slots__ = ("session_id", "namespace_id", "keys", "ttl_ms", "handoff_request_id", "fidelity_min")
+    __slots__ = ("session_id", "namespace_id", "keys", "ttl_ms", "handoff_request_id", "fidelity_min", "promote_ms", "names")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     TTL_MS_FIELD_NUMBER: _ClassVar[int]
     HANDOFF_REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     FIDELITY_MIN_FIELD_NUMBER: _ClassVar[int]
+    PROMOTE_MS_FIELD_NUMBER: _ClassVar[int]
+    NAMES_FIELD_NUMBER: _ClassVar[int]
     session_id: int
     namespace_id: bytes
     keys: _common_pb2.KeyList
     ttl_ms: int
     handoff_request_id: str
     fidelity_min: _common_pb2.Fidelity
-    def __init__(self, session_id: _Optional[int] = ..., namespace_id: _Optional[bytes] = ..., keys: _Optional[_Union[_common_pb2.KeyList, _Mapping]] = ..., ttl_ms: _Optional[int] = ..., handoff_request_id: _Optional[str] = ..., fidelity_min: _Optional[_Union[_common_pb2.Fidelity, str]] = ...) -> None: ...
+    promote_ms: int
+    names: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, session_id: _Optional[int] = ..., namespace_id: _Optional[bytes] = ..., keys: _Optional[_Union[_common_pb2.KeyList, _Mapping]] = ..., ttl_ms: _Optional[int] = ..., handoff_request_id: _Optional[str] = ..., fidelity_min: _Optional[_Union[_common_pb2.Fidelity, str]] = ..., promote_ms: _Optional[int] = ..., names: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class LeaseReply(_message.Message):
-    __slots__ = ("lease_id", "found", "blocks", "fidelity")
+    __slots__ = ("lease_id", "found", "blocks", "fidelity", "tiers")
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     FOUND_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     FIDELITY_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
     lease_id: int
     found: _containers.RepeatedScalarFieldContainer[bool]
     blocks: Descriptors
     fidelity: _containers.RepeatedScalarFieldContainer[_common_pb2.Fidelity]
-    def __init__(self, lease_id: _Optional[int] = ..., found: _Optional[_Iterable[bool]] = ..., blocks: _Optional[_Union[Descriptors, _Mapping]] = ..., fidelity: _Optional[_Iterable[_Union[_common_pb2.Fidelity, str]]] = ...) -> None: ...
+    tiers: _containers.RepeatedScalarFieldContainer[_common_pb2.Tier]
+    def __init__(self, lease_id: _Optional[int] = ..., found: _Optional[_Iterable[bool]] = ..., blocks: _Optional[_Union[Descriptors, _Mapping]] = ..., fidelity: _Optional[_Iterable[_Union[_common_pb2.Fidelity, str]]] = ..., tiers: _Optional[_Iterable[_Union[_common_pb2.Tier, str]]] = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
-    __slots__ = ("session_id", "lease_ids", "corrupt", "namespace_id")
+    __slots__ = ("session_id", "lease_ids", "corrupt", "namespace_id", "handoff_request_id", "handed_off")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     LEASE_IDS_FIELD_NUMBER: _ClassVar[int]
     CORRUPT_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    HANDOFF_REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    HANDED_OFF_FIELD_NUMBER: _ClassVar[int]
     session_id: int
     lease_ids: _containers.RepeatedScalarFieldContainer[int]
     corrupt: _common_pb2.KeyList
     namespace_id: bytes
-    def __init__(self, session_id: _Optional[int] = ..., lease_ids: _Optional[_Iterable[int]] = ..., corrupt: _Optional[_Union[_common_pb2.KeyList, _Mapping]] = ..., namespace_id: _Optional[bytes] = ...) -> None: ...
+    handoff_request_id: str
+    handed_off: _common_pb2.KeyList
+    def __init__(self, session_id: _Optional[int] = ..., lease_ids: _Optional[_Iterable[int]] = ..., corrupt: _Optional[_Union[_common_pb2.KeyList, _Mapping]] = ..., namespace_id: _Optional[bytes] = ..., handoff_request_id: _Optional[str] = ..., handed_off: _Optional[_Union[_common_pb2.KeyList, _Mapping]] = ...) -> None: ...
 
 class ReleaseReply(_message.Message):
     __slots__ = ()
@@ -260,16 +280,18 @@ class AwaitReply(_message.Message):
     def __init__(self, indices: _Optional[_Iterable[int]] = ..., states: _Optional[_Iterable[_Union[AwaitReply.State, str]]] = ..., sections: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class PinRequest(_message.Message):
-    __slots__ = ("session_id", "namespace_id", "keys", "ttl_ms")
+    __slots__ = ("session_id", "namespace_id", "keys", "ttl_ms", "owner")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
     session_id: int
     namespace_id: bytes
     keys: _common_pb2.KeyList
     ttl_ms: int
-    def __init__(self, session_id: _Optional[int] = ..., namespace_id: _Optional[bytes] = ..., keys: _Optional[_Union[_common_pb2.KeyList, _Mapping]] = ..., ttl_ms: _Optional[int] = ...) -> None: ...
+    owner: str
+    def __init__(self, session_id: _Optional[int] = ..., namespace_id: _Optional[bytes] = ..., keys: _Optional[_Union[_common_pb2.KeyList, _Mapping]] = ..., ttl_ms: _Optional[int] = ..., owner: _Optional[str] = ...) -> None: ...
 
 class PinReply(_message.Message):
     __slots__ = ("pin_id", "found")
@@ -280,40 +302,50 @@ class PinReply(_message.Message):
     def __init__(self, pin_id: _Optional[int] = ..., found: _Optional[_Iterable[bool]] = ...) -> None: ...
 
 class UnpinRequest(_message.Message):
-    __slots__ = ("session_id", "pin_id")
+    __slots__ = ("session_id", "pin_id", "owner")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     PIN_ID_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
     session_id: int
     pin_id: int
-    def __init__(self, session_id: _Optional[int] = ..., pin_id: _Optional[int] = ...) -> None: ...
+    owner: str
+    def __init__(self, session_id: _Optional[int] = ..., pin_id: _Optional[int] = ..., owner: _Optional[str] = ...) -> None: ...
 
 class UnpinReply(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("pins_released",)
+    PINS_RELEASED_FIELD_NUMBER: _ClassVar[int]
+    pins_released: int
+    def __init__(self, pins_released: _Optional[int] = ...) -> None: ...
 
 class LookupRequest(_message.Message):
-    __slots__ = ("namespace_id", "keys")
+    __slots__ = ("namespace_id", "keys", "names")
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
+    NAMES_FIELD_NUMBER: _ClassVar[int]
     namespace_id: bytes
     keys: _common_pb2.KeyList
-    def __init__(self, namespace_id: _Optional[bytes] = ..., keys: _Optional[_Union[_common_pb2.KeyList, _Mapping]] = ...) -> None: ...
+    names: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, namespace_id: _Optional[bytes] = ..., keys: _Optional[_Union[_common_pb2.KeyList, _Mapping]] = ..., names: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class LookupReply(_message.Message):
-    __slots__ = ("found",)
+    __slots__ = ("found", "tiers")
     FOUND_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
     found: _containers.RepeatedScalarFieldContainer[bool]
-    def __init__(self, found: _Optional[_Iterable[bool]] = ...) -> None: ...
+    tiers: _containers.RepeatedScalarFieldContainer[_common_pb2.Tier]
+    def __init__(self, found: _Optional[_Iterable[bool]] = ..., tiers: _Optional[_Iterable[_Union[_common_pb2.Tier, str]]] = ...) -> None: ...
 
 class RemoveRequest(_message.Message):
-    __slots__ = ("namespace_id", "keys", "all")
+    __slots__ = ("namespace_id", "keys", "all", "name_prefix")
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     ALL_FIELD_NUMBER: _ClassVar[int]
+    NAME_PREFIX_FIELD_NUMBER: _ClassVar[int]
     namespace_id: bytes
     keys: _common_pb2.KeyList
     all: bool
-    def __init__(self, namespace_id: _Optional[bytes] = ..., keys: _Optional[_Union[_common_pb2.KeyList, _Mapping]] = ..., all: bool = ...) -> None: ...
+    name_prefix: str
+    def __init__(self, namespace_id: _Optional[bytes] = ..., keys: _Optional[_Union[_common_pb2.KeyList, _Mapping]] = ..., all: bool = ..., name_prefix: _Optional[str] = ...) -> None: ...
 
 class RemoveReply(_message.Message):
     __slots__ = ("blocks_removed",)
@@ -322,15 +354,21 @@ class RemoveReply(_message.Message):
     def __init__(self, blocks_removed: _Optional[int] = ...) -> None: ...
 
 class ListBlocksRequest(_message.Message):
-    __slots__ = ("cursor", "limit")
+    __slots__ = ("cursor", "limit", "namespace_id", "name_prefix", "keys")
     CURSOR_FIELD_NUMBER: _ClassVar[int]
     LIMIT_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    NAME_PREFIX_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
     cursor: int
     limit: int
-    def __init__(self, cursor: _Optional[int] = ..., limit: _Optional[int] = ...) -> None: ...
+    namespace_id: bytes
+    name_prefix: str
+    keys: bytes
+    def __init__(self, cursor: _Optional[int] = ..., limit: _Optional[int] = ..., namespace_id: _Optional[bytes] = ..., name_prefix: _Optional[str] = ..., keys: _Optional[bytes] = ...) -> None: ...
 
 class BlockInfo(_message.Message):
-    __slots__ = ("key", "namespace_id", "tier", "fidelity", "offset", "size", "generation", "leases", "pins", "state")
+    __slots__ = ("key", "namespace_id", "tier", "fidelity", "offset", "size", "generation", "leases", "pins", "state", "name", "tenant", "section_count", "on_ssd")
     KEY_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
     TIER_FIELD_NUMBER: _ClassVar[int]
@@ -341,6 +379,10 @@ class BlockInfo(_message.Message):
     LEASES_FIELD_NUMBER: _ClassVar[int]
     PINS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    SECTION_COUNT_FIELD_NUMBER: _ClassVar[int]
+    ON_SSD_FIELD_NUMBER: _ClassVar[int]
     key: bytes
     namespace_id: bytes
     tier: _common_pb2.Tier
@@ -351,7 +393,11 @@ class BlockInfo(_message.Message):
     leases: int
     pins: int
     state: str
-    def __init__(self, key: _Optional[bytes] = ..., namespace_id: _Optional[bytes] = ..., tier: _Optional[_Union[_common_pb2.Tier, str]] = ..., fidelity: _Optional[_Union[_common_pb2.Fidelity, str]] = ..., offset: _Optional[int] = ..., size: _Optional[int] = ..., generation: _Optional[int] = ..., leases: _Optional[int] = ..., pins: _Optional[int] = ..., state: _Optional[str] = ...) -> None: ...
+    name: str
+    tenant: str
+    section_count: int
+    on_ssd: bool
+    def __init__(self, key: _Optional[bytes] = ..., namespace_id: _Optional[bytes] = ..., tier: _Optional[_Union[_common_pb2.Tier, str]] = ..., fidelity: _Optional[_Union[_common_pb2.Fidelity, str]] = ..., offset: _Optional[int] = ..., size: _Optional[int] = ..., generation: _Optional[int] = ..., leases: _Optional[int] = ..., pins: _Optional[int] = ..., state: _Optional[str] = ..., name: _Optional[str] = ..., tenant: _Optional[str] = ..., section_count: _Optional[int] = ..., on_ssd: bool = ...) -> None: ...
 
 class ListBlocksReply(_message.Message):
     __slots__ = ("blocks", "next_cursor")
@@ -366,7 +412,7 @@ class GetSourceStatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class SourceStats(_message.Message):
-    __slots__ = ("bytes_total", "bytes_used", "blocks", "blocks_writing", "sessions", "leases", "pins", "reservations", "quarantined", "waiters", "hits", "misses", "evictions", "bytes_read", "bytes_written", "digest_errors")
+    __slots__ = ("bytes_total", "bytes_used", "blocks", "blocks_writing", "sessions", "leases", "pins", "reservations", "quarantined", "waiters", "hits", "misses", "evictions", "bytes_read", "bytes_written", "digest_errors", "bytes_free", "bytes_largest_extent", "fragmentation", "entries_total", "pins_detached", "eviction", "draining", "adopted", "touches", "expired", "ssd")
     BYTES_TOTAL_FIELD_NUMBER: _ClassVar[int]
     BYTES_USED_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -383,6 +429,17 @@ class SourceStats(_message.Message):
     BYTES_READ_FIELD_NUMBER: _ClassVar[int]
     BYTES_WRITTEN_FIELD_NUMBER: _ClassVar[int]
     DIGEST_ERRORS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FREE_FIELD_NUMBER: _ClassVar[int]
+    BYTES_LARGEST_EXTENT_FIELD_NUMBER: _ClassVar[int]
+    FRAGMENTATION_FIELD_NUMBER: _ClassVar[int]
+    ENTRIES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    PINS_DETACHED_FIELD_NUMBER: _ClassVar[int]
+    EVICTION_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    ADOPTED_FIELD_NUMBER: _ClassVar[int]
+    TOUCHES_FIELD_NUMBER: _ClassVar[int]
+    EXPIRED_FIELD_NUMBER: _ClassVar[int]
+    SSD_FIELD_NUMBER: _ClassVar[int]
     bytes_total: int
     bytes_used: int
     blocks: int
@@ -399,4 +456,47 @@ class SourceStats(_message.Message):
     bytes_read: int
     bytes_written: int
     digest_errors: int
-    def __init__(self, bytes_total: _Optional[int] = ..., bytes_used: _Optional[int] = ..., blocks: _Optional[int] = ..., blocks_writing: _Optional[int] = ..., sessions: _Optional[int] = ..., leases: _Optional[int] = ..., pins: _Optional[int] = ..., reservations: _Optional[int] = ..., quarantined: _Optional[int] = ..., waiters: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., evictions: _Optional[int] = ..., bytes_read: _Optional[int] = ..., bytes_written: _Optional[int] = ..., digest_errors: _Optional[int] = ...) -> None: ...
+    bytes_free: int
+    bytes_largest_extent: int
+    fragmentation: float
+    entries_total: int
+    pins_detached: int
+    eviction: str
+    draining: bool
+    adopted: int
+    touches: int
+    expired: int
+    ssd: SsdStats
+    def __init__(self, bytes_total: _Optional[int] = ..., bytes_used: _Optional[int] = ..., blocks: _Optional[int] = ..., blocks_writing: _Optional[int] = ..., sessions: _Optional[int] = ..., leases: _Optional[int] = ..., pins: _Optional[int] = ..., reservations: _Optional[int] = ..., quarantined: _Optional[int] = ..., waiters: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., evictions: _Optional[int] = ..., bytes_read: _Optional[int] = ..., bytes_written: _Optional[int] = ..., digest_errors: _Optional[int] = ..., bytes_free: _Optional[int] = ..., bytes_largest_extent: _Optional[int] = ..., fragmentation: _Optional[float] = ..., entries_total: _Optional[int] = ..., pins_detached: _Optional[int] = ..., eviction: _Optional[str] = ..., draining: bool = ..., adopted: _Optional[int] = ..., touches: _Optional[int] = ..., expired: _Optional[int] = ..., ssd: _Optional[_Union[SsdStats, _Mapping]] = ...) -> None: ...
+
+class SsdStats(_message.Message):
+    __slots__ = ("state", "bytes_total", "bytes_live", "bytes_dead", "bytes_free", "records", "hits", "demotions", "evictions", "io_errors", "digest_errors", "recovery_s", "recovered_bytes", "reason")
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    BYTES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    BYTES_LIVE_FIELD_NUMBER: _ClassVar[int]
+    BYTES_DEAD_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FREE_FIELD_NUMBER: _ClassVar[int]
+    RECORDS_FIELD_NUMBER: _ClassVar[int]
+    HITS_FIELD_NUMBER: _ClassVar[int]
+    DEMOTIONS_FIELD_NUMBER: _ClassVar[int]
+    EVICTIONS_FIELD_NUMBER: _ClassVar[int]
+    IO_ERRORS_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_ERRORS_FIELD_NUMBER: _ClassVar[int]
+    RECOVERY_S_FIELD_NUMBER: _ClassVar[int]
+    RECOVERED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    state: str
+    bytes_total: int
+    bytes_live: int
+    bytes_dead: int
+    bytes_free: int
+    records: int
+    hits: int
+    demotions: int
+    evictions: int
+    io_errors: int
+    digest_errors: int
+    recovery_s: float
+    recovered_bytes: int
+    reason: str
+    def __init__(self, state: _Optional[str] = ..., bytes_total: _Optional[int] = ..., bytes_live: _Optional[int] = ..., bytes_dead: _Optional[int] = ..., bytes_free: _Optional[int] = ..., records: _Optional[int] = ..., hits: _Optional[int] = ..., demotions: _Optional[int] = ..., evictions: _Optional[int] = ..., io_errors: _Optional[int] = ..., digest_errors: _Optional[int] = ..., recovery_s: _Optional[float] = ..., recovered_bytes: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...

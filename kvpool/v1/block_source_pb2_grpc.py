@@ -215,7 +215,8 @@ class BlockSourceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Remove(self, request, context):
-        """Drops blocks by key, or all of a namespace. Blocks under lease are dropped when their last lease ends.
+        """Drops blocks by key, by name, by the beginning of names, or all of a namespace, from each tier. Blocks under lease
+        lose their key at once and their bytes when their last lease ends.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

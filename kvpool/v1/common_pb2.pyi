@@ -82,14 +82,16 @@ class NamespaceSpec(_message.Message):
     def __init__(self, model: _Optional[str] = ..., revision: _Optional[str] = ..., dtype: _Optional[str] = ..., backend: _Optional[str] = ..., layout: _Optional[str] = ..., hash: _Optional[str] = ..., groups: _Optional[_Iterable[_Union[GroupSpec, _Mapping]]] = ...) -> None: ...
 
 class KeyList(_message.Message):
-    __slots__ = ("group", "shard", "keys")
+    __slots__ = ("group", "shard", "keys", "parent")
     GROUP_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
     group: int
     shard: int
     keys: bytes
-    def __init__(self, group: _Optional[int] = ..., shard: _Optional[int] = ..., keys: _Optional[bytes] = ...) -> None: ...
+    parent: bytes
+    def __init__(self, group: _Optional[int] = ..., shard: _Optional[int] = ..., keys: _Optional[bytes] = ..., parent: _Optional[bytes] = ...) -> None: ...
 
 class HandoffHold(_message.Message):
     __slots__ = ("request_id", "ttl_ms")
@@ -125,6 +127,10 @@ class ErrorDetail(_message.Message):
         SLO_UNREACHABLE: _ClassVar[ErrorDetail.Reason]
         NO_CAPACITY: _ClassVar[ErrorDetail.Reason]
         DEADLINE: _ClassVar[ErrorDetail.Reason]
+        QUOTA_EXCEEDED: _ClassVar[ErrorDetail.Reason]
+        DRAINING: _ClassVar[ErrorDetail.Reason]
+        NO_SSD: _ClassVar[ErrorDetail.Reason]
+        UNREACHABLE: _ClassVar[ErrorDetail.Reason]
     REASON_UNSPECIFIED: ErrorDetail.Reason
     BAD_KEY_LENGTH: ErrorDetail.Reason
     BAD_ARGUMENT: ErrorDetail.Reason
@@ -147,6 +153,10 @@ class ErrorDetail(_message.Message):
     SLO_UNREACHABLE: ErrorDetail.Reason
     NO_CAPACITY: ErrorDetail.Reason
     DEADLINE: ErrorDetail.Reason
+    QUOTA_EXCEEDED: ErrorDetail.Reason
+    DRAINING: ErrorDetail.Reason
+    NO_SSD: ErrorDetail.Reason
+    UNREACHABLE: ErrorDetail.Reason
     REASON_FIELD_NUMBER: _ClassVar[int]
     HINT_FIELD_NUMBER: _ClassVar[int]
     reason: ErrorDetail.Reason

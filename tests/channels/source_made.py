@@ -1,4 +1,7 @@
-"""A real source in this process (segment, core, grants, data server), and a proxy that harms what passes through."""
+"""A real source in this process (segment, core, grants, data servers), the channels to it, and a proxy that does harm.
+
+Adding a channel to the contract suite is one entry in `CHANNELS`.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +9,96 @@ import contextlib
 import selectors
 import socket
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpool.channels.base import Channel
+from kvpool.channels.base import Channel, Offer
+from kvpool.channels.failover import FailoverChannel
+from kvpool.channels.links import Links
 from kvpool.channels.sections import block_keys
 from kvpool.channels.shm import ShmChannel
 from kvpool.channels.tcp import TcpChannel
 from kvpool.channels.tcp_server import TcpDataServer
 from kvpool.core.arrays import Descriptors, SourceArrays
 from kvpool.core.hashing import section_digest
+from kvpool.core.ids import LeaseId
 from kvpool.core.namespace import GroupKind, GroupSpec, NamespaceSpec
 from kvpool.core.results import SourceConfig
 from kvpool.core.source import SourceCore
 from kvpool.service.grants import Grants, now_us
 from kvpool.tiers.dram import Segment
+from tests.channels.certificates import client_tls, server_tls
 
 ENTRIES = 512
 TTL_US = 60_000_000
 SECTIONS = 2
+
+
+class DataServer(Protocol):
+    """What a source runs for a channel."""
+
+    address: str
+
+    def close_session(self, session: int) -> None: ...
+
+    def close(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class MadeChannel:
+    """How to serve and to open a channel of one kind, and what the tests may expect of it."""
+
+    kind: str
+    open: Callable[[MadeSource, str], Channel]  # the source, the address of its data server or of a proxy to it
+    serve: Callable[[MadeSource], DataServer]
+    networked: bool = True  # bytes pass through a stream that `HarmfulProxy` can harm
+    same_host: bool = False
+    sees_rights: bool = True  # refuses what no live lease or reservation covers
+
+
+def _no_server(source: MadeSource) -> DataServer:
+    raise AssertionError("this channel needs no data server")
+
+
+def _open_shm(source: MadeSource, address: str) -> Channel:
+    parameters = {"path": str(source.segment.path), "uuid": source.segment.uuid.hex(), "writable": "1"}
+    return ShmChannel.open(parameters)
+
+
+def _open_tcp(source: MadeSource, address: str) -> Channel:
+    return TcpChannel.open({"address": address, "token": source.token.hex()})
+
+
+def _open_tls(source: MadeSource, address: str) -> Channel:
+    parameters = {"address": address, "token": source.token.hex(), "tls": "1"}
+    return TcpChannel.open(parameters, tls_config=client_tls(own="ours"))
+
+
+def _open_failover(source: MadeSource, address: str) -> Channel:
+    offer = Offer("tcp", {"address": address, "token": source.token.hex()})
+    return FailoverChannel.open("made", [offer], {"tcp": TcpChannel.open}, Links())
+
+
+def _serve_tcp(source: MadeSource) -> DataServer:
+    return TcpDataServer(source.segment.data, source.grants, "127.0.0.1", 0)
+
+
+def _serve_tls(source: MadeSource) -> DataServer:
+    config = server_tls(verify_clients=True)
+    return TcpDataServer(source.segment.data, source.grants, "127.0.0.1", 0, tls_config=config)
+
+
+CHANNELS = {
+    "shm": MadeChannel("shm", _open_shm, _no_server, networked=False, same_host=True, sees_rights=False),
+    "tcp": MadeChannel("tcp", _open_tcp, _serve_tcp),
+    "tcp+tls": MadeChannel("tcp", _open_tls, _serve_tls),
+    "failover": MadeChannel("tcp", _open_failover, _serve_tcp),
+}
 
 
 class MadeSource:
@@ -37,9 +109,10 @@ class MadeSource:
             folder, "made", data_bytes=data_bytes, index_bytes=SourceArrays.bytes_needed(ENTRIES)
         )
         arrays = SourceArrays.over(self.segment.index, ENTRIES, fresh=True)
-        self.core = SourceCore(SourceConfig(data_bytes, ENTRIES, slab_bytes=4 << 20), arrays)
+        self.core = SourceCore(SourceConfig(data_bytes, ENTRIES, "lru"), arrays)
         self.grants = Grants()
-        self.server = TcpDataServer(self.segment.data, self.grants, "127.0.0.1", 0)
+        self.servers: dict[str, DataServer] = {}
+        self.server = self.serving("tcp")
         self.group = GroupSpec(0, GroupKind.FULL, (0, 1), 16, 1, SECTIONS, block_bytes)
         spec = NamespaceSpec("made", "", "uint8", "", "", "xxh3_128/1", (self.group,))
         self.namespace = self.core.register_namespace(spec)
@@ -47,11 +120,16 @@ class MadeSource:
         self.token = self.grants.open_session(self.session)
         self._rng = np.random.default_rng(7)
 
+    def serving(self, kind: str) -> DataServer:
+        """The data server of a channel that needs one, started when first asked for."""
+        if kind not in self.servers:
+            self.servers[kind] = CHANNELS[kind].serve(self)
+        return self.servers[kind]
+
     def open(self, kind: str, address: str = "") -> Channel:
-        if kind == "shm":
-            parameters = {"path": str(self.segment.path), "uuid": self.segment.uuid.hex(), "writable": "1"}
-            return ShmChannel.open(parameters)
-        return TcpChannel.open({"address": address or self.server.address, "token": self.token.hex()})
+        """Opens a channel; `address`: of a proxy to its data server."""
+        made = CHANNELS[kind]
+        return made.open(self, address or (self.serving(kind).address if made.networked else ""))
 
     def random_blocks(self, count: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         keys = self._rng.integers(0, 256, (count, 16), dtype=np.uint8)
@@ -95,8 +173,15 @@ class MadeSource:
         b = leased.blocks
         return leased.lease, Descriptors(b.keys, b.offsets, b.sizes, b.generations, b.digests[:, :SECTIONS].copy())
 
+    def drop(self, lease: int, keys: NDArray[np.uint8]) -> None:
+        """Gives a lease back and removes the blocks."""
+        self.grants.revoke_read(self.session, [lease])
+        self.core.release(self.session, [LeaseId(lease)], now_us())
+        self.core.remove(self.namespace, keys, now_us())
+
     def close(self) -> None:
-        assert self.server.close()
+        for server in self.servers.values():
+            assert server.close()
         self.grants.check_invariants()
         self.core.check_invariants()
         self.segment.close()
@@ -113,9 +198,14 @@ class HarmfulProxy:
         self.flip_at: int | None = None  # the byte of the replies with this number is changed
         self.cut_at: int | None = None  # the connection is cut after so many bytes of replies
         self.stall_at: int | None = None  # nothing more is passed on after so many
+        self.hold_at: int | None = None  # what clients send beyond so many bytes is kept back until `let_go`
+        self.hold_connections_max = 1 << 30  # of so many connections
+        self._kept: list[tuple[socket.socket, bytes]] = []
+        self.record: bytearray | None = None  # all that passes, either way
         self.stalled = threading.Event()
         self.resume = threading.Event()  # ends a stall
-        self._passed = 0
+        self.passed = 0  # bytes of replies
+        self.sent = 0  # bytes of requests, while `hold_at` is set
         self._sockets: list[socket.socket] = []
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._accept, daemon=True)]
@@ -140,21 +230,44 @@ class HarmfulProxy:
             while not self._stop.is_set():
                 for key, _ in selector.select(0.1):
                     data = bytearray(key.fileobj.recv(65536))  # type: ignore[union-attr]
+                    if self.record is not None:
+                        self.record += data
+                    if key.fileobj is client and self._holds(server, data):
+                        if not data:
+                            selector.unregister(client)
+                        continue
                     if not data or (key.fileobj is server and not self._harm(data)):
                         client.close()
                         server.close()
                         return
                     key.data.sendall(data)
 
+    def _holds(self, server: socket.socket, data: bytearray) -> bool:
+        """Keeps back what is to be kept. The connection to the source then stays open, as if the client were gone."""
+        held = any(server is kept for kept, _ in self._kept)
+        others = {id(kept) for kept, _ in self._kept if kept is not server}
+        if self.hold_at is not None and data and len(others) < self.hold_connections_max:
+            held = held or self.sent + len(data) > self.hold_at
+            self.sent += len(data)
+        if held:
+            self._kept.append((server, bytes(data)))
+        return held
+
     def _harm(self, data: bytearray) -> bool:
         """Changes what passes; False cuts the connection."""
-        first, self._passed = self._passed, self._passed + len(data)
-        if self.flip_at is not None and first <= self.flip_at < self._passed:
+        first, self.passed = self.passed, self.passed + len(data)
+        if self.flip_at is not None and first <= self.flip_at < self.passed:
             data[self.flip_at - first] ^= 0x10
-        if self.stall_at is not None and self._passed > self.stall_at:
+        if self.stall_at is not None and self.passed > self.stall_at:
             self.stalled.set()
             self.resume.wait(30)
-        return self.cut_at is None or self._passed <= self.cut_at
+        return self.cut_at is None or self.passed <= self.cut_at
+
+    def let_go(self) -> None:
+        """Sends what was kept back."""
+        for server, data in self._kept:
+            with contextlib.suppress(OSError):
+                server.sendall(data)
 
     def close(self) -> None:
         self._stop.set()

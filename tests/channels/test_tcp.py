@@ -10,48 +10,37 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from kvpool.channels import tcp
 from kvpool.channels import tcp_wire as wire
 from kvpool.channels.base import ChannelError
 from kvpool.channels.tcp import TcpChannel
+from kvpool.channels.tcp_server import TcpDataServer
 from kvpool.core.arrays import Descriptors
+from kvpool.core.errors import Reason
 from tests.channels.source_made import HarmfulProxy, MadeSource
 
 DEADLINE_S = 20.0
+
+
+def _one_block(offset: int, size: int) -> Descriptors:
+    return Descriptors(
+        np.zeros((1, 16), np.uint8), np.array([offset], np.uint64), np.array([size], np.uint64),
+        np.array([1], np.uint32), np.zeros((1, 1), np.uint64),
+    )  # fmt: skip
 
 
 def test_a_byte_garbled_on_the_wire_is_seen(source: MadeSource, proxy: HarmfulProxy) -> None:
     keys, data = source.store(4)
     lease, blocks = source.lease(keys)
     with contextlib.closing(source.open("tcp", proxy.address)) as channel:
-        # Greeting 1, header, 4 states, then the blocks: the middle of the third.
-        proxy.flip_at = 1 + wire.REPLY.size + 4 + 2 * data.shape[1] + 1000
+        # Welcome, header, then the blocks: the middle of the third.
+        proxy.flip_at = wire.WELCOME.size + wire.REPLY.size + 2 * data.shape[1] + 1000
         good = channel.read(lease, blocks, np.zeros_like(data), deadline_s=DEADLINE_S)
         assert good.tolist() == [True, True, False, True]
         assert channel.read(lease, blocks, np.zeros_like(data), deadline_s=DEADLINE_S).all()
-
-
-def test_peer_dies_in_the_middle(source: MadeSource, proxy: HarmfulProxy) -> None:
-    keys, data = source.store(8)
-    lease, blocks = source.lease(keys)
-    with contextlib.closing(source.open("tcp", proxy.address)) as channel:
-        proxy.cut_at = data.nbytes // 2
-        with pytest.raises(ChannelError):
-            channel.read(lease, blocks, np.zeros_like(data), deadline_s=DEADLINE_S)
-        proxy.cut_at = None
-        out = np.zeros_like(data)
-        assert channel.read(lease, blocks, out, deadline_s=DEADLINE_S).all(), "the channel did not recover"
-        assert np.array_equal(out, data)
-
-
-def test_slow_peer_meets_the_deadline(source: MadeSource, proxy: HarmfulProxy) -> None:
-    keys, data = source.store(8)
-    lease, blocks = source.lease(keys)
-    with contextlib.closing(source.open("tcp", proxy.address)) as channel:
-        proxy.stall_at = data.nbytes // 2
-        with pytest.raises(ChannelError):
-            channel.read(lease, blocks, np.zeros_like(data), deadline_s=0.3)
-        assert proxy.stalled.is_set()
 
 
 def test_server_restart_is_survived(source: MadeSource) -> None:
@@ -149,9 +138,9 @@ def test_revoking_interrupts_a_write_under_way(source: MadeSource) -> None:
     """After `wait_idle` nobody writes into the slots any more, whatever the peer still sends."""
     keys, data = source.random_blocks(4)
     reservation, slots = source.reserve(keys)
-    with _connection(source) as sock:
+    with _connection(source) as (sock, _):
         deadline = wire.Deadline(DEADLINE_S)
-        head = wire.REQUEST.pack(wire.Operation.WRITE, 4, reservation, data.nbytes)
+        head = wire.REQUEST.pack(wire.Operation.WRITE, 4, reservation, 0, data.nbytes)
         packed = wire.pack_descriptors(slots.offsets, slots.sizes, slots.generations)
         wire.send_all(sock, [head, *packed, memoryview(data[0])], deadline)
         while not source.grants.busy([reservation]):
@@ -166,19 +155,31 @@ def test_revoking_interrupts_a_write_under_way(source: MadeSource) -> None:
         assert np.array_equal(source.segment.data[at : at + size], before)
 
 
+def _described(operation: int, blocks: Descriptors, skip: int, total: int, hold: int = 1) -> bytes:
+    head = wire.REQUEST.pack(operation, len(blocks), hold, skip, total)
+    return head + b"".join(wire.pack_descriptors(blocks.offsets, blocks.sizes, blocks.generations))
+
+
 @pytest.mark.parametrize(
     "raw",
     [
-        wire.REQUEST.pack(9, 1, 1, 0) + bytes(wire.DESCRIPTOR_BYTES),  # unknown operation
-        wire.REQUEST.pack(1, 0, 1, 0),  # no blocks
-        wire.REQUEST.pack(1, wire.BLOCKS_MAX + 1, 1, 0),
-        wire.REQUEST.pack(1, 1, 1, wire.REQUEST_BYTES_MAX + 1),
-        wire.REQUEST.pack(1, 1, 1, 7) + bytes(wire.DESCRIPTOR_BYTES),  # total does not fit
-        wire.REQUEST.pack(1, 1, 1, 0) + b"\xff" * 8 + bytes(8),  # outside the segment
+        wire.REQUEST.pack(9, 1, 1, 0, 1) + bytes(wire.DESCRIPTOR_BYTES),  # unknown operation
+        wire.REQUEST.pack(9, 0, 1, 0, 0),
+        wire.REQUEST.pack(1, 0, 1, 0, 0),  # no blocks
+        wire.REQUEST.pack(3, 0, 0, 0, 7),  # a ping about something
+        wire.REQUEST.pack(1, wire.BLOCKS_MAX + 1, 1, 0, 0),
+        wire.REQUEST.pack(1, 1, 1, 0, 0) + bytes(wire.DESCRIPTOR_BYTES),  # a block without bytes
+        _described(1, _one_block(0, 100), 0, 0),
+        _described(1, _one_block(0, 100), 0, 101),  # total does not fit
+        _described(1, _one_block(0, 100), 90, 11),
+        _described(1, _one_block(0, 100), (1 << 64) - 10, 20),  # wraps around
+        _described(1, _one_block((1 << 64) - 50, 100), 0, 100),  # outside the segment
+        _described(1, _one_block(0, 1 << 40), 0, 1 << 20),
+        _described(1, _one_block(32 << 20, 1), 0, 1),
     ],
 )
 def test_garbage_is_refused(source: MadeSource, raw: bytes) -> None:
-    with _connection(source) as sock:
+    with _connection(source) as (sock, _):
         deadline = wire.Deadline(DEADLINE_S)
         wire.send_all(sock, [raw], deadline)
         status, size = wire.REPLY.unpack(wire.receive_bytes(sock, wire.REPLY.size, deadline))
@@ -188,13 +189,169 @@ def test_garbage_is_refused(source: MadeSource, raw: bytes) -> None:
             wire.receive_bytes(sock, 1, deadline)
 
 
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_request_is_answered_or_ended(source: MadeSource, data: st.DataObject) -> None:
+    """Whatever the numbers in a request: no byte of the segment changes, and the server goes on serving."""
+    before = source.segment.data[: 1 << 20].copy()
+    number = st.one_of(st.integers(0, 3), st.integers(0, (1 << 64) - 1), st.sampled_from([100, 1 << 20, 32 << 20]))
+    raw = wire.REQUEST.pack(data.draw(st.integers(0, 5)), data.draw(st.integers(0, 3)), *(data.draw(number),) * 3)
+    raw += b"".join(data.draw(number).to_bytes(8, "little") for _ in range(data.draw(st.integers(0, 8))))
+    with _connection(source) as (sock, _), contextlib.suppress(ChannelError):
+        deadline = wire.Deadline(DEADLINE_S)
+        wire.send_all(sock, [raw], deadline)
+        sock.shutdown(socket.SHUT_WR)
+        while True:
+            wire.receive_bytes(sock, 1, deadline)
+    assert np.array_equal(source.segment.data[: 1 << 20], before)
+    with contextlib.closing(source.open("tcp")) as channel:
+        assert isinstance(channel, TcpChannel)
+        channel.probe(deadline_s=DEADLINE_S)
+
+
 def test_unknown_token_is_refused(source: MadeSource) -> None:
-    with pytest.raises(ChannelError):
+    with pytest.raises(ChannelError) as caught:
         TcpChannel.open({"address": source.server.address, "token": "00" * wire.TOKEN_BYTES})
+    assert caught.value.reason is Reason.UNKNOWN_SESSION
     with socket.create_connection(_host_port(source.server.address)) as sock:
         wire.prepare(sock)
         sock.sendall(b"GET / HTTP/1.1\r\nHost: nonsense\r\n\r\n" + bytes(64))
-        assert wire.receive_bytes(sock, 1, wire.Deadline(DEADLINE_S)) == bytes([wire.Status.REFUSED])
+        welcome = wire.receive_bytes(sock, wire.WELCOME.size, wire.Deadline(DEADLINE_S))
+        assert wire.WELCOME.unpack(welcome) == (wire.Status.REFUSED, 0)
+
+
+def test_too_many_connections_are_turned_away(source: MadeSource) -> None:
+    servers = [
+        TcpDataServer(source.segment.data, source.grants, "127.0.0.1", 0, connections_max=2),
+        TcpDataServer(source.segment.data, source.grants, "127.0.0.1", 0, session_connections_max=2),
+    ]
+    for server in servers:
+        with contextlib.ExitStack() as stack:
+            stack.callback(server.close)
+            opened = [stack.enter_context(_connection(source, server.address)) for _ in range(2)]
+            with pytest.raises(ChannelError) as caught:
+                TcpChannel.open({"address": server.address, "token": source.token.hex()})
+            assert caught.value.reason is Reason.OVERLOADED and caught.value.hint
+            # Others are not concerned by the bound of one session; the places of ended connections are free again.
+            opened[0][0].close()
+            while server.connection_count > 1:
+                os.sched_yield()
+            TcpChannel.open({"address": server.address, "token": source.token.hex()}).close()
+
+
+def test_settling_ends_a_write_that_hangs(source: MadeSource) -> None:
+    """What a broken connection still carries can't arrive after `settle`, not even what the source has not read yet."""
+    keys, data = source.random_blocks(4)
+    reservation, slots = source.reserve(keys)
+    at, size = int(slots.offsets[1]), data.shape[1]
+    request = _described(wire.Operation.WRITE, slots, 0, data.nbytes, reservation)
+    with _connection(source) as (sock, number), _connection(source) as (other, other_number):
+        deadline = wire.Deadline(DEADLINE_S)
+        wire.send_all(sock, [request, memoryview(data[0])], deadline)
+        while not source.grants.busy([reservation]):
+            os.sched_yield()
+        for settled in (number, number, 10**6):  # again, and one that never was: nothing is left to be ended
+            wire.send_all(other, [wire.REQUEST.pack(wire.Operation.SETTLE, 0, settled, 0, 0)], deadline)
+            status, _ = wire.REPLY.unpack(wire.receive_bytes(other, wire.REPLY.size, deadline))
+            assert status == wire.Status.OK
+        assert not source.grants.busy([reservation])
+        before = source.segment.data[at : at + size].copy()
+        with contextlib.suppress(ChannelError):
+            wire.send_all(sock, [memoryview(data[1])], deadline)
+        assert np.array_equal(source.segment.data[at : at + size], before)
+        assert number != other_number
+
+
+def test_sessions_settle_their_own_connections_only(source: MadeSource) -> None:
+    with _connection(source) as (sock, number), contextlib.ExitStack() as stack:
+        token = source.grants.open_session(999)
+        other, _ = stack.enter_context(_connection(source, token=token))
+        deadline = wire.Deadline(DEADLINE_S)
+        wire.send_all(other, [wire.REQUEST.pack(wire.Operation.SETTLE, 0, number, 0, 0)], deadline)
+        wire.receive_bytes(other, wire.REPLY.size, deadline)
+        wire.send_all(sock, [wire.REQUEST.pack(wire.Operation.PING, 0, 0, 0, 0)], deadline)
+        assert wire.REPLY.unpack(wire.receive_bytes(sock, wire.REPLY.size, deadline)) == (wire.Status.OK, 0)
+
+
+def test_a_failed_write_is_settled_before_the_next(source: MadeSource, proxy: HarmfulProxy) -> None:
+    """The network keeps most bytes of the first write back: the source waits for them, until it is told to stop."""
+    keys, data = source.random_blocks(16)
+    reservation, slots = source.reserve(keys)
+    with contextlib.closing(source.open("tcp", proxy.address)) as channel:
+        proxy.hold_at = data.nbytes // 4
+        with pytest.raises(ChannelError):
+            channel.write(reservation, slots, data[::-1].copy(), deadline_s=0.5)
+        assert source.grants.busy([reservation])
+        proxy.hold_at = None
+        digests = channel.write(reservation, slots, data, deadline_s=DEADLINE_S)
+    assert source.commit(reservation, digests) == 16
+    assert not source.grants.busy([reservation])
+    proxy.let_go()
+    lease, blocks = source.lease(keys)
+    with contextlib.closing(source.open("tcp")) as channel:
+        out = np.zeros_like(data)
+        assert channel.read(lease, blocks, out, deadline_s=DEADLINE_S).all()
+        assert np.array_equal(out, data)
+
+
+def test_failed_writes_that_nobody_settles_are_bounded(
+    source: MadeSource, proxy: HarmfulProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tcp, "UNSETTLED_MAX", 0)
+    keys, data = source.random_blocks(16)
+    reservation, slots = source.reserve(keys)
+    with contextlib.closing(source.open("tcp", proxy.address)) as channel:
+        assert isinstance(channel, TcpChannel)
+        proxy.hold_at = data.nbytes // 4
+        with pytest.raises(ChannelError):
+            channel.write(reservation, slots, data, deadline_s=0.3)
+        proxy.hold_at = None
+        other, other_slots = source.reserve(source.random_blocks(16)[0])
+        with pytest.raises(ChannelError, match="too many") as caught:
+            channel.write(other, other_slots, data, deadline_s=DEADLINE_S)
+        assert caught.value.hint
+        channel.settle(reservation, slots, deadline_s=DEADLINE_S)
+        channel.write(other, other_slots, data, deadline_s=DEADLINE_S)
+
+
+@pytest.mark.parametrize("at", range(0, 60, 3))
+def test_closing_at_any_moment_of_a_call(source: MadeSource, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """The call has ended in every stream when it returns: nothing touches the caller's memory any more."""
+    keys, data = source.store(48)
+    lease, blocks = source.lease(keys)
+    moved = 0
+    receive_all = wire.receive_all
+
+    def counted(*arguments: object) -> None:
+        nonlocal moved
+        moved += 1
+        if moved == at:
+            channel.close()
+        receive_all(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(wire, "receive_all", counted)
+    monkeypatch.setattr(tcp, "CHUNK_BYTES", 256 << 10)
+    channel = TcpChannel(*_host_port(source.server.address), source.token, streams=3)
+    out = np.zeros_like(data)
+    with contextlib.closing(channel), contextlib.suppress(ChannelError):
+        assert channel.read(lease, blocks, out, deadline_s=DEADLINE_S).all()
+        assert np.array_equal(out, data)
+    out[:] = 0x11
+    assert source.server.close()
+    assert (out == 0x11).all()
+
+
+def test_probe(source: MadeSource, proxy: HarmfulProxy) -> None:
+    with contextlib.closing(source.open("tcp", proxy.address)) as channel:
+        assert isinstance(channel, TcpChannel)
+        channel.probe(deadline_s=DEADLINE_S)
+        source.server.close_session(source.session)  # the kept connection ends: that alone is no bad sign
+        channel.probe(deadline_s=DEADLINE_S)
+        proxy.stall_at = 0
+        with pytest.raises(ChannelError) as caught:
+            channel.probe(deadline_s=0.2)
+        assert caught.value.reason is Reason.DEADLINE
+        assert proxy.stalled.is_set()
 
 
 def test_connections_end_with_their_session(source: MadeSource) -> None:
@@ -208,12 +365,15 @@ def test_connections_end_with_their_session(source: MadeSource) -> None:
 
 
 @contextlib.contextmanager
-def _connection(source: MadeSource) -> Iterator[socket.socket]:
-    with socket.create_connection(_host_port(source.server.address)) as sock:
+def _connection(source: MadeSource, address: str = "", token: bytes = b"") -> Iterator[tuple[socket.socket, int]]:
+    """A connection of the source's session, and its number."""
+    with socket.create_connection(_host_port(address or source.server.address)) as sock:
         wire.prepare(sock)
-        wire.send_all(sock, [wire.GREETING.pack(wire.MAGIC, source.token)], wire.Deadline(DEADLINE_S))
-        assert wire.receive_bytes(sock, 1, wire.Deadline(DEADLINE_S)) == bytes([wire.Status.OK])
-        yield sock
+        wire.send_all(sock, [wire.GREETING.pack(wire.MAGIC, token or source.token)], wire.Deadline(DEADLINE_S))
+        welcome = wire.receive_bytes(sock, wire.WELCOME.size, wire.Deadline(DEADLINE_S))
+        status, number = wire.WELCOME.unpack(welcome)
+        assert status == wire.Status.OK
+        yield sock, number
 
 
 def _host_port(address: str) -> tuple[str, int]:

@@ -26,7 +26,7 @@ def run(program: str, *arguments: str, cwd: Path | None = None, **env: str) -> s
     ("program", "commands"),
     [
         ("kvpool", ["serve", "node", "scheduler", "gateway", "worker", "demo"]),
-        ("kvctl", ["status", "nodes", "workers", "blocks", "inspect", "explain"]),
+        ("kvctl", ["status", "nodes", "ls", "inspect", "drain", "explain"]),
     ],
 )
 def test_help_names_every_command(program: str, commands: list[str]) -> None:

@@ -1,14 +1,14 @@
 """A source as one would write it in an afternoon, one block at a time: the oracle that SourceCore is tested against.
 
-Shares no code with it. Where several block sizes compete for slabs it does not say who has to go: it takes the victims
-from the outside and judges them.
+Shares no code with it. Least recently used blocks go first. Where several block sizes compete for space, or another
+policy decides, it does not say who has to go: it takes the victims from the outside and judges them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-RESERVED, EXISTS, BEING_WRITTEN, NO_SPACE = 1, 2, 3, 4
+RESERVED, EXISTS, BEING_WRITTEN, NO_SPACE, OVER_QUOTA = 1, 2, 3, 4, 5
 COMMITTED, ABANDONED, DEADLINE, SECTION = 1, 2, 3, 4
 STORED, REMOVED = 1, 2
 
@@ -22,7 +22,11 @@ class Block:
     key: bytes
     slot_bytes: int
     sections: int
+    namespace: str = "blocks"
+    tenant: str = ""
+    name: bytes = b""
     readable: bool = False
+    on_lower: bool = False
     gone: bool = False  # removed while somebody held it
     leases: int = 0
     pins: int = 0
@@ -49,10 +53,11 @@ class Reservation:
 
 @dataclass(eq=False)
 class Held:
-    session: int
+    session: int  # 0: it belongs to `owner`
     blocks: list[Block]
     expires: int | None
     handoff: str = ""
+    owner: str = ""
 
 
 @dataclass(eq=False)
@@ -73,7 +78,7 @@ class NaiveSource:
         self.slots, self.entries = slots, entries  # `slots` counts only where all blocks have one size
         self.sessions: dict[int, None] = {}
         self.blocks: dict[bytes, Block] = {}
-        self.order: list[Block] = []  # readable and held by nobody, oldest first
+        self.order: list[Block] = []  # readable, least recently used first
         self.reservations: dict[int, Reservation] = {}
         self.leases: dict[int, Held] = {}
         self.pins: dict[int, Held] = {}
@@ -82,7 +87,9 @@ class NaiveSource:
         self.news: dict[int, list[tuple[int, int, int]]] = {}
         self.ended: dict[int, None] = {}
         self.changes: list[tuple[int, bytes]] = []
-        self.hits = self.misses = self.evictions = 0
+        self.quotas: dict[str, int] = {}  # bytes, of a namespace or a tenant
+        self.inherited: list[Block] = []  # slots of a process before, whose writers may still be at work
+        self.hits = self.misses = self.evictions = self.expired = self.adopted = 0
 
     # ---- what is there
 
@@ -92,13 +99,31 @@ class NaiveSource:
         return [b for b in dict.fromkeys(holders) if b.gone]
 
     def quarantined(self) -> list[Block]:
-        return [b for r in self.reservations.values() for b in r.quarantined]
+        return self.inherited + [b for r in self.reservations.values() for b in r.quarantined]
 
     def entries_used(self) -> int:
-        return len(self.blocks) + len(self.removed_but_held())
+        return len(self.blocks) + len(self.removed_but_held()) + len(self.quarantined())
 
-    def bytes_used(self) -> int:
-        return sum(b.slot_bytes for b in [*self.blocks.values(), *self.removed_but_held(), *self.quarantined()])
+    def all_with_slots(self) -> list[Block]:
+        return [*self.blocks.values(), *self.removed_but_held(), *self.quarantined()]
+
+    def bytes_used(self, holder: str | None = None) -> int:
+        """Of a namespace, of a tenant, or of all."""
+        return sum(b.slot_bytes for b in self.all_with_slots() if holder in (None, b.namespace, b.tenant))
+
+    def may_go(self, kept: list[bytes], holder: str | None = None) -> list[Block]:
+        return [b for b in self.order if not b.held and b.key not in kept and holder in (None, b.namespace, b.tenant)]
+
+    def admitted(self, keys: list[bytes], slots_bytes: list[int], holders: tuple[str, str]) -> int:
+        """How many of the blocks that want a slot, of such sizes in order, the quotas let come."""
+        count = len(slots_bytes)
+        for holder in holders:
+            if holder in self.quotas:
+                own = sum(b.slot_bytes for b in self.may_go(keys, holder))
+                left = self.quotas[holder] - self.bytes_used(holder) + own
+                while count and sum(slots_bytes[:count]) > left:
+                    count -= 1
+        return count
 
     def readable(self, key: bytes) -> bool:
         return key in self.blocks and self.blocks[key].readable
@@ -121,8 +146,8 @@ class NaiveSource:
     def victims(self, keys: list[bytes]) -> tuple[list[Block], int]:
         """With one block size: who must go for a reserve, and how many keys then get a slot."""
         wanted = self.statuses(keys).count(RESERVED)
-        free = min(self.slots - len(self.quarantined()) - self.entries_used(), self.entries - self.entries_used())
-        candidates = [b for b in self.order if b.key not in keys]
+        free = min(self.slots, self.entries) - self.entries_used()
+        candidates = self.may_go(keys)
         victims = candidates[: max(0, wanted - free)]
         return victims, min(wanted, free + len(victims))
 
@@ -135,23 +160,27 @@ class NaiveSource:
             self._remove(block)
 
     def reserve(
-        self, session: int, number: int, keys: list[bytes], granted: int, slot_bytes: int, sections: int,
-        expires: int, hold: tuple[str, int] | None, now: int,
+        self, session: int, number: int, new: list[Block], outcome: list[int], expires: int,
+        hold: tuple[str, int] | None, now: int,
     ) -> list[int]:  # fmt: skip
-        """The first `granted` keys that want a slot get one. Victims are gone already."""
+        """`new` has a block for each key; those that want a slot get it where `outcome` says so, or its refusal.
+
+        Victims are gone already.
+        """
+        keys = [b.key for b in new]
         statuses, blocks, refused = self.statuses(keys), {}, {}
         for i, key in enumerate(keys):
-            if statuses[i] == RESERVED and len(blocks) < granted:
-                blocks[i] = Block(key, slot_bytes, sections)
+            if statuses[i] == RESERVED and outcome[i] == RESERVED:
+                blocks[i] = new[i]
             elif statuses[i] == RESERVED:
-                statuses[i] = NO_SPACE
-                refused[key] = None
+                assert outcome[i] in (NO_SPACE, OVER_QUOTA)
+                statuses[i] = refused[key] = outcome[i]
             elif key in refused:
-                statuses[i] = NO_SPACE
+                statuses[i] = refused[key]
         found = list(dict.fromkeys(self.blocks[k] for k, s in zip(keys, statuses, strict=True) if s == EXISTS))
         if hold is not None:
             self._hand_off(found, hold, now)
-        self._touch([b for b in found if not b.held])
+        self._touch(found)
         if blocks:
             self.reservations[number] = Reservation(session, blocks, expires, hold)
             self.blocks.update({b.key: b for b in blocks.values()})
@@ -175,13 +204,14 @@ class NaiveSource:
         for index, section in fresh:
             self._tell(reservation.blocks[index].key, SECTION, section)
         after = reservation.pending
-        complete = [reservation.blocks[i] for i in dict.fromkeys(i for i, _ in fresh) if i in before and i not in after]
+        rows = sorted(dict.fromkeys(i for i, _ in fresh))
+        complete = [reservation.blocks[i] for i in rows if i in before and i not in after]
         for block in complete:
             block.readable = True
             self.changes.append((STORED, block.key))
         if reservation.hold is not None:
             self._hand_off(complete, reservation.hold, now)
-        self._touch([b for b in complete if not b.held])
+        self._touch(complete)
         for block in complete:
             self._tell(block.key, COMMITTED)
         return len(complete)
@@ -206,7 +236,7 @@ class NaiveSource:
             blocks = [self.blocks[k] for k, f in zip(keys, found, strict=True) if f]
             for block in blocks:
                 block.leases += 1
-            self._untouch(blocks)
+            self._touch(list(dict.fromkeys(blocks)))
             self.leases[number] = Held(session, blocks, expires, handoff)
         return found
 
@@ -214,15 +244,24 @@ class NaiveSource:
         lease = self.leases.pop(number)
         for block in lease.blocks:
             block.leases -= 1
-        handoff = self.handoffs.get(lease.handoff)
-        if handoff is not None:
-            for block in dict.fromkeys(lease.blocks):
-                if block in handoff.blocks:
-                    handoff.blocks.remove(block)
-                    block.pins -= 1
-            if not handoff.blocks:
-                del self.handoffs[lease.handoff]
-        self._let_go(lease.blocks)
+        self.end_handoff_part(lease.handoff, lease.blocks)
+
+    def end_handoff_part(self, request: str, blocks: list[Block]) -> None:
+        handoff = self.handoffs.get(request)
+        if handoff is None:
+            return
+        for block in dict.fromkeys(blocks):
+            if block in handoff.blocks:
+                handoff.blocks.remove(block)
+                block.pins -= 1
+        if not handoff.blocks:
+            del self.handoffs[request]
+
+    def touch(self, keys: list[bytes]) -> int:
+        """Read by somebody who told nobody; keys in the order of their entries."""
+        blocks = [self.blocks[k] for k in keys if self.readable(k)]
+        self._touch(blocks)
+        return len(blocks)
 
     def release(self, session: int, numbers: list[int]) -> None:
         unknown = False
@@ -234,32 +273,62 @@ class NaiveSource:
         if unknown:
             raise Refused("UnknownLease")
 
-    def pin(self, session: int, number: int, keys: list[bytes], expires: int | None) -> list[bool]:
+    def pin(self, session: int, number: int, keys: list[bytes], expires: int | None, owner: str) -> list[bool]:
         found = [self.readable(key) for key in keys]
         if any(found):
             blocks = [self.blocks[k] for k, f in zip(keys, found, strict=True) if f]
             for block in blocks:
                 block.pins += 1
-            self._untouch(blocks)
-            self.pins[number] = Held(session, blocks, expires)
+            self.pins[number] = Held(0 if owner else session, blocks, expires, owner=owner)
         return found
 
     def end_pin(self, number: int) -> None:
         blocks = self.pins.pop(number).blocks
         for block in blocks:
             block.pins -= 1
-        self._let_go(blocks)
 
-    def unpin(self, session: int, number: int) -> None:
-        if number not in self.pins or self.pins[number].session != session:
+    def unpin(self, session: int, number: int, owner: str) -> int:
+        if not number:
+            mine = [n for n, h in self.pins.items() if not h.session and h.owner == owner]
+            for pin in mine:
+                self.end_pin(pin)
+            return len(mine)
+        held = self.pins.get(number)
+        if held is None or (held.session, held.owner) != (0 if owner else session, owner):
             raise Refused("UnknownLease")
         self.end_pin(number)
+        return 1
 
     def remove(self, keys: list[bytes]) -> int:
         chosen = [self.blocks[k] for k in dict.fromkeys(keys) if self.readable(k)]
         for block in chosen:
             self._remove(block)
         return len(chosen)
+
+    def remove_named(self, prefix: bytes) -> int:
+        return self.remove([b.key for b in self.blocks.values() if b.name and b.name.startswith(prefix)])
+
+    # ---- another process
+
+    def adopt(self, order: list[Block]) -> None:
+        """All clients, and what they held, are gone; late writers may still be at work. `order`: of entries."""
+        self.inherited = [*self.quarantined(), *(b for b in self.blocks.values() if not b.readable)]
+        self.blocks = {key: b for key, b in self.blocks.items() if b.readable}
+        for block in self.blocks.values():
+            block.leases = block.pins = 0
+            block.on_lower = False
+        for group in (self.sessions, self.reservations, self.leases, self.pins, self.handoffs, self.waits, self.news):
+            group.clear()  # type: ignore[attr-defined]
+        self.ended.clear()
+        self.changes.clear()
+        self.order = []
+        self._touch([b for b in order if b.readable])
+        self.hits = self.misses = self.evictions = self.expired = 0
+        self.adopted = len(self.blocks)
+
+    def release_inherited(self) -> int:
+        count, self.inherited = len(self.inherited), []
+        return count
 
     # ---- waiting
 
@@ -308,16 +377,19 @@ class NaiveSource:
         """Called at each unit of time, so that what is due is due now."""
         for number in sorted(n for n, h in self.leases.items() if h.expires is not None and h.expires <= now):
             self.end_lease(number)
+            self.expired += 1
         for number in sorted(n for n, h in self.pins.items() if h.expires is not None and h.expires <= now):
             self.end_pin(number)
+            self.expired += 1
         for request in sorted(r for r, h in self.handoffs.items() if h.expires <= now):
             blocks = self.handoffs.pop(request).blocks
+            self.expired += 1
             for block in blocks:
                 block.pins -= 1
-            self._let_go(blocks)
         for number in sorted(n for n, r in self.reservations.items() if r.expires <= now and not r.expired):
             reservation = self.reservations[number]
             slots = list(reservation.pending.values())
+            self.expired += bool(slots)
             self._drop(reservation)
             reservation.expired, reservation.quarantined = True, slots
         self._forget_empty()
@@ -364,7 +436,6 @@ class NaiveSource:
             if block not in handoff.blocks:
                 handoff.blocks.append(block)
                 block.pins += 1
-        self._untouch(blocks)
 
     def _touch(self, blocks: list[Block]) -> None:
         """Just used, tail first."""
@@ -373,9 +444,6 @@ class NaiveSource:
 
     def _untouch(self, blocks: list[Block]) -> None:
         self.order = [b for b in self.order if b not in blocks]
-
-    def _let_go(self, blocks: list[Block]) -> None:
-        self._touch([b for b in dict.fromkeys(blocks) if not b.held and not b.gone])
 
     def _sections_done(self, key: bytes) -> list[int]:
         for r in self.reservations.values():

@@ -56,9 +56,9 @@ def test_agrees_with_counting_by_hand(steps: list[tuple[str, list[int], str, int
     for verb, entries, request, number in steps:
         array = np.array(entries, dtype=np.int32)
         if verb == "lease":
-            model.leases[holds.add_lease(SessionId(number % 3), array, 10, request)] = (entries, request)
+            model.leases[holds.add_lease(SessionId(1 + number % 3), array, 10, request)] = (entries, request)
         elif verb == "pin":
-            model.pins[holds.add_pin(SessionId(number % 3), array, 0)] = entries
+            model.pins[holds.add_pin(SessionId(1 + number % 3), array, 0)] = entries
         elif verb == "handoff":
             holds.add_handoff(request, entries[0], number)
             model.handoffs.setdefault(request, {})[entries[0]] = None

@@ -29,7 +29,9 @@ class Writer:
     """A source with one client that writes."""
 
     def __init__(self, pages: int = 8, entries: int = 8, arrays: SourceArrays | None = None, sections: int = 1) -> None:
-        self.core = SourceCore(SourceConfig(pages * PAGE, entries, pages * PAGE, 1.0, 1.0), arrays)
+        self.core = SourceCore(
+            SourceConfig(pages * PAGE, entries, "lru", PAGE, high_watermark=1.0, low_watermark=1.0), arrays
+        )
         self.sections = sections
         self.namespace = self.core.register_namespace(spec(sections=sections))
         self.session = self.core.open_session("writer", 0)
@@ -50,7 +52,7 @@ def test_a_copy_is_told_with_its_fidelity() -> None:
     w = Writer()
     w.publish(1, fidelity=Fidelity.INT8)
     w.publish(2)
-    leased = w.core.lease(w.session, w.namespace, keys(1, 2, 3), SECOND, 0)
+    leased = w.core.lease(w.session, w.namespace, keys(1, 2, 3), SECOND, 0, fidelity_min=Fidelity.INT8)
     assert leased.fidelity.tolist() == [Fidelity.INT8, Fidelity.EXACT, 0]
     changes = w.core.take_changes()
     assert [(c.keys, c.fidelity) for c in changes] == [
@@ -180,7 +182,9 @@ def test_a_snapshot_holds_what_is_readable() -> None:
     w.publish(1, 2, 3)
     w.core.remove(w.namespace, keys(2), 0)
     w.core.reserve(w.session, w.namespace, w.core.group(w.namespace, 0, 0), keys(4), SECOND, 0)
-    assert sorted(k.tobytes() for k in w.core.snapshot_keys()) == [keys(1).tobytes(), keys(3).tobytes()]
+    w.publish(5, fidelity=Fidelity.INT8)
+    held = {fidelity: sorted(k.tobytes() for k in found) for found, fidelity in w.core.snapshot_keys()}
+    assert held == {Fidelity.EXACT: [keys(1).tobytes(), keys(3).tobytes()], Fidelity.INT8: [keys(5).tobytes()]}
 
 
 def test_arguments_of_unequal_length_are_refused() -> None:

@@ -84,7 +84,8 @@ class Runner:
         self.core = SourceCore(
             SourceConfig(
                 capacity_bytes=int(given["pages"]) * PAGE,
-                slab_bytes=int(given.get("slab", given["pages"])) * PAGE,
+                eviction=given.get("eviction", "lru"),
+                unit_bytes=int(given.get("unit", 1)) * PAGE,
                 high_watermark=float(given.get("high", 1)),
                 low_watermark=float(given.get("low", 1)),
                 **{"entries_max": 16, **bounds},

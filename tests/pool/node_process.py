@@ -27,12 +27,12 @@ HELD = ("sessions", "leases", "pins", "reservations", "quarantined", "waiters", 
 class NodeProcess:
     """`python -m kvpool.service.node` with a small segment."""
 
-    def __init__(self, folder: Path, **options: object) -> None:
+    def __init__(self, folder: Path, *, flags: Sequence[str] = (), **options: object) -> None:
         settings = {"listen": "127.0.0.1:0", "memory_bytes": 32 << 20, "segment_dir": str(folder), **options}
-        flags = [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+        words = [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", str(value))]
         self._log = (folder / "node.log").open("ab")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "kvpool.service.node", *flags], stdout=subprocess.PIPE, stderr=self._log
+            [sys.executable, "-m", "kvpool.service.node", *words, *flags], stdout=subprocess.PIPE, stderr=self._log
         )
         assert self.process.stdout is not None
         ready = select.select([self.process.stdout], [], [], START_TIMEOUT_S)[0]

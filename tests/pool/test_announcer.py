@@ -12,8 +12,8 @@ import pytest
 
 from kvpool.client import PoolClient
 from kvpool.core.changes import BlockChange, ChangeKind
-from kvpool.core.ids import KeyArray, Tier
-from kvpool.service.announcer import Announcer, SourceFacts
+from kvpool.core.ids import Fidelity, KeyArray, Tier
+from kvpool.service.announcer import Announcer, Snapshot, SourceFacts
 from kvpool.service.event_log import EventLog
 from kvpool.service.rpc import make_channel
 from kvpool.v1 import common_pb2, directory_pb2, directory_pb2_grpc
@@ -139,10 +139,10 @@ class Held:
             assert self.announcer is not None
             self.announcer.publish([change])
 
-    def snapshot(self) -> tuple[KeyArray, int]:
+    def snapshot(self) -> Snapshot:
         with self.lock:
             assert self.announcer is not None
-            return keys_of(*self.numbers), self.announcer.last_number
+            return [(keys_of(*self.numbers), Fidelity.EXACT)], self.announcer.last_number
 
     def usage(self) -> tuple[int, int]:
         return 100 * len(self.numbers), len(self.numbers)

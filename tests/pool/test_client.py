@@ -271,12 +271,12 @@ def test_a_restarted_node_is_found_again(start_node: Callable[..., NodeProcess],
     epoch = client.epoch
     node.kill()
     with pytest.raises(KvpoolError):
-        client.get(namespace, keys, np.zeros_like(data))
+        client.put(namespace, *random_blocks(2, [17, *namespace]))
     start_node(listen=node.address)
 
     def stored() -> bool:
         try:
-            return bool(client.put(namespace, keys, data).stored.all())
+            return bool(client.put(namespace, keys, data).existed.all())
         except KvpoolError:
             return False
 

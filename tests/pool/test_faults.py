@@ -17,11 +17,13 @@ import pytest
 
 from kvpool.channels import tcp_wire as wire
 from kvpool.channels.base import Channel
+from kvpool.channels.tcp import TcpChannel
 from kvpool.client import PoolClient
 from kvpool.core.errors import KvpoolError, NoSpace, Unavailable
 from kvpool.service.node import main
 from kvpool.service.source_calls import OPENERS
 from kvpool.service.writer_lock import PREFIX, lock_folder
+from kvpool.v1 import block_source_pb2 as pb
 from tests.pool.node_process import NodeProcess, eventually, held, namespace_spec, random_blocks
 
 Start = Callable[..., NodeProcess]
@@ -124,22 +126,24 @@ def test_abort_waits_for_a_tcp_write_under_way(start_node: Start, connect: Conne
     namespace = client.register(namespace_spec())
     keys, data = random_blocks(4, [4])
     reservation = client.reserve(namespace, keys)
-    slots = reservation.slots
-    channel = reservation.session.channel
+    slots, session = reservation.slots, reservation.session
+    offers = session.stub.OpenChannel(pb.OpenChannelRequest(session_id=session.id, channels=["tcp"]), timeout=10).offers
+    channel = TcpChannel.open(dict(offers[0].parameters))
     deadline = wire.Deadline(20)
-    with channel._connection(deadline) as sock:  # type: ignore[attr-defined]
-        head = wire.REQUEST.pack(wire.Operation.WRITE, 4, reservation.id, data.nbytes)
+    with channel._connection(deadline) as connection:
+        head = wire.REQUEST.pack(wire.Operation.WRITE, 4, reservation.id, 0, data.nbytes)
         packed = wire.pack_descriptors(slots.offsets, slots.sizes, slots.generations)
-        wire.send_all(sock, [head, *packed, memoryview(data[0])], deadline)
+        wire.send_all(connection.sock, [head, *packed, memoryview(data[0])], deadline)
         client.abort(reservation)
         other = connect(node)
         other.register(namespace_spec())
         assert other.put(namespace, keys, data).stored.all()
         with pytest.raises(KvpoolError):
             for _ in range(100):
-                wire.send_all(sock, [bytes(1 << 20)], deadline)
-            wire.receive_bytes(sock, 1, deadline)
+                wire.send_all(connection.sock, [bytes(1 << 20)], deadline)
+            wire.receive_bytes(connection.sock, 1, deadline)
     assert other.get(namespace, keys, np.zeros_like(data)).found.all()
+    channel.close()
 
 
 def test_eviction_makes_room_but_not_from_what_is_held(start_node: Start, connect: Connect) -> None:
@@ -190,14 +194,6 @@ def test_clean_end(start_node: Start, connect: Connect, number: signal.Signals) 
     assert eventually(lambda: not client.connected)
     with pytest.raises(Unavailable):
         client.stats()
-
-
-def test_a_killed_nodes_segment_is_removed_by_the_next(start_node: Start) -> None:
-    node = start_node()
-    node.kill()
-    assert node.segment.exists()
-    again = start_node()
-    assert not node.segment.exists() and again.segment.exists()
 
 
 def test_writer_locks_go(start_node: Start, connect: Connect) -> None:

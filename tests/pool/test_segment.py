@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvpool.core.errors import BadArgument, NoSpace, Unavailable
-from kvpool.service.writer_lock import PREFIX, WriterLock, WriterProof, remove_orphans
-from kvpool.tiers.dram import DATA_ALIGNMENT_BYTES, Segment
+from kvpool.core.errors import BadArgument, NoSpace, Overloaded, Unavailable
+from kvpool.service.writer_lock import PREFIX, WriterLock, WriterProof, WriterTable, remove_orphans
+from kvpool.tiers.dram import DATA_ALIGNMENT_BYTES, WRITERS_MAX, Segment
 
 MIB = 1 << 20
 
@@ -153,3 +153,104 @@ def test_a_writer_is_gone_though_its_lock_file_stays(tmp_path: Path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", refuse)
         assert proof.gone()
+
+
+# ---------------------------------------------------------------- taking over
+
+
+def taking_over(folder: Path, *, data_bytes: int = 3 * MIB) -> Segment:
+    return Segment.create(folder, "n", data_bytes=data_bytes, index_bytes=1000, touch_bytes=100, adopt=True)
+
+
+def test_a_segment_is_taken_over_with_all_that_is_in_it(tmp_path: Path) -> None:
+    first = taking_over(tmp_path)
+    assert not first.adopted and first.read_catalog() == b""
+    first.data[9], first.index[3], first.touches[99] = 7, 8, 1
+    first.write_catalog(b"numbers")
+    first.note_writer(5, "/dev/shm/kvpool-writer-x.lock")
+    first.close(keep=True)
+    second = taking_over(tmp_path)
+    assert second.adopted and second.path == first.path and second.uuid == first.uuid
+    assert (second.data[9], second.index[3], second.touches[99]) == (7, 8, 1)
+    assert second.read_catalog() == b"numbers" and second.writers() == {5: "/dev/shm/kvpool-writer-x.lock"}
+    second.note_writer(5, "")
+    assert second.writers() == {}
+    with pytest.raises(Unavailable, match="live process"):
+        taking_over(tmp_path)
+    second.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_what_fits_is_taken_over(tmp_path: Path) -> None:
+    taking_over(tmp_path).close(keep=True)
+    other_size = taking_over(tmp_path, data_bytes=4 * MIB)
+    assert not other_size.adopted, "made for another size: removed"
+    other_size.close(keep=True)
+    content = bytearray(other_size.path.read_bytes())
+    content[8] ^= 0xFF  # version
+    other_size.path.write_bytes(content)
+    fresh = taking_over(tmp_path, data_bytes=4 * MIB)
+    assert not fresh.adopted
+    fresh.close(keep=True)
+    taking_over(tmp_path, data_bytes=4 * MIB).close(keep=True)
+    young = create(tmp_path)
+    assert not young.adopted, "adoption is asked for"
+    young.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_catalog_that_was_being_written_is_the_old_or_the_new_one(tmp_path: Path) -> None:
+    owner = taking_over(tmp_path)
+    owner.write_catalog(b"old" * 100)
+    main, spare = owner._catalog_places()
+    whole = bytes(owner._map[main : main + 400])
+    for torn in (main, spare):
+        for at in range(0, 312, 7):
+            owner._map[torn + at] ^= 0x55
+            assert owner.read_catalog() == b"old" * 100
+            owner._map[torn : torn + 400] = whole
+    owner.write_catalog(b"new")
+    assert owner.read_catalog() == b"new"
+    with pytest.raises(Overloaded):
+        owner.write_catalog(bytes(1 << 20))
+    assert owner.read_catalog() == b"new"
+    owner.close()
+
+
+def test_readers_write_touches_and_nothing_else(tmp_path: Path) -> None:
+    owner = taking_over(tmp_path)
+    reader = Segment.attach(owner.path, uuid=owner.uuid)
+    reader.touches[42] = 1
+    assert owner.touches[42] == 1 and owner.touches.sum() == 1
+    with pytest.raises(ValueError):
+        reader.index[0] = 1
+    reader.close()
+    owner.close()
+
+
+def test_writers_of_the_process_before_are_waited_for(tmp_path: Path) -> None:
+    first = taking_over(tmp_path)
+    living, leaving = WriterLock(tmp_path), WriterLock(tmp_path)
+    table = WriterTable(first, WRITERS_MAX)
+    assert table.all_inherited_gone(), "there was no process before"
+    assert {table.note(str(lock.path)) for lock in (living, leaving)} == {0, 1}
+    assert table.note("/" + "x" * 300) is None, "too long to be written down"
+    first.close(keep=True)
+    leaving.retire()
+    second = taking_over(tmp_path)
+    inherited = WriterTable(second, WRITERS_MAX)
+    assert not inherited.all_inherited_gone()
+    assert list(second.writers().values()) == [str(living.path)]
+    living.retire()
+    assert inherited.all_inherited_gone() and second.writers() == {}
+    second.close()
+
+
+def test_the_table_of_writers_is_bounded(tmp_path: Path) -> None:
+    owner = taking_over(tmp_path)
+    table = WriterTable(owner, 2)
+    first = table.note("/a")
+    assert first is not None and table.note("/b") is not None and table.note("/c") is None
+    table.strike(first)
+    assert table.note("/c") == first
+    owner.close()

@@ -26,7 +26,7 @@ from scheduler_clients import (
 
 from kvpool.core.changes import BlockChange, ChangeKind
 from kvpool.core.errors import KvpoolError, Reason
-from kvpool.core.ids import Tier, unpack_keys
+from kvpool.core.ids import Fidelity, Tier, unpack_keys
 from kvpool.service import rpc
 from kvpool.service.announcer import Announcer, SourceFacts
 from kvpool.v1 import common_pb2, directory_pb2, engine_pb2, scheduler_pb2
@@ -184,7 +184,7 @@ def test_a_restarted_scheduler_learns_everything_again() -> None:
             announcer = Announcer(
                 first.address,
                 SourceFacts("node-0", 1, Tier.DRAM, address="node-0:1", host_id="host-0"),
-                snapshot=lambda: (keys, 0),
+                snapshot=lambda: ([(keys, Fidelity.EXACT)], 0),
             )
             announcer.start()
             while (await client.status()).directory_blocks != 8:

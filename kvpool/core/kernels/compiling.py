@@ -29,7 +29,7 @@ def compile_kernels() -> None:
     directory.detach(source)
 
     group = GroupSpec(0, GroupKind.FULL, (0,), 16, 1, 1, 4096)
-    core = SourceCore(SourceConfig(capacity_bytes=4096 * 2, entries_max=4, slab_bytes=4096 * 2))
+    core = SourceCore(SourceConfig(capacity_bytes=4096 * 2, entries_max=4))
     namespace = core.register_namespace(NamespaceSpec("warm", "", "", "", "", "xxh3_128/1", (group,)))
     session = core.open_session("warm", 0)
     indices, sections = np.arange(1, dtype=np.uint32), np.zeros(1, dtype=np.uint32)

@@ -1,8 +1,8 @@
-"""Open-addressing table from keys to entries, and linked lists over entries. Functions over arrays only.
+"""Open-addressing table from keys to entries. Functions over arrays only.
 
 `buckets` holds entry + 1, or 0 where empty; its length is a power of two. Removal shifts buckets back and leaves no
 tombstones, so a table never degrades. A reader in another process may miss a key while its bucket moves, and that is
-all: entries themselves do not move.
+all: entries themselves do not move. The version in the header is odd while buckets change, so that it can tell.
 """
 
 from __future__ import annotations
@@ -13,11 +13,31 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from kvpool.core.arrays import TABLE_VERSION
+from kvpool.core.kernels.atomics import fence_stores, store_release
+
 U64: TypeAlias = NDArray[np.uint64]
 U32: TypeAlias = NDArray[np.uint32]
 I32: TypeAlias = NDArray[np.int32]
 
 _jit = numba.njit(cache=True, nogil=True)
+
+
+@_jit
+def order_stores() -> None:
+    """What was stored before is seen by other processes before anything stored later."""
+    fence_stores()
+
+
+@_jit
+def _begin_change(header: U64) -> None:
+    store_release(header, TABLE_VERSION, header[TABLE_VERSION] | np.uint64(1))
+    fence_stores()
+
+
+@_jit
+def _end_change(header: U64) -> None:
+    store_release(header, TABLE_VERSION, (header[TABLE_VERSION] | np.uint64(1)) + np.uint64(1))
 
 
 @_jit
@@ -46,8 +66,9 @@ def table_lookup(keys: U64, buckets: U32, entry_keys: U64, out: I32) -> None:
 
 
 @_jit
-def table_insert(entries: I32, buckets: U32, entry_keys: U64) -> None:
+def table_insert(entries: I32, header: U64, buckets: U32, entry_keys: U64) -> None:
     """Adds entries whose keys stand in `entry_keys` already and are not in the table."""
+    _begin_change(header)
     mask = np.uint64(len(buckets) - 1)
     for i in range(len(entries)):
         entry = entries[i]
@@ -55,11 +76,21 @@ def table_insert(entries: I32, buckets: U32, entry_keys: U64) -> None:
         while buckets[at] != 0:
             at = (at + np.uint64(1)) & mask
         buckets[at] = np.uint32(entry + 1)
+    _end_change(header)
 
 
 @_jit
-def table_remove(entries: I32, buckets: U32, entry_keys: U64) -> None:
+def table_rebuild(entries: I32, header: U64, buckets: U32, entry_keys: U64) -> None:
+    """Makes a table of just these entries, whatever it held; their keys are distinct."""
+    _begin_change(header)
+    buckets[:] = np.uint32(0)
+    table_insert(entries, header, buckets, entry_keys)
+
+
+@_jit
+def table_remove(entries: I32, header: U64, buckets: U32, entry_keys: U64) -> None:
     """Takes out entries; one that is not in the table is passed over."""
+    _begin_change(header)
     mask = np.uint64(len(buckets) - 1)
     one = np.uint64(1)
     for i in range(len(entries)):
@@ -81,41 +112,4 @@ def table_remove(entries: I32, buckets: U32, entry_keys: U64) -> None:
                 buckets[hole] = buckets[at]
                 hole = at
         buckets[hole] = 0
-
-
-@_jit
-def list_append(entries: I32, sentinel: int, previous: I32, following: I32) -> None:
-    """Puts entries, in order, at the young end of the circular list around `sentinel`."""
-    for i in range(len(entries)):
-        entry = entries[i]
-        last = previous[sentinel]
-        following[last] = entry
-        previous[entry] = last
-        following[entry] = sentinel
-        previous[sentinel] = entry
-
-
-@_jit
-def list_unlink(entries: I32, previous: I32, following: I32) -> None:
-    """Takes entries out of whatever list they are in; one that is in none stays so."""
-    for i in range(len(entries)):
-        entry = entries[i]
-        before, after = previous[entry], following[entry]
-        if after == -1:
-            continue
-        following[before] = after
-        previous[after] = before
-        previous[entry] = -1
-        following[entry] = -1
-
-
-@_jit
-def list_oldest(sentinel: int, following: I32, out: I32) -> np.int64:
-    """Fills `out` with the oldest entries; returns how many there are."""
-    entry = following[sentinel]
-    count = 0
-    while entry != sentinel and count < len(out):
-        out[count] = entry
-        count += 1
-        entry = following[entry]
-    return np.int64(count)
+    _end_change(header)

@@ -1,0 +1,5 @@
+"""`python -m kvpool.cli.kvctl`."""
+
+from kvpool.cli.kvctl import main
+
+main()

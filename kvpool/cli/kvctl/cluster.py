@@ -1,0 +1,190 @@
+"""Connections of `kvctl`: to a cluster's scheduler, and to single nodes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+
+from kvpool.cli import output
+from kvpool.service import rpc
+from kvpool.service.host import host_id
+from kvpool.v1 import (
+    block_source_pb2,
+    block_source_pb2_grpc,
+    common_pb2,
+    directory_pb2,
+    directory_pb2_grpc,
+    scheduler_pb2,
+    scheduler_pb2_grpc,
+    source_admin_pb2,
+    source_admin_pb2_grpc,
+)
+
+PAGE = 1000
+
+
+class Cluster:
+    """Stubs of one cluster's scheduler process; every answer is plain data."""
+
+    def __init__(self, address: str, credential: str = "") -> None:
+        self.address, self._credential = address, credential
+        self._channel = rpc.make_channel(address, credential=credential)
+        self._scheduler: Any = scheduler_pb2_grpc.SchedulerStub(self._channel)
+        self._directory: Any = directory_pb2_grpc.DirectoryStub(self._channel)
+
+    def status(self) -> dict[str, Any]:
+        return output.to_dict(self._scheduler.GetStatus(scheduler_pb2.GetStatusRequest()))
+
+    def instances(self) -> list[dict[str, Any]]:
+        reply = self._scheduler.ListInstances(scheduler_pb2.ListInstancesRequest())
+        return [output.to_dict(i) for i in reply.instances]
+
+    def sources(self) -> list[dict[str, Any]]:
+        reply = self._directory.ListSources(directory_pb2.ListSourcesRequest())
+        return [output.to_dict(s) for s in reply.sources]
+
+    def models(self) -> list[scheduler_pb2.ModelInfo]:
+        return list(self._scheduler.ListModels(scheduler_pb2.ListModelsRequest()).models)
+
+    def match(self, keys: bytes) -> dict[str, Any]:
+        request = directory_pb2.MatchRequest(keys=[common_pb2.KeyList(keys=keys)])
+        return output.to_dict(self._directory.Match(request))
+
+    def explain(self, request_id: str) -> dict[str, Any]:
+        return output.to_dict(self._scheduler.Explain(scheduler_pb2.ExplainRequest(request_id=request_id)))
+
+    def source_stats(self, address: str) -> dict[str, Any]:
+        with Node(address, self._credential) as node:
+            return output.to_dict(node.stats())
+
+    def nodes(self) -> list[dict[str, Any]]:
+        """Sources that can be read from, each with its own counts; `stats` is missing where it does not answer."""
+        found = []
+        for source in self.sources():
+            if not source["source"]["address"]:
+                continue
+            with_stats = dict(source)
+            try:
+                with_stats["stats"] = self.source_stats(source["source"]["address"])
+            except grpc.RpcError as error:
+                with_stats["error"] = str(rpc.from_rpc_error(error, source["source"]["address"]))
+            found.append(with_stats)
+        return found
+
+    def held(self) -> dict[str, int]:
+        """What clients hold, over all nodes: all zero when nobody does anything."""
+        names = ("leases", "pins", "reservations", "quarantined")
+        # A node with an SSD is two sources at one address.
+        nodes = {node["source"]["address"]: node for node in self.nodes()}
+        return {n: sum(node.get("stats", {}).get(n, 0) for node in nodes.values()) for n in names}
+
+
+class Node:
+    """Stubs of one node. Every call has a deadline: that of `rpc` where none is given."""
+
+    def __init__(self, address: str, credential: str = "", *, source_id: str = "") -> None:
+        self.address, self.credential, self._source_id = address, credential, source_id
+        self._channel = rpc.make_channel(address, credential=credential)
+        self.blocks: Any = block_source_pb2_grpc.BlockSourceStub(self._channel)
+        self.admin: Any = source_admin_pb2_grpc.SourceAdminStub(self._channel)
+
+    def __enter__(self) -> Node:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._channel.close()
+
+    @property
+    def source_id(self) -> str:
+        if not self._source_id:
+            self._source_id = self.blocks.GetSourceInfo(block_source_pb2.GetSourceInfoRequest()).source_id
+        return self._source_id
+
+    def stats(self) -> block_source_pb2.SourceStats:
+        return self.blocks.GetSourceStats(block_source_pb2.GetSourceStatsRequest())
+
+    def records(
+        self, limit: int, *, namespace_id: bytes = b"", name_prefix: str = ""
+    ) -> Iterator[block_source_pb2.BlockInfo]:
+        """At most `limit` blocks; none of a namespace that the node does not know."""
+        if namespace_id and not self.knows(namespace_id):
+            return
+        cursor = 0
+        while limit > 0:
+            request = block_source_pb2.ListBlocksRequest(
+                cursor=cursor, limit=min(PAGE, limit), namespace_id=namespace_id, name_prefix=name_prefix
+            )
+            reply = self.blocks.ListBlocks(request)
+            yield from reply.blocks
+            limit -= len(reply.blocks)
+            cursor = reply.next_cursor
+            if not cursor:
+                return
+
+    def find(self, keys: bytes, namespace_id: bytes = b"") -> list[block_source_pb2.BlockInfo]:
+        """Records of packed keys, of those that are in memory, whichever namespace (or only one) they are of."""
+        reply = self.blocks.ListBlocks(block_source_pb2.ListBlocksRequest(keys=keys))
+        return [block for block in reply.blocks if namespace_id in (b"", block.namespace_id)]
+
+    def knows(self, namespace_id: bytes) -> bool:
+        return any(info.namespace_id == namespace_id for info in self.namespaces())
+
+    def namespaces(self) -> list[source_admin_pb2.NamespaceInfo]:
+        return list(self.admin.ListNamespaces(source_admin_pb2.ListNamespacesRequest()).namespaces)
+
+    @contextmanager
+    def session(self) -> Iterator[int]:
+        """A session for calls that need one; it ends here, and with it whatever it holds."""
+        ended = threading.Event()
+
+        def pings() -> Iterator[block_source_pb2.SessionPing]:
+            hello = block_source_pb2.SessionPing.Hello(client="kvctl", host_id=host_id())
+            yield block_source_pb2.SessionPing(hello=hello)
+            while not ended.wait(1.0):
+                yield block_source_pb2.SessionPing()
+
+        call = self.blocks.OpenSession(pings())
+        try:
+            yield next(call).session_id
+        finally:
+            ended.set()
+            call.cancel()
+
+
+@contextmanager
+def chosen_nodes(scheduler: str, node: str, credential: str) -> Iterator[list[Node]]:
+    """The node that is named, or all of the cluster, by id. Ends the command if there is none.
+
+    Args: node: id, or HOST:PORT, which needs no scheduler; empty = all.
+    """
+    if ":" in node:
+        found = [Node(node, credential)]
+    else:
+        with output.reported_errors(scheduler, "scheduler"):
+            found = _nodes_of(Cluster(scheduler, credential), node)
+    try:
+        for one in found:
+            with output.reported_errors(one.address, "node"):
+                _ = one.source_id
+        yield found
+    finally:
+        for one in found:
+            one.__exit__()
+
+
+def _nodes_of(cluster: Cluster, node: str) -> list[Node]:
+    sources = [s["source"] for s in cluster.sources() if s["source"]["address"]]
+    # The SSD of a node is a source of its own in the directory, at the same address.
+    known = {s["address"]: s["source_id"] for s in sources if s["tier"] != "ssd"}
+    chosen = {address: name for address, name in known.items() if node in ("", name)}
+    if not chosen:
+        names = ", ".join(sorted(known.values())) or "none"
+        output.fail(f"no node {node!r}" if node else "no node has joined", hint=f"nodes of this cluster: {names}")
+    return [
+        Node(address, cluster._credential, source_id=name)
+        for address, name in sorted(chosen.items(), key=lambda item: (item[1], item[0]))
+    ]

@@ -1,0 +1,131 @@
+"""Who has to go so that something fits. Decides; the store drops them.
+
+A slot comes from the class's own next victim, or from emptying a whole run of spans of other classes (a *window*): the
+one whose hottest block is coldest. A window is preferred if each of its blocks is colder than the own victim, so that a
+small hot class gets the spans of a large cold one. Finding windows looks at every entry, so while there are own victims
+it is done once for so many evictions only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpool.core.arrays import EntryState, SourceArrays
+from kvpool.core.evictors import Evictor
+from kvpool.core.index import Entries
+from kvpool.core.kernels.windows import pick_apart, price_pieces, price_windows
+from kvpool.core.spans import SlotAllocator, slot_class
+
+#: One scan for windows for each eviction of this share of the entries in use.
+_SCAN_SHARE: Final = 8
+#: Windows that are looked at more closely before one is taken that leaves suffixes without their prefix.
+_TRIES_MAX: Final = 16
+
+_NOBODY: Final = np.empty(0, dtype=np.int32)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pieces:
+    """Spans and free units in order of address, and the used entries in them."""
+
+    units: NDArray[np.int64]
+    entries: Entries
+    piece_of_entry: NDArray[np.int32]
+    worst: NDArray[np.uint64]
+    blocks: NDArray[np.int64]
+    blocked: NDArray[np.bool_]
+
+
+class Room:
+    """Chooses victims. `evicted` is to be told how many went."""
+
+    def __init__(self, arrays: SourceArrays, slots: SlotAllocator, evictor: Evictor) -> None:
+        self._arrays, self._slots, self._evictor = arrays, slots, evictor
+        self._evictions_to_scan = 0
+
+    def evicted(self, count: int) -> None:
+        self._evictions_to_scan = max(0, self._evictions_to_scan - count)
+
+    def victims(self, size_bytes: int, missing: int) -> Entries:
+        """Whom to drop for at least one and at most `missing` slots of this size; empty if not one can be had."""
+        own = self._own(size_bytes, missing)
+        if len(own) and (self._evictions_to_scan or self._evictor.next_class() == slot_class(size_bytes)):
+            return own
+        windows = self._windows(size_bytes, missing, self._evictor.rank(own[:1]) if len(own) else None)
+        return windows if len(windows) else own
+
+    def next_victim(self) -> Entries:
+        """The block that goes first of all, or nobody."""
+        number = self._evictor.next_class()
+        return _NOBODY if number is None else self._evictor.victims(number, 1)
+
+    def footprints(self, entries: Entries) -> NDArray[np.int64]:
+        """Bytes that blocks have in their slots, names included; int64 (n)."""
+        sizes = self._arrays.sizes[entries].astype(np.int64)
+        return sizes + self._arrays.name_bytes[entries].astype(np.int64)
+
+    # ---------------------------------------------------------------- parts
+
+    def _own(self, size_bytes: int, missing: int) -> Entries:
+        """Victims of the same class each of whose slots is large enough."""
+        victims = self._evictor.victims(slot_class(size_bytes), missing)
+        if not len(victims):
+            return victims
+        small = self._slots.slots_bytes(self.footprints(victims)) < self._slots.slot_bytes(size_bytes)
+        return victims[: int(small.argmax())] if small.any() else victims
+
+    def _windows(self, size_bytes: int, missing: int, colder_than: NDArray[np.uint64] | None) -> Entries:
+        pieces = self._pieces()
+        self._evictions_to_scan = len(pieces.entries) // _SCAN_SHARE
+        units = self._slots.units_needed(size_bytes)
+        per_window = max(1, units * self._slots.unit_bytes // self._slots.slot_bytes(size_bytes))
+        found = self._cheapest(pieces, units, -(-missing // per_window), colder_than)
+        if not len(found) and colder_than is None:
+            # A shorter span serves as well where there is no room for a whole one.
+            found = self._cheapest(pieces, self._slots.units_least(size_bytes), 1, None)
+        return found
+
+    def _pieces(self) -> _Pieces:
+        table = self._slots.spans()
+        begins = self._slots.unit_free
+        begins[table.first] = True
+        firsts = np.flatnonzero(begins)
+        units = np.diff(np.append(firsts, self._slots.units)).astype(np.int64)
+        piece_of_unit = np.cumsum(begins, dtype=np.int32) - np.int32(1)
+        entries = np.flatnonzero(self._arrays.states != EntryState.FREE).astype(np.int32)
+        piece_of_entry = piece_of_unit[self._slots.unit_of(self._arrays.offsets[entries])]
+        may_go = self._arrays.states[entries] == EntryState.READABLE
+        may_go &= ~self._evictor.hidden(entries)
+        ranks = np.where(may_go, self._evictor.rank(entries), np.uint64(0))
+        worst = np.zeros(len(units), dtype=np.uint64)
+        blocks, blocked = np.zeros(len(units), dtype=np.int64), np.zeros(len(units), dtype=np.bool_)
+        price_pieces(piece_of_entry, may_go, ranks, worst, blocks, blocked)
+        # Slots that were allocated a moment ago have no entries yet.
+        pieces = piece_of_unit[table.first]
+        blocked[pieces] |= blocks[pieces] != table.used
+        return _Pieces(units, entries, piece_of_entry, worst, blocks, blocked)
+
+    def _cheapest(self, pieces: _Pieces, units: int, count: int, colder_than: NDArray[np.uint64] | None) -> Entries:
+        """The blocks of at most `count` windows of so many units, the coldest ones, the fewest blocks among equals."""
+        number = len(pieces.units)
+        last, total = np.empty(number, dtype=np.int64), np.zeros(number, dtype=np.int64)
+        worst = np.zeros(number, dtype=np.uint64)
+        price_windows(pieces.units, pieces.worst, pieces.blocks, pieces.blocked, units, last, worst, total)
+        usable = last >= 0
+        if colder_than is not None:
+            usable &= worst < colder_than[0]
+        starts = np.flatnonzero(usable)
+        order = starts[np.lexsort((total[starts], worst[starts]))].astype(np.int64)
+        chosen = np.empty(min(len(order), max(count, _TRIES_MAX)), dtype=np.int64)
+        chosen = chosen[: pick_apart(order, last, np.int64(len(chosen)), chosen)]
+        blocks = [self._inside(pieces, int(first), int(last[first])) for first in chosen.tolist()]
+        whole = [inside for inside in blocks if self._evictor.evictable_together(inside).all()]
+        picked = (whole if whole or colder_than is not None else blocks)[:count]
+        return np.concatenate(picked) if picked else _NOBODY
+
+    def _inside(self, pieces: _Pieces, first: int, last: int) -> Entries:
+        return pieces.entries[(pieces.piece_of_entry >= first) & (pieces.piece_of_entry <= last)]

@@ -1,0 +1,168 @@
+"""Long operations of operators: each in a thread of its own, telling how far it is, ended with the call that began it.
+
+The work itself is ordinary blocking code that is given an `Operation`; it touches the core through `Operation.turn`
+alone, which runs in the core's event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass
+from typing import TypeVar
+
+from kvpool.core.errors import KvpoolError, Overloaded, Unavailable
+from kvpool.core.ids import SessionId
+from kvpool.core.source import SourceCore
+from kvpool.service.source_driver import SourceDriver
+from kvpool.v1 import source_admin_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+#: Operations of one process at a time; one more is refused.
+OPERATIONS_MAX = 8
+PROGRESS_INTERVAL_S = 1.0
+TURN_TIMEOUT_S = 10.0
+#: An operation that was asked to stop ends within the deadline of its current batch, or is left behind.
+STOP_TIMEOUT_S = 15.0
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class Counts:
+    """How far an operation is; fields as Progress on the wire. Written by its thread, read by the loop."""
+
+    blocks_total: int = 0
+    blocks_done: int = 0
+    bytes_done: int = 0
+    blocks_failed: int = 0
+    blocks_bad: int = 0
+    message: str = ""
+
+    def failed(self, blocks: int, why: str) -> None:
+        """Blocks that could not be done; the last reason is shown."""
+        if blocks:
+            self.blocks_failed += blocks
+            self.message = why
+
+    def to_proto(self, *, done: bool) -> pb.Progress:
+        return pb.Progress(**self.__dict__, done=done)
+
+
+class Operation:
+    """What the work of one operation may use."""
+
+    def __init__(self, driver: SourceDriver, loop: asyncio.AbstractEventLoop) -> None:
+        self.counts = Counts()
+        self._driver, self._loop = driver, loop
+        self._stop = threading.Event()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether nobody wants the rest any more: end soon, as after the last batch."""
+        return self._stop.is_set()
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def pause(self, seconds: float) -> None:
+        """Waits, or until asked to stop."""
+        if seconds > 0:
+            self._stop.wait(seconds)
+
+    def turn(self, call: Callable[[SourceCore, int], Result]) -> Result:
+        """Calls the core, with the time, in its loop.
+
+        Raises: what the call raises; Unavailable if the loop is stuck or gone.
+        """
+
+        async def run() -> Result:
+            with self._driver.turn() as now_us:
+                result = call(self._driver.core, now_us)
+                self._driver.save_catalog()
+                return result
+
+        coroutine = run()
+        try:
+            return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(TURN_TIMEOUT_S)
+        except FutureTimeout:
+            raise Unavailable(f"the source took no call for {TURN_TIMEOUT_S:.0f} s") from None
+        except RuntimeError as error:  # how asyncio says that its loop is closed
+            coroutine.close()
+            raise Unavailable("the source stops") from error
+
+    @contextlib.contextmanager
+    def session(self, name: str) -> Iterator[SessionId]:
+        """A session of the core for what the work holds; everything is given back at the end.
+
+        The work writes with its own thread only, and has stopped to when it leaves: nothing needs quarantine.
+        """
+        session = self.turn(lambda core, now_us: core.open_session(name, now_us))
+        try:
+            yield session
+        finally:
+            with contextlib.suppress(Unavailable):
+                self.turn(lambda core, now_us: core.close_session(session, now_us, writer_gone=True))
+
+
+class Operations:
+    """Starts operations and streams their progress; belongs to the event loop."""
+
+    def __init__(self, driver: SourceDriver) -> None:
+        self._driver = driver
+        self._threads = ThreadPoolExecutor(max_workers=OPERATIONS_MAX, thread_name_prefix="operation")
+        self._live: dict[Operation, Future[None]] = {}
+        self._closing = False
+
+    async def run(self, name: str, work: Callable[[Operation], None]) -> AsyncGenerator[pb.Progress, None]:
+        """Runs `work` in a thread; it is asked to stop when the stream is closed.
+
+        Yields: how far it is, once a second; the last one is done.
+        Raises: what the work raises; Overloaded.
+        """
+        if self._closing or len(self._live) >= OPERATIONS_MAX:
+            raise Overloaded(f"{len(self._live)} operations run already", hint="wait until one ends, or end one")
+        operation = Operation(self._driver, asyncio.get_running_loop())
+        future = self._threads.submit(work, operation)
+        self._live[operation] = future
+        ended = asyncio.wrap_future(future)
+        ended.add_done_callback(lambda done: self._ended(name, operation, done))
+        try:
+            while True:
+                await asyncio.wait({ended}, timeout=PROGRESS_INTERVAL_S)
+                if ended.done():
+                    break
+                yield operation.counts.to_proto(done=False)
+            ended.result()
+            yield operation.counts.to_proto(done=True)
+        finally:
+            operation.stop()
+
+    def _ended(self, name: str, operation: Operation, done: asyncio.Future[None]) -> None:
+        self._live.pop(operation, None)
+        error = None if done.cancelled() else done.exception()
+        counts, how = operation.counts, "stopped" if operation.stopped else "ended"
+        log.info(
+            "%s %s: %d blocks, %d bytes, %d failed, %d bad: %s", name, how, counts.blocks_done, counts.bytes_done,
+            counts.blocks_failed, counts.blocks_bad, error or "no error",
+        )  # fmt: skip
+        if error is not None and not isinstance(error, KvpoolError):
+            log.error("%s failed", name, exc_info=error)
+
+    async def close(self) -> None:
+        """Stops all and waits for their threads: nothing of theirs touches the segment afterwards."""
+        self._closing = True
+        futures = [asyncio.wrap_future(future) for future in self._live.values()]
+        for operation in list(self._live):
+            operation.stop()
+        if futures:
+            _, late = await asyncio.wait(futures, timeout=STOP_TIMEOUT_S)
+            if late:
+                log.error("%d operations did not end within %.0f s", len(late), STOP_TIMEOUT_S)
+        self._threads.shutdown(wait=False, cancel_futures=True)

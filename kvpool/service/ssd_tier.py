@@ -1,0 +1,388 @@
+"""The SSD tier of a node: copies cold blocks down before they are evicted, brings wanted ones up again.
+
+Decisions are the core's (what is cold) and the store's (what is where); this shell moves blocks between the two, in
+threads, with a lease or a reservation of its own on whatever it touches. A block is *acknowledged* on the SSD when its
+group commit has been synced; only then is it announced in tier SSD. What is removed is durably removed before the
+caller hears of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpool.core.demotion import ColdBlocks
+from kvpool.core.errors import KvpoolError, NoSsd
+from kvpool.core.ids import Fidelity, KeyArray, Tier
+from kvpool.core.index import split_keys
+from kvpool.core.namespace import OBJECTS_GROUP
+from kvpool.core.ssd.records import RecordBatch
+from kvpool.service.announcer import Announcer, Snapshot
+from kvpool.service.source_driver import SourceDriver
+from kvpool.tiers.ssd.store import SsdListing, SsdStore, SsdStored
+from kvpool.v1 import block_source_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+#: How long the tier rests when there is nothing cold to copy.
+IDLE_S = 0.2
+#: After a failed write the disk is left alone for so long.
+BACKOFF_S = 2.0
+DEMOTE_BYTES_MAX, DEMOTE_BLOCKS_MAX = 64 << 20, 1024
+LEASE_US = 120_000_000
+#: Promotions under way, in blocks; beyond it blocks count as absent.
+PROMOTING_MAX = 65_536
+LIST_PAGE = 65_536
+VERIFY_PAGE = 64
+
+Result = TypeVar("Result")
+SNAPSHOT_TIMEOUT_S = 30.0
+
+
+class SsdTier:
+    """A `LowerTier`. Runs in the node's event loop.
+
+    Args:
+        data: uint8, the segment's data, which the store reads from and writes to directly.
+        demote_from: fraction of memory in use beyond which cold blocks are copied down.
+    """
+
+    tier = Tier.SSD
+
+    def __init__(
+        self, store: SsdStore, driver: SourceDriver, data: NDArray[np.uint8], *, demote_from: float = 0.7
+    ) -> None:
+        self._store, self._driver, self._core, self._data = store, driver, driver.core, data
+        self._demote_from = demote_from
+        self.announcer: Announcer | None = None
+        self.promotions = self.demotions = 0
+        with driver.turn() as now:
+            self._session = self._core.open_session("ssd tier", now)
+            self._core.set_lower_tier(True)
+        # One change of the store at a time: what is being written down can't be removed behind its back. A removal
+        # also keeps promotions out: what is on its way up would be back after it was removed.
+        self._changing = asyncio.Lock()
+        self._no_removal = asyncio.Event()
+        self._no_removal.set()
+        self._promoting: dict[bytes, asyncio.Future[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._demoting: asyncio.Task[None] | None = None
+        # Blocks that this node took over from its predecessor may be on the SSD already.
+        self._mark_all()
+
+    # ------------------------------------------------------------ what the node asks
+
+    @property
+    def bytes_total(self) -> int:
+        return self._store.stats().space.bytes_total
+
+    def start(self) -> None:
+        """Begins to copy cold blocks down."""
+        self._demoting = asyncio.get_running_loop().create_task(self._demote_forever())
+
+    async def close(self) -> None:
+        """Ends all work; what was not acknowledged is as if it never was written."""
+        tasks = [*self._tasks, *([self._demoting] if self._demoting else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.to_thread(self._store.close)
+
+    def contains(self, namespace_id: bytes, keys: KeyArray) -> NDArray[np.bool_]:
+        """Which keys are on the SSD in this namespace."""
+        facts = self._store.describe(keys)
+        mine: NDArray[np.bool_] = (facts.namespace_ids == np.frombuffer(namespace_id, dtype=np.uint8)).all(axis=1)
+        return facts.present & mine
+
+    async def promote(self, namespace_id: bytes, keys: KeyArray, timeout_s: float) -> NDArray[np.bool_]:
+        """Brings blocks into memory that are on the SSD only. Returns which ones are not in memory by themselves.
+
+        Blocks that can't be brought (no room, bad bytes, no time) stay where they are, and are absent to the caller.
+        """
+        below = ~self._core.lookup(namespace_id, keys)
+        below[below] = self.contains(namespace_id, keys[below])
+        if not below.any():
+            return below
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._no_removal.wait(), timeout_s)
+        if not self._no_removal.is_set():
+            return below
+        packed = split_keys(keys[below])
+        fresh = [key for key in dict.fromkeys(packed) if key not in self._promoting]
+        if fresh and len(self._promoting) + len(fresh) <= PROMOTING_MAX:
+            self._begin_promotion(namespace_id, fresh)
+        futures = {self._promoting[key] for key in packed if key in self._promoting}
+        if futures:
+            await asyncio.wait(futures, timeout=timeout_s)
+        return below
+
+    async def remove(
+        self, namespace_id: bytes, keys: KeyArray | None, name_prefix: bytes, remove_above: Callable[[], int]
+    ) -> int:
+        """Removes keys, or with None all of a namespace whose names begin so, from the SSD and then from memory.
+
+        Returns once it is durable. `remove_above` removes from memory, and says how many blocks were there.
+        Raises: KvpoolError if it can't be made durable now; memory is left as it is.
+        """
+        async with self._changing:
+            self._no_removal.clear()
+            try:
+                if self._promoting:
+                    await asyncio.wait(list(self._promoting.values()))
+                below = await in_thread(self._remove_below, namespace_id, keys, name_prefix)
+                self._settle()
+                return max(below, remove_above())
+            finally:
+                self._no_removal.set()
+
+    def _remove_below(self, namespace_id: bytes, keys: KeyArray | None, name_prefix: bytes) -> int:
+        if keys is None and name_prefix:
+            keys = self._named(namespace_id, name_prefix)
+        if keys is None:
+            removed = self._store.remove_namespace(namespace_id)
+        else:
+            mine = keys[self.contains(namespace_id, keys)]
+            removed = len(mine) if not len(mine) or self._store.remove(mine).all() else None
+        if removed is None:
+            raise NoSsd("the removal could not be noted on the SSD", hint="see the SSD's state in kvctl node")
+        return removed
+
+    def verify_page(self, cursor: int, namespace_id: bytes) -> tuple[int, int, int, int | None]:
+        """Reads some records and checks each digest; the store drops what is bad. Blocks: call it in a thread.
+
+        Args: namespace_id: empty = all.
+        Returns: good, bad, bytes read, and the cursor of the next page (None: done).
+        """
+        listing = self._store.list(cursor, VERIFY_PAGE)
+        keys = listing.keys if not namespace_id else listing.keys[self.contains(namespace_id, listing.keys)]
+        facts = self._store.describe(keys)
+        here = np.flatnonzero(facts.present)
+        targets = [np.empty(size, dtype=np.uint8) for size in facts.sizes[here].tolist()]
+        good = self._store.read(keys[here], targets).good
+        # What went away meanwhile is not bad; what is bad went away because of this read, and was counted.
+        return int(good.sum()), int((~good).sum()), int(facts.sizes[here].sum()), listing.next_cursor
+
+    def stats(self) -> pb.SsdStats:
+        stats = self._store.stats()
+        space, counters = stats.space, stats.counters
+        return pb.SsdStats(
+            state=str(stats.state), reason=stats.message, bytes_total=space.bytes_total, bytes_live=space.bytes_live,
+            bytes_dead=space.bytes_dead, bytes_free=space.bytes_free, records=space.records, hits=self.promotions,
+            demotions=self.demotions, evictions=counters.evicted, io_errors=counters.io_errors,
+            digest_errors=counters.digest_errors, recovery_s=counters.recovery_s,
+            recovered_bytes=counters.recovered_bytes,
+        )  # fmt: skip
+
+    # ------------------------------------------------------------ up
+
+    def _begin_promotion(self, namespace_id: bytes, fresh: list[bytes]) -> None:
+        loop = asyncio.get_running_loop()
+        for key in fresh:
+            self._promoting[key] = loop.create_future()
+        task = loop.create_task(self._promote(namespace_id, fresh))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _promote(self, namespace_id: bytes, packed: list[bytes]) -> None:
+        try:
+            keys = np.frombuffer(b"".join(packed), dtype=np.uint8).reshape(-1, 16)
+            stored = await in_thread(self._store.describe_stored, keys)
+            facts = stored.facts
+            for sections in np.unique(facts.section_counts[facts.present]).tolist():
+                for fidelity in np.unique(facts.fidelities[facts.present]).tolist():
+                    rows = facts.present & (facts.section_counts == sections) & (facts.fidelities == fidelity)
+                    await self._promote_alike(namespace_id, keys, stored, np.flatnonzero(rows), sections, fidelity)
+        except KvpoolError as error:
+            log.info("blocks stay on the SSD: %s", error)
+        finally:
+            for key in packed:
+                self._promoting.pop(key).set_result(None)
+
+    async def _promote_alike(
+        self,
+        namespace_id: bytes,
+        keys: KeyArray,
+        stored: SsdStored,
+        rows: NDArray[np.int64],
+        sections: int,
+        fidelity: int,
+    ) -> None:
+        """Promotes blocks of one section count and fidelity: one reservation, one read, one commit."""
+        if not len(rows):
+            return
+        names = [stored.names[row] for row in rows.tolist()]
+        sizes = stored.facts.sizes[rows]
+        group = dataclasses.replace(OBJECTS_GROUP, section_count=sections)
+        with self._driver.turn() as now:
+            reserved = self._core.reserve(
+                self._session, namespace_id, group, keys[rows], LEASE_US, now, sizes=sizes,
+                names=names if any(names) else None, fidelity=Fidelity(fidelity),
+            )  # fmt: skip
+        if not reserved.reservation:
+            return
+        try:
+            mine = np.flatnonzero(reserved.status == pb.ReserveReply.RESERVED)
+            slots = reserved.slots.take(mine)
+            targets = [
+                self._data[offset : offset + size]
+                for offset, size in zip(slots.offsets.tolist(), slots.sizes.tolist(), strict=True)
+            ]
+            read = await in_thread(self._store.read, slots.keys, targets)
+            good = np.flatnonzero(read.good)
+            indices = np.repeat(mine[good], sections).astype(np.uint32)
+            numbers = np.tile(np.arange(sections, dtype=np.uint32), len(good))
+            with self._driver.turn() as now:
+                digests = np.ascontiguousarray(read.digests[good, :sections]).ravel()
+                self._core.commit(self._session, reserved.reservation, indices, numbers, digests, now)
+                self._core.mark_lower(slots.keys[good], True)
+            self.promotions += len(good)
+        finally:
+            # Gives back what was not read; a reservation that is complete has nothing left to give.
+            with contextlib.suppress(KvpoolError), self._driver.turn() as now:
+                self._core.abort(self._session, reserved.reservation, now)
+            self._settle()
+
+    # ------------------------------------------------------------ down
+
+    async def _demote_forever(self) -> None:
+        while True:
+            rest_s = IDLE_S
+            try:
+                if await self._demote_some():
+                    rest_s = 0.0
+            except KvpoolError as error:
+                log.warning("nothing is copied to the SSD for now: %s", error)
+                rest_s = BACKOFF_S
+            except Exception:
+                log.exception("copying to the SSD failed")
+                rest_s = BACKOFF_S
+            await asyncio.sleep(rest_s)
+
+    async def _demote_some(self) -> bool:
+        """Copies one batch of cold blocks down; whether there may be more."""
+        counts = self._core.counts()
+        if counts.bytes_used <= self._demote_from * counts.bytes_total or self._store.stats().state != "ok":
+            self._settle()
+            return False
+        async with self._changing:
+            cold = self._core.demotion_candidates(DEMOTE_BYTES_MAX, DEMOTE_BLOCKS_MAX)
+            # Blocks that were written again while their copy below stayed.
+            facts = self._store.describe(cold.keys)
+            there = facts.present & (facts.fidelities == cold.fidelities)
+            self._core.mark_lower(cold.keys[there], True)
+            cold = cold.take(~there)
+            if not len(cold.keys):
+                self._settle()
+                return False
+            return await self._write(cold)
+
+    async def _write(self, cold: ColdBlocks) -> bool:
+        leases: list[int] = []
+        with self._driver.turn() as now:
+            # Held while the disk reads from them; one lease for each namespace.
+            for namespace_id in dict.fromkeys(cold.namespace_ids):
+                rows = [i for i, other in enumerate(cold.namespace_ids) if other == namespace_id]
+                leased = self._core.lease(
+                    self._session,
+                    namespace_id,
+                    cold.keys[rows],
+                    LEASE_US,
+                    now,
+                    fidelity_min=Fidelity.INT8,
+                    counted=False,
+                )
+                leases.append(leased.lease)
+        try:
+            batch = self._batch(cold)
+            acknowledged = await in_thread(self._store.append, batch)
+        finally:
+            with self._driver.turn() as now:
+                self._core.release(self._session, [lease for lease in leases if lease], now)
+        with self._driver.turn():
+            self._core.mark_lower(batch.keys[acknowledged], True)
+        self.demotions += int(acknowledged.sum())
+        self._settle()
+        return bool(acknowledged.any())
+
+    def _batch(self, cold: ColdBlocks) -> RecordBatch:
+        blocks = cold.blocks
+        payloads = [
+            self._data[offset : offset + size]
+            for offset, size in zip(blocks.offsets.tolist(), blocks.sizes.tolist(), strict=True)
+        ]
+        namespaces = np.frombuffer(b"".join(cold.namespace_ids), dtype=np.uint8).reshape(-1, 16)
+        return RecordBatch(
+            keys=blocks.keys, namespace_ids=namespaces, fidelities=cold.fidelities,
+            section_counts=cold.section_counts, digests=blocks.digests, payloads=payloads, names=cold.names,
+        )  # fmt: skip
+
+    # ------------------------------------------------------------ telling others
+
+    def _settle(self) -> None:
+        """Passes on what the store has gained and lost."""
+        changes = self._store.take_changes()
+        for change in changes.changes:
+            keys = np.frombuffer(change.keys, dtype=np.uint8).reshape(-1, 16)
+            self._core.mark_lower(keys, change.kind == 1)
+        if changes.lost:
+            self._mark_all()
+        if self.announcer is None:
+            return
+        if changes.lost:
+            self.announcer.lose()
+        elif changes.changes:
+            self.announcer.publish(changes.changes)
+
+    def _mark_all(self) -> None:
+        for listing in self._pages():
+            self._core.mark_lower(listing.keys, True)
+
+    def _pages(self) -> Iterator[SsdListing]:
+        cursor: int | None = 0
+        while cursor is not None:
+            listing = self._store.list(cursor, LIST_PAGE)
+            yield listing
+            cursor = listing.next_cursor
+
+    def _named(self, namespace_id: bytes, prefix: bytes) -> KeyArray:
+        """Keys of objects of a namespace whose names begin so."""
+        chosen: list[KeyArray] = [np.empty((0, 16), dtype=np.uint8)]
+        for listing in self._pages():
+            mine = listing.keys[self.contains(namespace_id, listing.keys)]
+            names = self._store.describe_stored(mine).names
+            chosen.append(mine[np.array([name.startswith(prefix) for name in names], dtype=np.bool_)])
+        return np.concatenate(chosen)
+
+    def snapshot(self) -> Snapshot:
+        """All keys on the SSD, and the number of the last published batch that they include. For other threads."""
+        return asyncio.run_coroutine_threadsafe(self._snapshot(), self._driver.loop).result(SNAPSHOT_TIMEOUT_S)
+
+    async def _snapshot(self) -> Snapshot:
+        self._settle()
+        number = self.announcer.last_number if self.announcer is not None else 0
+        held: list[tuple[KeyArray, Fidelity]] = []
+        for listing in self._pages():
+            held += [(listing.keys[listing.facts.fidelities == fidelity], fidelity) for fidelity in Fidelity]
+        return held, number
+
+    def usage(self) -> tuple[int, int]:
+        """(bytes live, blocks), from any thread."""
+        space = self._store.stats().space
+        return space.bytes_live, space.records
+
+
+async def in_thread(call: Callable[..., Result], *args: object) -> Result:
+    """Runs `call` in a thread and does not end before it: what it reads or writes must stay ours until then."""
+    future = asyncio.ensure_future(asyncio.to_thread(call, *args))
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        await asyncio.wait([future])
+        raise

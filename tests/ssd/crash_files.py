@@ -1,0 +1,170 @@
+"""Files in memory that know what is durable, can lose power at any call, and come back as any state a disk may keep."""
+
+import errno
+import threading
+
+import numpy as np
+
+SECTOR_BYTES = 512
+
+
+class Inode:
+    def __init__(self, size):
+        self.durable = bytearray(size)
+        self.current = bytearray(size)
+        #: Since the last sync: (offset, bytes) or (size, None) for a truncation.
+        self.pending = []
+
+
+class CrashFile:
+    def __init__(self, files, inode):
+        self._files, self._inode = files, inode
+
+    def read(self, buffers, offset):
+        with self._files.lock:
+            self._files.fault("read")
+            done = 0
+            for buffer in buffers:
+                part = self._inode.current[offset + done : offset + done + len(buffer)]
+                buffer[: len(part)] = part
+                done += len(part)
+                if len(part) < len(buffer):
+                    break
+            return done
+
+    def write(self, buffers, offset):
+        data = b"".join(buffers)
+        if self._files.direct:
+            assert offset % 4096 == 0
+            assert all(len(buffer) % 4096 == 0 for buffer in buffers)
+            assert all(np.frombuffer(buffer, np.uint8).ctypes.data % 4096 == 0 for buffer in buffers)
+        with self._files.lock:
+            self._files.step("write")
+            self._inode.pending.append((offset, data))
+            apply_write(self._inode.current, offset, data)
+
+    def sync(self):
+        with self._files.lock:
+            self._files.step("sync")
+            self._inode.durable = bytearray(self._inode.current)
+            self._inode.pending.clear()
+
+    def truncate(self, size_bytes):
+        with self._files.lock:
+            self._files.step("truncate")
+            self._inode.pending.append((size_bytes, None))
+            del self._inode.current[size_bytes:]
+
+    def size(self):
+        return len(self._inode.current)
+
+    def close(self):
+        pass
+
+
+def apply_write(data, offset, written):
+    if len(data) < offset + len(written):
+        data.extend(bytes(offset + len(written) - len(data)))
+    data[offset : offset + len(written)] = written
+
+
+class CrashFiles:
+    """`steps`: calls that change something until the power goes; None: never. Afterwards every call fails."""
+
+    def __init__(self, *, direct=True, steps=None, capacity_bytes=None):
+        self.direct, self.steps = direct, steps
+        self.lock = threading.RLock()
+        self.capacity_bytes = capacity_bytes
+        self.inodes, self.durable_inodes = {}, {}
+        #: Calls that fail with an errno: {kind: [errno or None, ...]}, used up one a call.
+        self.faults = {}
+        #: Kinds of calls that changed something, in order.
+        self.calls = []
+
+    def step(self, kind):
+        self.fault(kind)
+        if self.steps is not None:
+            if self.steps == 0:
+                raise OSError(errno.EIO, "power lost")
+            self.steps -= 1
+        self.calls.append(kind)
+
+    def fault(self, kind):
+        if self.steps == 0:
+            raise OSError(errno.EIO, "power lost")
+        waiting = self.faults.get(kind)
+        if waiting and (code := waiting.pop(0)):
+            raise OSError(code, "injected")
+
+    def names(self):
+        return sorted(self.inodes)
+
+    def create(self, name, size_bytes):
+        with self.lock:
+            self.step("create")
+            used = sum(len(inode.current) for inode in self.inodes.values())
+            if self.capacity_bytes is not None and used + size_bytes > self.capacity_bytes:
+                raise OSError(errno.ENOSPC, "no space")
+            self.inodes[name] = Inode(size_bytes)
+            return CrashFile(self, self.inodes[name])
+
+    def open(self, name):
+        self.fault("open")
+        return CrashFile(self, self.inodes[name])
+
+    def remove(self, name):
+        with self.lock:
+            self.step("remove")
+            self.inodes.pop(name, None)
+
+    def sync_names(self):
+        with self.lock:
+            self.step("sync_names")
+            self.durable_inodes = dict(self.inodes)
+
+    def close(self):
+        pass
+
+    # ------------------------------------------------------------ the crash
+
+    def after_crash(self, rng, *, steps=None):
+        """A disk that kept what was synced, and of the rest whatever chance wants, down to torn sectors."""
+        files = CrashFiles(direct=self.direct, steps=steps, capacity_bytes=self.capacity_bytes)
+        for name in sorted({*self.inodes, *self.durable_inodes}):
+            old, new = self.durable_inodes.get(name), self.inodes.get(name)
+            inode = old if old is new else (old, new)[rng.integers(2)]
+            if inode is not None:
+                files.add(name, bytes(surviving(inode, rng)))
+        return files
+
+    def add(self, name, data):
+        inode = Inode(0)
+        inode.durable, inode.current = bytearray(data), bytearray(data)
+        self.inodes[name] = self.durable_inodes[name] = inode
+
+    def copy(self):
+        files = CrashFiles(direct=self.direct)
+        for name, inode in self.inodes.items():
+            files.add(name, bytes(inode.current))
+        return files
+
+
+def surviving(inode, rng):
+    data = bytearray(inode.durable)
+    for offset, written in inode.pending:
+        if written is None:
+            if rng.integers(2):
+                del data[offset:]
+            continue
+        fate = rng.integers(4)
+        if fate == 0:
+            continue
+        if fate == 1:
+            apply_write(data, offset, written)
+        elif fate == 2:
+            apply_write(data, offset, written[: rng.integers(len(written) + 1)])
+        else:
+            for at in range(0, len(written), SECTOR_BYTES):
+                if rng.integers(2):
+                    apply_write(data, offset + at, written[at : at + SECTOR_BYTES])
+    return data

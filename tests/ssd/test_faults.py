@@ -1,0 +1,305 @@
+"""Disks that fill up, fail, or come back damaged: fewer hits and a state that says so, never a crash or wrong bytes."""
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvpool.core.errors import NoSsd
+from kvpool.core.ssd.format import PAGE_BYTES, segment_name
+from kvpool.core.ssd.records import SsdState
+from kvpool.tiers.ssd.store import SsdStore
+
+from .crash_files import CrashFiles
+from .records_made import batch_of, content, keys_of, read_all
+from .test_crash import SEGMENT_BYTES, open_on
+
+RECORD_BYTES = 20_000
+
+
+def fill(store, numbers, version=0):
+    """Those acknowledged, of the numbers put one by one."""
+    return [n for n in numbers if store.append(batch_of([(n, version, RECORD_BYTES)])).all()]
+
+
+def check_all(store, numbers, version=0):
+    for number, data in read_all(store, numbers).items():
+        assert data == content(number, version, RECORD_BYTES).tobytes(), number
+
+
+# ---------------------------------------------------------------- full
+
+
+def test_a_disk_smaller_than_promised_is_used_as_far_as_it_goes():
+    files = CrashFiles(capacity_bytes=PAGE_BYTES + 5 * SEGMENT_BYTES)
+    store = open_on(files, 64 * SEGMENT_BYTES)
+    assert fill(store, range(40)) == list(range(40))
+    assert store.stats().counters.evicted > 0
+    check_all(store, [39])
+    assert store.audit() == ()
+    store.close()
+
+
+def test_a_full_disk_refuses_and_goes_on_when_there_is_room():
+    files = CrashFiles()
+    store = open_on(files)
+    assert fill(store, [1, 2]) == [1, 2]
+    files.capacity_bytes = 0
+    acknowledged = fill(store, range(3, 12))
+    assert len(acknowledged) < 9
+    stats = store.stats()
+    assert stats.state is SsdState.FULL
+    assert "no room" in stats.message
+    assert stats.counters.append_refused > 0
+    files.capacity_bytes = None
+    assert fill(store, range(20, 30)) == list(range(20, 30))
+    assert store.stats().state is SsdState.OK
+    check_all(store, range(20, 30))
+    assert store.audit() == ()
+    store.close()
+
+
+def test_a_limit_on_file_sizes_is_a_full_disk(tmp_path):
+    """In a process of its own: the limit holds for all that a process writes."""
+    script = f"""
+import resource, sys
+from pathlib import Path
+resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, resource.RLIM_INFINITY))
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+from kvpool.tiers.ssd.store import SsdStore
+from tests.ssd.records_made import batch_of
+store = SsdStore.open(Path({str(tmp_path)!r}), "a", 8 << 20, segment_bytes=1 << 20)
+print(store.append(batch_of([(1, 0, 100)])).tolist(), store.stats().state)
+store.close()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["[False]", "full"], done.stderr
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 600_000
+
+
+# ---------------------------------------------------------------- I/O errors
+
+
+@pytest.mark.parametrize("kind", ["write", "sync"])
+def test_a_failed_write_is_not_acknowledged_and_does_not_come_back(kind):
+    files = CrashFiles()
+    store = open_on(files)
+    assert fill(store, [1]) == [1]
+    files.faults[kind] = [errno.EIO]
+    assert fill(store, [2]) == []
+    assert store.stats().counters.io_errors == 1
+    assert fill(store, [3]) == [3]
+    assert store.stats().state is SsdState.OK
+    assert store.audit() == ()
+    check_all(store, [1, 3])
+    store.close()
+    again = open_on(files.copy())
+    assert read_all(again, [2]) == {2: None}
+    check_all(again, [1, 3])
+    again.close()
+
+
+def test_a_disk_that_fails_again_and_again_is_left_alone():
+    files = CrashFiles()
+    store = open_on(files)
+    assert fill(store, [1, 2]) == [1, 2]
+    files.faults["sync"] = [errno.EIO] * 1000
+    assert fill(store, range(3, 9)) == []
+    stats = store.stats()
+    assert stats.state is SsdState.FAILED
+    assert stats.message
+    writes = stats.counters.writes
+    assert fill(store, [9]) == []
+    assert store.stats().counters.writes == writes
+    check_all(store, [1, 2])
+    # What is removed can't be read any more, and nobody is told that it is gone for good.
+    assert store.remove(keys_of([1])).tolist() == [False]
+    assert read_all(store, [1]) == {1: None}
+    store.close()
+
+
+def test_a_page_that_cannot_be_read_is_a_miss():
+    files = CrashFiles()
+    store = open_on(files)
+    assert fill(store, [1, 2, 3]) == [1, 2, 3]
+    # The first read of the three together fails, then that of the first alone.
+    files.faults["read"] = [errno.EIO, errno.EIO]
+    found = read_all(store, [1, 2, 3])
+    assert sum(value is None for value in found.values()) == 1
+    assert store.stats().counters.io_errors == 2
+    assert store.contains(keys_of([1, 2, 3])).sum() == 2
+    assert len(store.take_changes().changes) == 4
+    files.faults.clear()
+    # Put again, it is there again.
+    missing = [number for number, value in found.items() if value is None]
+    assert fill(store, missing) == missing
+    check_all(store, [1, 2, 3])
+    store.close()
+
+
+def test_reclaiming_that_fails_loses_nothing_that_stays():
+    files = CrashFiles()
+    store = open_on(files, 6 * SEGMENT_BYTES)
+    fill(store, range(8))
+    rng = np.random.default_rng(3)
+    for number in range(8, 60):
+        if rng.integers(3) == 0:
+            files.faults[("write", "sync", "remove", "sync_names", "read", "create")[rng.integers(6)]] = [errno.EIO]
+        acknowledged = fill(store, [number])
+        # One success between failures keeps it alive.
+        files.faults.clear()
+        check_all(store, acknowledged)
+        fill(store, [1000 + number])
+        with store._log.lock:
+            store._log.core.check_invariants()
+    assert store.stats().state is SsdState.OK
+    assert store.audit() == ()
+    store.close()
+    again = open_on(files.copy(), 6 * SEGMENT_BYTES)
+    assert again.audit() == ()
+    again.close()
+
+
+# ---------------------------------------------------------------- damage
+
+
+def stored_on(files, versions=1):
+    store = open_on(files)
+    for version in range(versions):
+        assert fill(store, range(6), version) == list(range(6))
+    store.close()
+    return files.copy()
+
+
+def test_rot_in_a_payload_is_a_miss_and_the_older_version_does_not_return():
+    files = stored_on(CrashFiles(), versions=2)
+    store = open_on(files)
+    number, offset = 3, 9000
+    segment, place = place_of(store, number)
+    files.inodes[segment_name(segment)].current[place + offset] ^= 1
+    assert read_all(store, [number]) == {number: None}
+    assert store.stats().counters.digest_errors == 1
+    store.close()
+    again = open_on(files.copy())
+    assert read_all(again, [number]) == {number: None}
+    check_all(again, [0, 1, 2, 4, 5], 1)
+    again.close()
+
+
+def place_of(store, number):
+    rows = store._log.core.rows
+    row = rows.live(keys_of([number]))
+    return int(rows.segments[row[0]]), int(rows.offsets(row)[0])
+
+
+def test_a_lost_removal_brings_no_object_back():
+    """The record that said so is damaged, and its segment has no footer: every older object goes."""
+    damaged = with_a_damaged_removal([3, 4])
+    for _ in range(2):
+        again = open_on(damaged)
+        assert read_all(again, [1, 2, 3, 4]) == {1: None, 2: None, 3: small(3), 4: small(4)}
+        damaged = again._log.files.copy()
+    assert again.stats().counters.recovery_damaged == 0, "the second time its footer says what is there"
+
+
+def test_a_removal_lost_at_the_end_of_a_segment_is_noticed_too():
+    """Nothing follows it there, but the next segment says which sequences came before."""
+    damaged = with_a_damaged_removal([], then_large=True)
+    again = open_on(damaged)
+    assert again.stats().counters.recovery_damaged == 1
+    assert read_all(again, [1, 2]) == {1: None, 2: None}
+    check_all(again, range(10, 13))
+
+
+def with_a_damaged_removal(numbers, *, then_large=False):
+    """Files of a store that removed object 1, then put others; the record of the removal is damaged."""
+    files = CrashFiles()
+    store = open_on(files)
+    assert store.append(batch_of([(1, 0, 3000), (2, 0, 3000)])).all()
+    assert store.remove(keys_of([1])).all()
+    used = store._log.core.segments[1].used_bytes
+    for number in numbers:
+        assert store.append(batch_of([(number, 0, 3000)])).all()
+    if then_large:
+        assert fill(store, range(10, 13)) == list(range(10, 13))
+        # One of them does not fit into the first segment; it loses its footer, and what lies behind the removal.
+        assert len(store._log.core.segments) == 2
+    damaged = files.copy()
+    data = damaged.inodes[segment_name(1)].current
+    data[used - PAGE_BYTES + 40] ^= 1
+    data[-PAGE_BYTES:] = bytes(PAGE_BYTES)
+    return damaged
+
+
+def small(number):
+    return content(number, 0, 3000).tobytes()
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_garbage_anywhere_gives_misses_or_the_right_bytes(seed):
+    rng = np.random.default_rng(seed)
+    files = stored_on(CrashFiles())
+    for name in [name for name in files.inodes if name.startswith("seg-")]:
+        data = files.inodes[name].current
+        at = int(rng.integers(len(data)))
+        if rng.integers(2):
+            del data[at:]
+        else:
+            size = int(rng.integers(1, 5000))
+            data[at : at + size] = rng.integers(0, 256, len(data[at : at + size]), dtype=np.uint8).tobytes()
+    store = open_on(files)
+    for number, data in read_all(store, range(6)).items():
+        assert data in (None, content(number, 0, RECORD_BYTES).tobytes()), f"seed {seed}"
+    assert store.audit() == (), f"seed {seed}"
+    assert fill(store, [77]) == [77]
+    store.close()
+
+
+def test_a_file_of_another_version_is_named_and_not_touched(tmp_path):
+    SsdStore.open(tmp_path, "a", 8 << 20).close()
+    header = tmp_path / "kvpool-a" / "store"
+    data = bytearray(header.read_bytes())
+    data[16] = 9
+    header.write_bytes(data)
+    with pytest.raises(NoSsd, match="version 9") as caught:
+        SsdStore.open(tmp_path, "a", 8 << 20)
+    assert "delete" in caught.value.hint
+    assert header.read_bytes() == bytes(data)
+
+
+def test_segments_without_a_store_are_refused(tmp_path):
+    store = SsdStore.open(tmp_path, "a", 8 << 20)
+    assert store.append(batch_of([(1, 0, 10)])).all()
+    store.close()
+    os.truncate(tmp_path / "kvpool-a" / "store", 10)
+    with pytest.raises(NoSsd, match="header"):
+        SsdStore.open(tmp_path, "a", 8 << 20)
+
+
+def test_a_folder_that_cannot_be_used_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NoSsd, match="can't be used"):
+        SsdStore.open(tmp_path / "file", "a", 8 << 20)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_removals_in_a_full_store_never_wedge_it(seed):
+    """Tombstones need room too, more than ordinary records are given."""
+    rng = np.random.default_rng(seed)
+    store = open_on(CrashFiles(), 6 * SEGMENT_BYTES)
+    for version in range(1, 150):
+        numbers = rng.choice(40, int(rng.integers(1, 8)), replace=False).tolist()
+        if rng.integers(3):
+            sizes = rng.choice([1, 300, 4096, 17_000], len(numbers)).tolist()
+            records = [(number, version, size) for number, size in zip(numbers, sizes, strict=True)]
+            assert store.append(batch_of(records)).all(), f"seed {seed}, version {version}, {store.stats()}"
+        else:
+            assert store.remove(keys_of(numbers)).all(), f"seed {seed}, version {version}, {store.stats()}"
+    assert store.audit() == ()
+    assert store.stats().space.bytes_total == 6 * SEGMENT_BYTES
+    store.close()

@@ -1,0 +1,233 @@
+"""The SSD tier beside what the disk allows in the same run: append, read, recovery.
+
+Limits: fio at the same size and depth (libaio, O_DIRECT; it writes new files as the store does), where it is
+installed, and a plain loop of pwrite/pread with O_DIRECT in as many threads. Rounds of all kinds are interleaved;
+medians are reported. Reads of the store verify digests; `copy then hash` says what that alone costs in memory.
+
+python tools/bench/ssd.py [--dir FOLDER] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import mmap
+import os
+import shutil
+import statistics
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpool.core.hashing import block_digests
+from kvpool.core.ssd.format import segment_number
+from kvpool.core.ssd.records import RecordBatch
+from kvpool.tiers.ssd.store import SsdStore
+
+SECTIONS = 4
+SIZES = {"2 MiB": 2 << 20, "256 KiB": 256 << 10, "64 KiB": 64 << 10}
+#: Blocks of one call.
+CALL_BYTES = 32 << 20
+
+
+def memory(size_bytes: int) -> NDArray[np.uint8]:
+    return np.frombuffer(mmap.mmap(-1, size_bytes), np.uint8)
+
+
+class Blocks:
+    """Blocks of one size in page-aligned memory, a target as large, and a store that gets them again and again."""
+
+    def __init__(self, folder: Path, block_bytes: int, total_bytes: int, depth: int) -> None:
+        rng = np.random.default_rng(block_bytes)
+        self.count = total_bytes // block_bytes
+        self.data = memory(total_bytes).reshape(self.count, block_bytes)
+        self.data[:] = rng.integers(0, 256, self.data.shape, dtype=np.uint8)
+        self.out = memory(total_bytes).reshape(self.count, block_bytes)
+        self.out[:] = 0
+        self.rng = rng
+        self.store = SsdStore.open(folder, f"bench-{block_bytes}", 16 * total_bytes, io_depth=depth)
+        self.batches: list[RecordBatch] = []
+        self.renew()
+
+    def renew(self) -> None:
+        """New keys, so that nothing is there already."""
+        if self.batches:
+            self.store.remove(np.concatenate([batch.keys for batch in self.batches]))
+        keys = self.rng.integers(0, 256, (self.count, 16), dtype=np.uint8)
+        digests = block_digests(self.data, keys, SECTIONS)
+        step = max(1, CALL_BYTES // self.data.shape[1])
+        self.batches = [
+            RecordBatch(
+                keys[at : at + step],
+                np.zeros((len(keys[at : at + step]), 16), np.uint8),
+                np.ones(len(keys[at : at + step]), np.uint8),
+                np.full(len(keys[at : at + step]), SECTIONS, np.uint8),
+                digests[at : at + step],
+                list(self.data[at : at + step]),
+            )
+            for at in range(0, self.count, step)
+        ]
+
+    def append(self) -> None:
+        for batch in self.batches:
+            assert self.store.append(batch).all(), self.store.stats()
+
+    def read(self, order: NDArray[np.int64]) -> None:
+        keys = np.concatenate([batch.keys for batch in self.batches])[order]
+        step = max(1, CALL_BYTES // self.data.shape[1])
+        for at in range(0, self.count, step):
+            rows = order[at : at + step]
+            assert self.store.read(keys[at : at + step], [self.out[row] for row in rows]).good.all()
+
+    def copy_then_hash(self) -> None:
+        np.copyto(self.out, self.data)
+        block_digests(self.out, self.batches[0].keys[:1].repeat(self.count, axis=0), SECTIONS)
+
+
+class PlainFile:
+    """A file that threads write and read block by block, with nothing else around it."""
+
+    def __init__(self, path: Path, blocks: Blocks, depth: int) -> None:
+        self.path, self.blocks, self.depth = path, blocks, depth
+
+    def write(self) -> None:
+        self.path.unlink(missing_ok=True)
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_DIRECT)
+        os.posix_fallocate(fd, 0, self.blocks.data.nbytes)
+        self._each(lambda row: os.pwritev(fd, [self.blocks.data[row]], row * self.blocks.data.shape[1]))
+        os.fdatasync(fd)
+        os.close(fd)
+
+    def read(self, order: NDArray[np.int64]) -> None:
+        fd = os.open(self.path, os.O_RDWR | os.O_DIRECT)
+        size = self.blocks.data.shape[1]
+        self._each(lambda row: os.preadv(fd, [self.blocks.out[row]], int(order[row]) * size))
+        os.close(fd)
+
+    def _each(self, run: Callable[[int], int]) -> None:
+        counter = itertools.count()
+
+        def work() -> None:
+            while (row := next(counter)) < self.blocks.count:
+                run(row)
+
+        threads = [threading.Thread(target=work) for _ in range(self.depth)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+
+def fio(folder: Path, kind: str, block_bytes: int, total_bytes: int, depth: int) -> float:
+    """GB/s of one run."""
+    path = folder / f"fio-{block_bytes}"
+    if kind == "write":
+        path.unlink(missing_ok=True)
+    command = [
+        "fio", "--name=x", f"--filename={path}", f"--rw={kind}", f"--bs={block_bytes}", f"--size={total_bytes}",
+        f"--iodepth={depth}", "--ioengine=libaio", "--direct=1", "--fallocate=native", "--end_fsync=1",
+        "--output-format=json", "--randrepeat=0",
+    ]  # fmt: skip
+    job = json.loads(subprocess.run(command, capture_output=True, check=True, timeout=120).stdout)["jobs"][0]
+    side = job["write" if kind == "write" else "read"]
+    return float(side["io_bytes"] / (job["job_runtime"] / 1e3) / 1e9)
+
+
+def measure_size(folder: Path, block_bytes: int, total_bytes: int, depth: int, rounds: int) -> dict[str, float]:
+    """Median GB/s of each kind; the first round warms up."""
+    blocks = Blocks(folder, block_bytes, total_bytes, depth)
+    plain = PlainFile(folder / "plain", blocks, depth)
+    speeds: dict[str, list[float]] = {}
+    for _ in range(rounds + 1):
+        order = blocks.rng.permutation(blocks.count)
+        blocks.renew()
+        kinds: dict[str, Callable[[], None]] = {
+            "plain write": plain.write,
+            "append": blocks.append,
+            "plain random read": lambda o=order: plain.read(o),  # type: ignore[misc]
+            "copy then hash": blocks.copy_then_hash,
+            "read in order": lambda: blocks.read(np.arange(blocks.count)),
+            "random read": lambda o=order: blocks.read(o),  # type: ignore[misc]
+        }
+        for name, run in kinds.items():
+            if name.endswith("read"):
+                blocks.out[:] = 0
+            begin_s = time.perf_counter()
+            run()
+            speeds.setdefault(name, []).append(total_bytes / (time.perf_counter() - begin_s) / 1e9)
+        if shutil.which("fio"):
+            for name, kind in {"fio write": "write", "fio random read": "randread"}.items():
+                speeds.setdefault(name, []).append(fio(folder, kind, block_bytes, total_bytes, depth))
+        assert np.array_equal(blocks.out, blocks.data)
+    blocks.store.close()
+    return {name: statistics.median(values[1:]) for name, values in speeds.items()}
+
+
+def measure_recovery(folder: Path, block_bytes: int, total_bytes: int) -> dict[str, float]:
+    """Seconds per GB of the store: from footers, and from a scan of everything as if no segment had a footer."""
+    blocks = Blocks(folder, block_bytes, total_bytes, 8)
+    blocks.append()
+    blocks.store.close()
+    result = {}
+    for name in ("from footers", "by scan"):
+        if name == "by scan":
+            for path in (folder / f"kvpool-bench-{block_bytes}").iterdir():
+                if segment_number(path.name) is not None:
+                    os.truncate(path, path.stat().st_size - 4096)
+        store = SsdStore.open(folder, f"bench-{block_bytes}", 16 * total_bytes)
+        stats = store.stats()
+        assert stats.space.records == blocks.count, stats
+        result[name] = stats.counters.recovery_s / (stats.space.payload_bytes / 1e9)
+        store.close()
+    return result
+
+
+RATIOS = [("append", "fio write"), ("append", "plain write"), ("random read", "fio random read"),
+          ("random read", "plain random read")]  # fmt: skip
+
+
+def show(result: dict[str, dict[str, float]], recovery: dict[str, float]) -> None:
+    names = list(result)
+    print(f"{'GB/s, median':28}" + "".join(f"{name:>10}" for name in names))
+    for kind in result[names[0]]:
+        print(f"{kind:28}" + "".join(f"{result[name][kind]:10.2f}" for name in names))
+    print()
+    for ours, limit in RATIOS:
+        if limit in result[names[0]]:
+            text = "".join(f"{result[name][ours] / result[name][limit]:10.2f}" for name in names)
+            print(f"{ours + ' / ' + limit:40}{text}   (aim 0.9)")
+    print("\nrecovery, s per GB: " + ", ".join(f"{name} {value:.4f}" for name, value in recovery.items()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mib", type=int, default=512, help="bytes a round and block size, in MiB")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--depth", type=int, default=8, help="reads or writes in flight")
+    parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()), help="a folder on the disk to measure")
+    parser.add_argument("--json", type=Path, help="also write the numbers there")
+    args = parser.parse_args()
+    result = {}
+    for name, block_bytes in SIZES.items():
+        with tempfile.TemporaryDirectory(dir=args.dir) as folder:
+            result[name] = measure_size(Path(folder), block_bytes, args.mib << 20, args.depth, args.rounds)
+    with tempfile.TemporaryDirectory(dir=args.dir) as folder:
+        recovery = measure_recovery(Path(folder), 2 << 20, args.mib << 20)
+    show(result, recovery)
+    if args.json:
+        args.json.write_text(
+            json.dumps(
+                {"gb_per_s": result, "recovery_s_per_gb": recovery, "mib": args.mib, "depth": args.depth}, indent=2
+            )
+        )
+
+
+if __name__ == "__main__":
+    main()
