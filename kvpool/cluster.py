@@ -312,7 +312,7 @@ class ClusterClient:
             has = member.lookup(request.namespace, keys, group=request.group, shard=request.shard)
             holders.note(place, rows, has)
 
-        calls = [(member, lambda p=place, m=member: ask(p, m)) for place, member in enumerate(members)]  # type: ignore[misc]
+        calls = [(member, lambda p=place, m=member: ask(p, m)) for place, member in enumerate(members)]
         self._calls.run(calls, min(end_s, time.monotonic() + LOOKUP_S_MAX))
 
     # ------------------------------------------------------------ looking, removing

@@ -46,6 +46,10 @@ class BlockPool:
             blocks.append(block)
         return blocks
 
+    def block_of(self, key: bytes) -> int | None:
+        """The block with this key in the prefix cache. Changes nothing."""
+        return self._block_of.get(key)
+
     def unreferenced(self, blocks: Iterable[int]) -> int:
         """How many of `blocks` would leave the free list if they were acquired."""
         return sum(self._references[block] == 0 for block in blocks)

@@ -8,6 +8,7 @@ NAMES = (
     "requests", "requests_refused", "requests_aborted", "requests_failed", "requests_handed_off",
     "tokens_computed", "tokens_generated", "blocks_pulled", "bytes_pulled", "blocks_pull_failed", "blocks_published",
     "bytes_published", "blocks_already_there", "blocks_publish_given_up", "streams_lost",
+    "handoff_publish_us", "handoff_read_us", "handoff_exposed_us", "hbm_blocks_promoted", "hbm_blocks_not_promoted",
 )  # fmt: skip
 
 

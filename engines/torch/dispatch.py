@@ -11,16 +11,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from engines.torch import wire
 from engines.torch.counters import Counters
 from engines.torch.engine import Engine, monotonic_us
+from engines.torch.exposure import Exposure, ExposureMeter, exposure
 from engines.torch.holds import HoldSweeper
 from engines.torch.links import Links
-from engines.torch.publishing import Publisher, PublishJob
+from engines.torch.publishing import Handoff, Publisher, PublishJob
 from engines.torch.pulling import Origin, Puller, PullJob
-from engines.torch.request import BlockSet, Finish, Load, Phase, Samples, StepEvent
+from engines.torch.request import BlockSet, Finish, Load, Phase, Samples, StepEvent, Times
 from engines.torch.service import Stream
 from kvpool.client import Hold
 from kvpool.core.errors import KvpoolError, Overloaded, UnknownRequest
@@ -58,7 +59,8 @@ class _Record:
     swept: bool = False
     exports: int = 0  # lent, not yet given back
     published: int = 0
-    cancelled: threading.Event = field(default_factory=threading.Event)
+    handoff: Handoff | None = None  # of a PREFILL request whose blocks somebody waits for
+    exposure: Exposure | None = None  # of a DECODE request, once both its blocks and its first token are here
     last: StepEvent | None = None  # HANDED_OFF, to be told when the exports are back
 
 
@@ -101,6 +103,7 @@ class Dispatcher:
             jobs_max=config.publish_jobs_max,
         )
         self._sweeper = HoldSweeper(links)
+        self.exposures = ExposureMeter()
         self._records: dict[str, _Record] = {}
         self._lent: dict[PublishJob, _Record] = {}
         self._pulling = 0
@@ -139,7 +142,8 @@ class Dispatcher:
         self._post(lambda: self._submit(stream, submit))
 
     def first_token(self, first: engine_pb2.FirstToken) -> None:
-        self._post(lambda: self._first_token(first))
+        known_s = time.monotonic()  # here, not when the step under way is over
+        self._post(lambda: self._first_token(first, known_s))
 
     def abort(self, stream: Stream, request_id: str) -> None:
         self._post(lambda: self._abort(stream, request_id))
@@ -246,13 +250,19 @@ class Dispatcher:
         if old is not None:
             # Its computing is over, its name is taken: nothing more is said about it.
             old.last = None
-        self._records[submit.request_id] = _Record(stream, submit, wire.origins(submit))
+        self._records[submit.request_id] = _Record(stream, submit, wire.origins(submit), handoff=self._handoff(submit))
+
+    def _handoff(self, submit: engine_pb2.Submit) -> Handoff | None:
+        asked = submit.handoff
+        if submit.phase != Phase.PREFILL or not (asked.request_id and asked.ttl_ms):
+            return None
+        return Handoff(self._target(submit), Hold(asked.request_id, asked.ttl_ms / 1000))
 
     def _target(self, submit: engine_pb2.Submit) -> str:
         """Address to publish to."""
         return submit.publish_to if ":" in submit.publish_to else self._config.node
 
-    def _first_token(self, first: engine_pb2.FirstToken) -> None:
+    def _first_token(self, first: engine_pb2.FirstToken, known_s: float) -> None:
         record = self._records.get(first.request_id)
         if record is None:
             return
@@ -264,17 +274,18 @@ class Dispatcher:
             self._engine.abort(first.request_id, Finish.ERROR, str(error))
             return
         if not record.first_token_s:
-            record.first_token_s = time.monotonic()
+            record.first_token_s = known_s
             if record.pull is not None:
-                record.pull.first_token_s = record.first_token_s
+                record.pull.first_token_s = known_s
+            self._measure_exposure(record)
             self._sweep(record)
 
     def _abort(self, stream: Stream, request_id: str) -> None:
         record = self._records.get(request_id)
         if record is None or record.stream is not stream:
             return
-        if record.submit.phase == Phase.PREFILL:
-            record.cancelled.set()  # what it hands off nobody will read
+        if record.handoff is not None:
+            record.handoff.cancelled.set()  # what it hands off nobody will read
         if not self._engine.abort(request_id):
             self._forget(request_id, record)
 
@@ -301,11 +312,19 @@ class Dispatcher:
             record.last = StepEvent(event.request_id, (), event.finish, times=event.times)
             event = replace(event, finish=Finish.NONE)
         if event.finish is not Finish.NONE:
-            self._count_end(event)
             if event.times is not None:
-                event.times.blocks_published = record.published
+                self._complete(event.times, record)
+            self._count_end(event)
             self._forget(event.request_id, record)
         self._send(record.stream, wire.event(event))
+
+    def _complete(self, times: Times, record: _Record) -> None:
+        """Adds what only the I/O side knows."""
+        times.blocks_published = record.published
+        if record.handoff is not None:
+            times.publish_us = record.handoff.publish_us
+        if record.exposure is not None:
+            times.read_us, times.exposed_us = record.exposure.read_us, record.exposure.exposed_us
 
     def _count_end(self, event: StepEvent) -> None:
         if event.times is not None:
@@ -316,6 +335,7 @@ class Dispatcher:
             self._counters.add("requests_failed")
         elif event.finish is Finish.HANDED_OFF:
             self._counters.add("requests_handed_off")
+            self._counters.add("handoff_publish_us", event.times.publish_us if event.times is not None else 0)
 
     def _forget(self, request_id: str, record: _Record) -> None:
         """Nothing more is said about a request. What it publishes goes on, unless it was aborted."""
@@ -324,6 +344,8 @@ class Dispatcher:
         record.last = None
         if record.pull is not None:
             record.pull.cancelled.set()
+        if record.handoff is not None:
+            self._publisher.end(record.handoff)
         self._sweep(record)
 
     def _send(self, stream: Stream, event: engine_pb2.RequestEvent) -> None:
@@ -350,6 +372,19 @@ class Dispatcher:
     def _pull_ended(self, job: PullJob) -> None:
         self._pulling -= 1
         self._engine.pull_ended(job.pull)
+        record = self._records.get(job.pull.request_id)
+        if record is not None and record.pull is job:
+            self._measure_exposure(record)
+
+    def _measure_exposure(self, record: _Record) -> None:
+        """Once, when what was handed off and the first token are both here: whatever comes last decides."""
+        job = record.pull
+        if job is None or not (job.handoff and job.ended_s and record.first_token_s) or record.exposure is not None:
+            return
+        record.exposure = exposure(job.reads, record.first_token_s, job.ended_s)
+        self.exposures.add(record.exposure)
+        self._counters.add("handoff_read_us", record.exposure.read_us)
+        self._counters.add("handoff_exposed_us", record.exposure.exposed_us)
 
     def _sweep(self, record: _Record) -> None:
         """Arranges that the hand-off's holds are freed, once by when its blocks are all published, or never will be."""
@@ -364,11 +399,9 @@ class Dispatcher:
 
     def _begin_export(self, export: BlockSet) -> None:
         record = self._records[export.request_id]
-        submit = record.submit
-        hold = None
-        if submit.phase == Phase.PREFILL and submit.handoff.request_id and submit.handoff.ttl_ms:
-            hold = Hold(submit.handoff.request_id, submit.handoff.ttl_ms / 1000)
-        job = PublishJob(export, self._target(submit), hold, record.cancelled)
+        if record.handoff is not None and not len(export.following):
+            record.handoff.prefill_over = True
+        job = PublishJob(export, self._target(record.submit), record.handoff)
         record.exports += 1
         self._lent[job] = record
         self._publisher.submit(job)

@@ -31,7 +31,6 @@ from engines.torch.sampling import Draw, Drawn, sample
 from engines.torch.sequence import Sequence as Running
 from engines.torch.sequence import State
 from kvpool.core.errors import BadArgument, Overloaded, UnknownRequest
-from kvpool.core.hashing import tail_key
 from kvpool.core.ids import KEY_BYTES, KeyArray
 
 #: Part of cache and batch that requests without their first token may hold together.
@@ -140,8 +139,22 @@ class Engine:
         self._export(sequence)
 
     def export_ended(self, export: BlockSet) -> None:
-        """Gives an export's blocks back: nobody reads them any more."""
+        """Gives an export's blocks back, or what `lend_cached` lent: nobody reads them any more."""
         self._take_back(export)
+
+    def lend_cached(self, keys: Sequence[bytes]) -> BlockSet:
+        """Lends those blocks of the prefix cache that are there, for reading; ends with `export_ended`."""
+        found: dict[bytes, int] = {}
+        spare = self.pool.available  # what is promised to requests is not lent
+        for key in keys:
+            block = self.pool.block_of(key)
+            if block is None or key in found:
+                continue
+            spare -= self.pool.unreferenced([block])
+            if spare < 0:
+                break
+            found[key] = block
+        return self._lend_blocks(BlockSet("", 0, _unpacked(b"".join(found)), np.array([*found.values()], np.int64)))
 
     # ---------------------------------------------------------------- step
 
@@ -274,19 +287,11 @@ class Engine:
         if end <= first:
             return
         self._grow(sequence, end * size)
-        keys = b"".join(sequence.keys[first:full])
-        if takes_tail:
-            keys += self._tail_key(sequence, tail)
+        keys = sequence.packed_keys(first, full, takes_tail)
         pull = self._lend(sequence, first, end, keys, tail if takes_tail else 0)
         sequence.pull = pull
         sequence.state = State.PULLING
         self._pulls.append(pull)
-
-    def _tail_key(self, sequence: Running, tail: int) -> bytes:
-        end = sequence.prompt_tokens
-        full = (end - tail) // self.config.block_tokens
-        parent = sequence.keys[full - 1] if full else sequence.request.root
-        return tail_key(parent, sequence.tokens(end - tail, end), self.config.block_hash)
 
     def _grow(self, sequence: Running, tokens: int) -> list[int]:
         """Allocates blocks so that `tokens` tokens have room. Returns the new ones; they hold anything."""
@@ -333,7 +338,7 @@ class Engine:
             sequence = running[piece.index]
             sequence.computed = piece.end
             self._register_full(sequence)
-            if not self._ends_prefill(sequence):
+            if not sequence.prefill_over:
                 self._export(sequence)
         for sequence, token in zip(drawing, drawn, strict=True):
             self._advance(sequence, token, ended_us)
@@ -346,7 +351,7 @@ class Engine:
         if first:
             sequence.times.prefill_us = now_us - sequence.running_us
             self._meter.prefill_may_end(sequence)
-        ends_prefill = self._ends_prefill(sequence)
+        ends_prefill = sequence.prefill_over
         sequence.append(drawn.token)
         finish = self._finish_reason(sequence, drawn.token)
         if finish is Finish.NONE and sequence.request.phase is Phase.PREFILL:
@@ -381,10 +386,6 @@ class Engine:
             self.pool.register(sequence.blocks[index], sequence.keys[index])
         sequence.registered = max(sequence.registered, full)
 
-    def _ends_prefill(self, sequence: Running) -> bool:
-        """Whether it has computed all that a PREFILL request is to compute; its last blocks then go out as one."""
-        return sequence.request.phase is Phase.PREFILL and sequence.computed >= sequence.prompt_tokens
-
     def _export(self, sequence: Running, *, with_tail: bool = False) -> None:
         """Lends newly finished full blocks to the publisher, and the partial last one of a prompt where asked for."""
         size = self.config.block_tokens
@@ -395,17 +396,33 @@ class Engine:
             return
         if sequence.state is State.PULLING and sequence.request.phase is not Phase.PREFILL:
             return  # what arrives from outside is published there already
-        keys = b"".join(sequence.keys[first:full])
-        if tail:
-            keys += self._tail_key(sequence, tail)
         sequence.exported = full
-        self._exports.append(self._lend(sequence, first, end, keys, tail))
+        self._exports.append(self._lend(sequence, first, end, sequence.packed_keys(first, full, bool(tail)), tail))
+
+    def _following(self, sequence: Running) -> bytes:
+        """Keys of the blocks that the next chunk of a PREFILL request will finish."""
+        if sequence.request.phase is not Phase.PREFILL or sequence.computed >= sequence.prompt_tokens:
+            return b""
+        size, prompt = self.config.block_tokens, sequence.prompt_tokens
+        end = batching.chunk_end(sequence.computed, prompt, self.config.chunk_tokens)
+        with_tail = end == prompt and prompt % size > 0
+        return sequence.packed_keys(sequence.computed // size, end // size, with_tail)
 
     def _lend(self, sequence: Running, first: int, end: int, keys: bytes, tail: int) -> BlockSet:
-        blocks = sequence.blocks[first:end]
-        self.pool.acquire(blocks)
-        packed = np.frombuffer(keys, dtype=np.uint8).reshape(-1, KEY_BYTES)
-        lent = BlockSet(sequence.request.id, first, packed, np.array(blocks, dtype=np.int64), tail)
+        return self._lend_blocks(
+            BlockSet(
+                sequence.request.id,
+                first,
+                _unpacked(keys),
+                np.array(sequence.blocks[first:end], dtype=np.int64),
+                tail,
+                parent=sequence.keys[first - 1] if first else b"",
+                following=_unpacked(self._following(sequence)),
+            )
+        )
+
+    def _lend_blocks(self, lent: BlockSet) -> BlockSet:
+        self.pool.acquire(lent.blocks.tolist())
         self._lent[id(lent)] = lent
         return lent
 
@@ -434,3 +451,7 @@ class Engine:
         self.pool.release(sequence.blocks)
         self.pool.unpromise(sequence.promised)
         sequence.blocks, sequence.promised = [], 0
+
+
+def _unpacked(keys: bytes) -> KeyArray:
+    return np.frombuffer(keys, dtype=np.uint8).reshape(-1, KEY_BYTES)

@@ -17,7 +17,7 @@ from engines.torch.copies import wait_for_copy
 from engines.torch.counters import Counters
 from engines.torch.links import Links
 from engines.torch.request import BlockSet
-from kvpool.client import PoolClient
+from kvpool.client import ABANDONED, COMMITTED, DEADLINE, PoolClient
 from kvpool.core.errors import KvpoolError
 from kvpool.tiers.hbm import BlockMemory
 
@@ -28,7 +28,6 @@ BATCH_BLOCKS = 32
 #: A wait for blocks looks up this often whether its request still wants them.
 WAIT_SLICE_S = 0.5
 CLOSE_TIMEOUT_S = 10.0
-COMMITTED, ABANDONED, DEADLINE = 1, 2, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +50,8 @@ class PullJob:
     deadline_s: float = 0.0  # on time.monotonic; blocks are given up then
     cancelled: threading.Event = field(default_factory=threading.Event)
     first_token_s: float = 0.0  # when the first token was known; 0 = not yet
+    reads: list[tuple[float, float]] = field(default_factory=list)  # begin and end of each read, on time.monotonic
+    ended_s: float = 0.0  # when nothing more was to come; 0 = not yet
 
 
 class Puller:
@@ -176,7 +177,7 @@ class Puller:
         self, client: PoolClient, address: str, job: PullJob, indices: np.ndarray, progress: _Progress
     ) -> np.ndarray:
         """Reads blocks `indices` of the pull into the cache. Returns: for each whether it is there."""
-        blocks = job.pull.blocks[indices]
+        blocks, begun_s = job.pull.blocks[indices], time.monotonic()
         nothing = np.zeros(len(indices), dtype=bool)
         staging = self._memory.receive(blocks)
         try:
@@ -194,6 +195,7 @@ class Puller:
             staging.release()
         self._counters.add("blocks_pulled", len(good))
         self._counters.add("bytes_pulled", result.bytes)
+        job.reads.append((begun_s, time.monotonic()))
         progress.there(indices[good], result.bytes)
         return result.found
 
@@ -228,4 +230,5 @@ class _Progress:
     def end(self, on_ended: Callable[[PullJob], None]) -> None:
         if not self._ended:
             self._ended = True
+            self._job.ended_s = time.monotonic()
             on_ended(self._job)

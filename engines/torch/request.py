@@ -75,6 +75,9 @@ class Times:
     computed_tokens: int = 0
     blocks_published: int = 0
     pull_failures: int = 0
+    read_us: int = 0  # DECODE: reading what was handed off
+    exposed_us: int = 0  # DECODE: from the first token known here until what was handed off was here
+    publish_us: int = 0  # PREFILL: publishing what is handed off
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +98,8 @@ class BlockSet:
     """Cache blocks lent to the I/O side: held, and not written by the engine, until given back.
 
     `keys[i]` is the key of `blocks[i]`; `first` is the index of the first one in its request. Where `tail_tokens` is
-    not 0 the last block is partial, holds that many tokens and has a tail key.
+    not 0 the last block is partial, holds that many tokens and has a tail key. `parent`: key of the block before the
+    first one, where there is one. `following`: keys of the blocks that a PREFILL request's next chunk will finish.
     """
 
     request_id: str
@@ -103,6 +107,8 @@ class BlockSet:
     keys: NDArray[np.uint8]
     blocks: NDArray[np.int64]
     tail_tokens: int = 0
+    parent: bytes = b""
+    following: NDArray[np.uint8] = field(default_factory=lambda: np.empty((0, 16), dtype=np.uint8))
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.torch.request import BlockSet, Phase, Request, Times
-from kvpool.core.hashing import block_keys
+from kvpool.core.hashing import block_keys, tail_key
 
 
 class State(Enum):
@@ -59,6 +59,11 @@ class Sequence:
         return self.computed >= self.prompt_tokens and self.known - self.computed == 1
 
     @property
+    def prefill_over(self) -> bool:
+        """Whether it is a PREFILL request that has computed all it is to compute."""
+        return self.request.phase is Phase.PREFILL and self.computed >= self.prompt_tokens
+
+    @property
     def samples(self) -> bool:
         """Whether a token is drawn after the known ones: a DECODE request gets its first from elsewhere."""
         return not self.waits_for_token
@@ -78,6 +83,17 @@ class Sequence:
             parent = self.keys[-1] if self.keys else self.request.root
             block = self._tokens[self.known - self._block_tokens : self.known]
             self.keys.append(block_keys(parent, block, self._block_tokens, self._hash)[0].tobytes())
+
+    def packed_keys(self, first: int, end: int, with_tail: bool) -> bytes:
+        """Keys of blocks [first, end) of known tokens, then of the prompt's partial last block, 16 bytes each."""
+        return b"".join(self.keys[first:end]) + (self._tail_key() if with_tail else b"")
+
+    def _tail_key(self) -> bytes:
+        end = self.prompt_tokens
+        full = end // self._block_tokens
+        assert full * self._block_tokens < end, "this prompt has no partial last block"
+        parent = self.keys[full - 1] if full else self.request.root
+        return tail_key(parent, self.tokens(full * self._block_tokens, end), self._hash)
 
     def blocks_worst(self) -> int:
         """Blocks that hold the KV of everything this request can ever compute here."""

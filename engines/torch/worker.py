@@ -15,6 +15,7 @@ import torch
 from engines.torch.counters import Counters
 from engines.torch.dispatch import DispatchConfig, Dispatcher
 from engines.torch.engine import Engine
+from engines.torch.exposure import Histogram
 from engines.torch.hbm import block_memory
 from engines.torch.limits import EngineConfig
 from engines.torch.links import Links
@@ -189,6 +190,10 @@ class EngineWorker:
 
     def counters(self) -> dict[str, int]:
         return self._counters.snapshot()
+
+    def exposures(self) -> dict[str, Histogram]:
+        """How much of the hand-offs that it decoded it had to wait for, since the start; by metric name."""
+        return self._dispatcher.exposures.histograms()
 
     def idle(self) -> bool:
         """Whether nothing is under way: no request, no block lent to I/O."""

@@ -102,8 +102,13 @@ def _is_plausible(
 
 def _has_own_key(arrays: SourceArrays, entries: Entries) -> NDArray[np.bool_]:
     """Whether no other of these entries has the same key."""
-    _, inverse, counts = np.unique(arrays.keys[entries], axis=0, return_inverse=True, return_counts=True)
-    own: NDArray[np.bool_] = counts[inverse.reshape(-1)] == 1
+    low, high = arrays.keys[entries, 0], arrays.keys[entries, 1]
+    order = np.lexsort((high, low))
+    low, high = low[order], high[order]
+    as_next = (low[1:] == low[:-1]) & (high[1:] == high[:-1])
+    own = np.ones(len(entries), dtype=np.bool_)
+    own[order[1:][as_next]] = False
+    own[order[:-1][as_next]] = False
     return own
 
 

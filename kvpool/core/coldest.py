@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from typing import Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,12 +16,16 @@ from kvpool.core.index import Entries
 _KEPT_SHARE: Final = 8
 _KEPT_MIN, _KEPT_MAX = 256, 8192
 
+_ALL: Final = slice(None)
+Rows: TypeAlias = "Entries | slice"
+
 
 class Coldest:
     """Blocks of a selection that nobody holds, coldest first.
 
     Args:
-        chosen: which of some readable entries are of the selection; bool (n) beside int32 (n).
+        chosen: which of the given readable entries are of the selection; bool (n). Given as an index or as a slice of
+            all, of which the others do not matter: a scan looks at columns, not at rows.
         freshness: a number that changes when an entry may have come into the selection or become free to go: without
             such a change an empty selection is not scanned again.
     """
@@ -30,7 +34,7 @@ class Coldest:
         self,
         arrays: SourceArrays,
         evictor: Evictor,
-        chosen: Callable[[Entries], NDArray[np.bool_]],
+        chosen: Callable[[Rows], NDArray[np.bool_]],
         freshness: Callable[[], int],
     ) -> None:
         self._arrays, self._evictor, self._chosen, self._freshness = arrays, evictor, chosen, freshness
@@ -50,8 +54,8 @@ class Coldest:
 
     def all(self) -> Entries:
         """The whole selection, in no order, at the price of a scan."""
-        entries = np.flatnonzero(self._arrays.states == EntryState.READABLE).astype(np.int32)
-        entries = entries[self._chosen(entries)]
+        chosen = (self._arrays.states == EntryState.READABLE) & self._chosen(_ALL)
+        entries = np.flatnonzero(chosen).astype(np.int32)
         return entries[~self._evictor.hidden(entries)]
 
     def _remembered(self) -> Entries:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpool.core.arrays import Descriptors
-from kvpool.core.coldest import Coldest
+from kvpool.core.coldest import Coldest, Rows
 from kvpool.core.ids import KeyArray
 from kvpool.core.index import Entries
 from kvpool.core.store import BlockStore
@@ -61,5 +61,5 @@ class Demotion:
         fits = int(np.searchsorted(np.cumsum(self._store.arrays.sizes[entries]), np.uint64(bytes_max), side="right"))
         return entries[: max(fits, 1)]
 
-    def _chosen(self, entries: Entries) -> NDArray[np.bool_]:
+    def _chosen(self, entries: Rows) -> NDArray[np.bool_]:
         return ~self._store.on_lower[entries]

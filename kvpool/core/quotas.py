@@ -7,7 +7,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpool.core.coldest import Coldest
+from kvpool.core.coldest import Coldest, Rows
 from kvpool.core.errors import Overloaded
 from kvpool.core.index import Entries
 from kvpool.core.store import BlockStore
@@ -37,7 +37,7 @@ class _Quota:
         """Below 0 when there is more than there may be."""
         return self.bytes_max - self.bytes_used
 
-    def _chosen(self, entries: Entries) -> NDArray[np.bool_]:
+    def _chosen(self, entries: Rows) -> NDArray[np.bool_]:
         namespace, tenant = self.holder
         arrays = self._store.arrays
         chosen: NDArray[np.bool_] = (

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from kvpool.core.arrays import EntryState, SourceArrays
 from kvpool.core.evictors import Evictor
 from kvpool.core.index import Entries
-from kvpool.core.kernels.windows import pick_apart, price_pieces, price_windows
+from kvpool.core.kernels.windows import pick_apart, price_pieces, price_windows, used_entries
 from kvpool.core.spans import SlotAllocator, slot_class
 
 #: One scan for windows for each eviction of this share of the entries in use.
@@ -96,11 +96,10 @@ class Room:
         firsts = np.flatnonzero(begins)
         units = np.diff(np.append(firsts, self._slots.units)).astype(np.int64)
         piece_of_unit = np.cumsum(begins, dtype=np.int32) - np.int32(1)
-        entries = np.flatnonzero(self._arrays.states != EntryState.FREE).astype(np.int32)
-        piece_of_entry = piece_of_unit[self._slots.unit_of(self._arrays.offsets[entries])]
-        may_go = self._arrays.states[entries] == EntryState.READABLE
+        entries, piece_of_entry, may_go = self._used(piece_of_unit)
         may_go &= ~self._evictor.hidden(entries)
-        ranks = np.where(may_go, self._evictor.rank(entries), np.uint64(0))
+        # Ranks of those that may not go mean nothing, and are in blocked pieces.
+        ranks = self._evictor.rank(entries)
         worst = np.zeros(len(units), dtype=np.uint64)
         blocks, blocked = np.zeros(len(units), dtype=np.int64), np.zeros(len(units), dtype=np.bool_)
         price_pieces(piece_of_entry, may_go, ranks, worst, blocks, blocked)
@@ -108,6 +107,17 @@ class Room:
         pieces = piece_of_unit[table.first]
         blocked[pieces] |= blocks[pieces] != table.used
         return _Pieces(units, entries, piece_of_entry, worst, blocks, blocked)
+
+    def _used(self, piece_of_unit: NDArray[np.int32]) -> tuple[Entries, NDArray[np.int32], NDArray[np.bool_]]:
+        """Entries in use, the piece that each lies in, and which of them are readable."""
+        arrays = self._arrays
+        entries, pieces = np.empty(arrays.entries, dtype=np.int32), np.empty(arrays.entries, dtype=np.int32)
+        readable = np.empty(arrays.entries, dtype=np.bool_)
+        count = used_entries(
+            arrays.states, arrays.offsets, self._slots.unit_bytes, piece_of_unit, int(EntryState.READABLE), entries,
+            pieces, readable,
+        )  # fmt: skip
+        return entries[:count], pieces[:count], readable[:count]
 
     def _cheapest(self, pieces: _Pieces, units: int, count: int, colder_than: NDArray[np.uint64] | None) -> Entries:
         """The blocks of at most `count` windows of so many units, the coldest ones, the fewest blocks among equals."""
@@ -122,10 +132,18 @@ class Room:
         order = starts[np.lexsort((total[starts], worst[starts]))].astype(np.int64)
         chosen = np.empty(min(len(order), max(count, _TRIES_MAX)), dtype=np.int64)
         chosen = chosen[: pick_apart(order, last, np.int64(len(chosen)), chosen)]
-        blocks = [self._inside(pieces, int(first), int(last[first])) for first in chosen.tolist()]
+        blocks = self._inside(pieces, chosen, last[chosen])
         whole = [inside for inside in blocks if self._evictor.evictable_together(inside).all()]
         picked = (whole if whole or colder_than is not None else blocks)[:count]
         return np.concatenate(picked) if picked else _NOBODY
 
-    def _inside(self, pieces: _Pieces, first: int, last: int) -> Entries:
-        return pieces.entries[(pieces.piece_of_entry >= first) & (pieces.piece_of_entry <= last)]
+    def _inside(self, pieces: _Pieces, firsts: NDArray[np.int64], lasts: NDArray[np.int64]) -> list[Entries]:
+        """The entries in each of some windows that have no piece in common."""
+        window_of_piece = np.full(len(pieces.units), -1, dtype=np.int32)
+        for number, (first, last) in enumerate(zip(firsts.tolist(), lasts.tolist(), strict=True)):
+            window_of_piece[first : last + 1] = number
+        windows = window_of_piece[pieces.piece_of_entry]
+        rows = np.flatnonzero(windows >= 0)
+        windows, entries = windows[rows], pieces.entries[rows]
+        order = np.argsort(windows, kind="stable")
+        return np.split(entries[order], np.searchsorted(windows[order], np.arange(1, len(firsts))))

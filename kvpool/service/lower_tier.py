@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvpool.core.ids import KeyArray, Tier
+
+
+@dataclass(frozen=True, eq=False)
+class Promoted:
+    """What a promotion brought; it is held in memory until `release`.
+
+    below: bool (keys,), which blocks were not in memory by themselves.
+    """
+
+    below: NDArray[np.bool_]
+    release: Callable[[], None] = lambda: None
 
 
 class LowerTier(Protocol):
@@ -20,10 +32,11 @@ class LowerTier(Protocol):
         """Which keys are down there in this namespace; changes nothing."""
         ...
 
-    async def promote(self, namespace_id: bytes, keys: KeyArray, timeout_s: float) -> NDArray[np.bool_]:
-        """Brings blocks into memory that are down there only. Returns which ones are not in memory by themselves.
+    async def promote(self, namespace_id: bytes, keys: KeyArray, timeout_s: float) -> Promoted:
+        """Brings blocks into memory that are down there only.
 
-        Blocks that can't be brought (no room, bad bytes, no time) stay where they are, and are absent to the caller.
+        They are held there until the caller, who has leased them by then, calls `release`. Blocks that can't be
+        brought (no room, bad bytes, no time) stay where they are, and are absent to the caller.
         """
         ...
 

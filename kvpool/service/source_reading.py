@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import grpc.aio
@@ -18,7 +19,7 @@ from kvpool.core.ids import KeyArray, Tier
 from kvpool.core.namespace import GroupSpec
 from kvpool.service import wire
 from kvpool.service.grants import Grants
-from kvpool.service.lower_tier import LowerTier
+from kvpool.service.lower_tier import LowerTier, Promoted
 from kvpool.service.sessions import Session, Sessions
 from kvpool.service.source_driver import SourceDriver
 from kvpool.v1 import block_source_pb2 as pb
@@ -58,10 +59,9 @@ class ReadingServicer(block_source_pb2_grpc.BlockSourceServicer):
         ttl_us = wire.ttl_us(request.ttl_ms)
         names = names_of(request.names, len(keys))
         tiers = np.full(len(keys), int(self._tier), dtype=np.uint8)
-        if self._below is not None and request.promote_ms:
-            promote_us = wire.ttl_us(request.promote_ms)
-            tiers[await self._below.promote(request.namespace_id, keys, promote_us / 1e6)] = int(self._below.tier)
-        with self._driver.turn() as now:
+        promoted = await self._promote(request.namespace_id, keys, wire.ttl_us(request.promote_ms, zero=0))
+        tiers[promoted.below] = int(self._below.tier) if self._below is not None else 0
+        with released_after(promoted), self._driver.turn() as now:
             leased = self._core.lease(
                 session.id, request.namespace_id, keys, ttl_us, now, handoff=request.handoff_request_id,
                 names=names, fidelity_min=fidelity_min,
@@ -131,9 +131,8 @@ class ReadingServicer(block_source_pb2_grpc.BlockSourceServicer):
         if request.owner and request.ttl_ms > PIN_TTL_MS_MAX:
             raise BadArgument("a pin lasts at most 7 days", hint="pin again before it ends, or give ttl 0")
         ttl_us = request.ttl_ms * 1000 if request.owner else wire.ttl_us(request.ttl_ms, zero=0)
-        if self._below is not None:
-            await self._below.promote(request.namespace_id, keys, wire.TTL_MS_MAX / 1000)
-        with self._driver.turn() as now:
+        promoted = await self._promote(request.namespace_id, keys, wire.TTL_MS_MAX * 1000)
+        with released_after(promoted), self._driver.turn() as now:
             pinned = self._core.pin(session.id, request.namespace_id, keys, ttl_us, now, owner=request.owner)
         return pb.PinReply(pin_id=pinned.pin, found=pinned.found.tolist())
 
@@ -155,6 +154,12 @@ class ReadingServicer(block_source_pb2_grpc.BlockSourceServicer):
         return pb.LookupReply(found=found.tolist(), tiers=tiers.tolist())
 
     # ------------------------------------------------------------ parts
+
+    async def _promote(self, namespace_id: bytes, keys: KeyArray, timeout_us: int) -> Promoted:
+        """Brings up what is below only, within a time; 0 = nothing."""
+        if self._below is None or timeout_us == 0:
+            return Promoted(np.zeros(len(keys), dtype=np.bool_))
+        return await self._below.promote(namespace_id, keys, timeout_us / 1e6)
 
     def _keys(self, namespace_id: bytes, keys: Any) -> tuple[GroupSpec, KeyArray]:
         """The group that a call is about, and its keys as they are stored. Raises: UnknownNamespace, BadArgument."""
@@ -183,6 +188,15 @@ class ReadingServicer(block_source_pb2_grpc.BlockSourceServicer):
             if not check_block(self._data[offset : offset + size], key, blocks.digests[i, :section_count])
         ]
         return np.array(rows, dtype=np.int64)
+
+
+@contextlib.contextmanager
+def released_after(promoted: Promoted) -> Iterator[None]:
+    """Keeps what was brought up until the caller holds it by itself."""
+    try:
+        yield
+    finally:
+        promoted.release()
 
 
 def check_text(field: str, text: str, *, empty: bool = False) -> None:

@@ -143,7 +143,7 @@ class Holders:
             some = rows[self._has[:, rows].any(axis=0)]
             first = self._has[:, some].argmax(axis=0)
             self._has[first, some] = False
-            again: Bools = self._has[:, some].any(axis=0)
+            again = np.asarray(self._has[:, some].any(axis=0))
             return [
                 (place, some[first == place], bool(again[first == place].any())) for place in np.unique(first).tolist()
             ]

@@ -25,6 +25,7 @@ from kvpool.core.index import split_keys
 from kvpool.core.namespace import OBJECTS_GROUP
 from kvpool.core.ssd.records import RecordBatch
 from kvpool.service.announcer import Announcer, Snapshot
+from kvpool.service.lower_tier import Promoted
 from kvpool.service.source_driver import SourceDriver
 from kvpool.tiers.ssd.store import SsdListing, SsdStore, SsdStored
 from kvpool.v1 import block_source_pb2 as pb
@@ -37,6 +38,8 @@ IDLE_S = 0.2
 BACKOFF_S = 2.0
 DEMOTE_BYTES_MAX, DEMOTE_BLOCKS_MAX = 64 << 20, 1024
 LEASE_US = 120_000_000
+#: What was brought up is held for its readers no longer than this, whatever they do.
+PROMOTED_US = 5_000_000
 #: Promotions under way, in blocks; beyond it blocks count as absent.
 PROMOTING_MAX = 65_536
 LIST_PAGE = 65_536
@@ -44,6 +47,16 @@ VERIFY_PAGE = 64
 
 Result = TypeVar("Result")
 SNAPSHOT_TIMEOUT_S = 30.0
+
+
+class _Promotion:
+    """Blocks on their way up, and then held for those who asked for them. Known by identity."""
+
+    def __init__(self) -> None:
+        self.task: asyncio.Task[None]
+        self.users = 0
+        self.leases: list[int] = []
+        self.ended = False
 
 
 class SsdTier:
@@ -71,7 +84,7 @@ class SsdTier:
         self._changing = asyncio.Lock()
         self._no_removal = asyncio.Event()
         self._no_removal.set()
-        self._promoting: dict[bytes, asyncio.Future[None]] = {}
+        self._promoting: dict[bytes, _Promotion] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._demoting: asyncio.Task[None] | None = None
         # Blocks that this node took over from its predecessor may be on the SSD already.
@@ -101,27 +114,35 @@ class SsdTier:
         mine: NDArray[np.bool_] = (facts.namespace_ids == np.frombuffer(namespace_id, dtype=np.uint8)).all(axis=1)
         return facts.present & mine
 
-    async def promote(self, namespace_id: bytes, keys: KeyArray, timeout_s: float) -> NDArray[np.bool_]:
-        """Brings blocks into memory that are on the SSD only. Returns which ones are not in memory by themselves.
-
-        Blocks that can't be brought (no room, bad bytes, no time) stay where they are, and are absent to the caller.
-        """
+    async def promote(self, namespace_id: bytes, keys: KeyArray, timeout_s: float) -> Promoted:
         below = ~self._core.lookup(namespace_id, keys)
         below[below] = self.contains(namespace_id, keys[below])
         if not below.any():
-            return below
+            return Promoted(below)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._no_removal.wait(), timeout_s)
         if not self._no_removal.is_set():
-            return below
+            return Promoted(below)
         packed = split_keys(keys[below])
         fresh = [key for key in dict.fromkeys(packed) if key not in self._promoting]
         if fresh and len(self._promoting) + len(fresh) <= PROMOTING_MAX:
             self._begin_promotion(namespace_id, fresh)
-        futures = {self._promoting[key] for key in packed if key in self._promoting}
-        if futures:
-            await asyncio.wait(futures, timeout=timeout_s)
-        return below
+        mine = list(dict.fromkeys(self._promoting[key] for key in packed if key in self._promoting))
+        for promotion in mine:
+            promotion.users += 1
+
+        def release() -> None:
+            for promotion in mine:
+                promotion.users -= 1
+                self._let_go(promotion)
+
+        try:
+            if mine:
+                await asyncio.wait([promotion.task for promotion in mine], timeout=timeout_s)
+        except BaseException:
+            release()
+            raise
+        return Promoted(below, release)
 
     async def remove(
         self, namespace_id: bytes, keys: KeyArray | None, name_prefix: bytes, remove_above: Callable[[], int]
@@ -135,7 +156,7 @@ class SsdTier:
             self._no_removal.clear()
             try:
                 if self._promoting:
-                    await asyncio.wait(list(self._promoting.values()))
+                    await asyncio.wait([promotion.task for promotion in self._promoting.values()])
                 below = await in_thread(self._remove_below, namespace_id, keys, name_prefix)
                 self._settle()
                 return max(below, remove_above())
@@ -183,14 +204,14 @@ class SsdTier:
     # ------------------------------------------------------------ up
 
     def _begin_promotion(self, namespace_id: bytes, fresh: list[bytes]) -> None:
-        loop = asyncio.get_running_loop()
+        promotion = _Promotion()
+        promotion.task = asyncio.get_running_loop().create_task(self._promote(namespace_id, fresh, promotion))
         for key in fresh:
-            self._promoting[key] = loop.create_future()
-        task = loop.create_task(self._promote(namespace_id, fresh))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+            self._promoting[key] = promotion
+        self._tasks.add(promotion.task)
+        promotion.task.add_done_callback(self._tasks.discard)
 
-    async def _promote(self, namespace_id: bytes, packed: list[bytes]) -> None:
+    async def _promote(self, namespace_id: bytes, packed: list[bytes], promotion: _Promotion) -> None:
         try:
             keys = np.frombuffer(b"".join(packed), dtype=np.uint8).reshape(-1, 16)
             stored = await in_thread(self._store.describe_stored, keys)
@@ -198,12 +219,23 @@ class SsdTier:
             for sections in np.unique(facts.section_counts[facts.present]).tolist():
                 for fidelity in np.unique(facts.fidelities[facts.present]).tolist():
                     rows = facts.present & (facts.section_counts == sections) & (facts.fidelities == fidelity)
-                    await self._promote_alike(namespace_id, keys, stored, np.flatnonzero(rows), sections, fidelity)
+                    await self._promote_alike(
+                        namespace_id, keys, stored, np.flatnonzero(rows), sections, fidelity, promotion
+                    )
         except KvpoolError as error:
             log.info("blocks stay on the SSD: %s", error)
         finally:
             for key in packed:
-                self._promoting.pop(key).set_result(None)
+                del self._promoting[key]
+            promotion.ended = True
+            self._let_go(promotion)
+
+    def _let_go(self, promotion: _Promotion) -> None:
+        """Ends the hold on what was brought up, once everybody who asked for it has it in his own hands."""
+        if promotion.ended and promotion.users == 0 and promotion.leases:
+            leases, promotion.leases = promotion.leases, []
+            with contextlib.suppress(KvpoolError), self._driver.turn() as now:
+                self._core.release(self._session, leases, now)
 
     async def _promote_alike(
         self,
@@ -213,6 +245,7 @@ class SsdTier:
         rows: NDArray[np.int64],
         sections: int,
         fidelity: int,
+        promotion: _Promotion,
     ) -> None:
         """Promotes blocks of one section count and fidelity: one reservation, one read, one commit."""
         if not len(rows):
@@ -242,6 +275,11 @@ class SsdTier:
                 digests = np.ascontiguousarray(read.digests[good, :sections]).ravel()
                 self._core.commit(self._session, reserved.reservation, indices, numbers, digests, now)
                 self._core.mark_lower(slots.keys[good], True)
+                leased = self._core.lease(
+                    self._session, namespace_id, slots.keys[good], PROMOTED_US, now, fidelity_min=Fidelity.INT8,
+                    counted=False,
+                )  # fmt: skip
+                promotion.leases.append(leased.lease)
             self.promotions += len(good)
         finally:
             # Gives back what was not read; a reservation that is complete has nothing left to give.

@@ -87,6 +87,17 @@ def test_ls_and_inspect(filled: Any) -> None:
     assert client.stats().leases == 0
 
 
+def test_names_are_shown_not_obeyed(filled: Any) -> None:
+    pool, client, *_ = filled
+    names = ["[bold]not bold[/bold]", "[/nothing]", "red\x1b[31m", "line\nbreak"]
+    client.put_objects(client.register_objects(DOMAIN), names, [b"x"] * 4, tenant="[/t]")
+    shown = run("ls", "--objects", DOMAIN, scheduler=pool.address)
+    assert "[bold]not bold[/bold]" in shown and "[/nothing]" in shown and "[/t]" in shown
+    assert "\x1b[31m" not in shown and "line\nbreak" not in shown
+    listed = {b["name"] for b in data_of(pool, "ls", "--objects", DOMAIN)["blocks"]}
+    assert listed >= set(names), "as JSON they are exact"
+
+
 def test_pins_through_one_node_without_a_scheduler(filled: Any) -> None:
     pool, client, keys, _ = filled
     node = pool.nodes["node-0"].address

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-PERIODS = 4
-
 
 @dataclass
 class Block:
@@ -24,11 +22,12 @@ class NaiveLru:
     """By last use."""
 
     def __init__(self, entries_max: int) -> None:
-        self.entries_max, self.clock = entries_max, 0
+        self.entries_max, self.clock, self.period = entries_max, 0, 256
         self.blocks: dict[int, Block] = {}
 
     def insert(self, rows: list[tuple[int, int, int, int, int]]) -> None:
         """Rows: entry, class, parent, weight, fingerprint."""
+        self.adapt(len(rows))
         for entry, slot_class, _, _, fingerprint in reversed(rows):
             self.blocks[entry] = Block(entry, slot_class, self.tick(), uses=1, fingerprint=fingerprint)
 
@@ -43,6 +42,14 @@ class NaiveLru:
     def remove(self, entries: list[int]) -> None:
         for entry in entries:
             del self.blocks[entry]
+
+    def adapt(self, fresh: int) -> None:
+        """The period follows the number of blocks, and shrinks only when it is much too long."""
+        wanted = 256
+        while wanted < 4 * (len(self.blocks) + fresh):
+            wanted *= 2
+        if wanted > self.period or 4 * wanted < self.period:
+            self.period = wanted
 
     def tick(self) -> int:
         self.clock += 1
@@ -83,12 +90,12 @@ class NaiveLfu(NaiveLru):
     def touch(self, entries: list[int]) -> None:
         for entry in reversed(entries):
             block = self.blocks[entry]
-            age = (self.clock - block.stamp) // (PERIODS * self.entries_max)
+            age = (self.clock - block.stamp) // self.period
             block.uses = min((block.uses >> min(age, 4)) + 1, 15)
             block.stamp = self.tick()
 
     def rank(self, block: Block) -> int:
-        return block.stamp + (block.uses.bit_length() - 1) * PERIODS * self.entries_max
+        return block.stamp + (block.uses.bit_length() - 1) * self.period
 
 
 class NaivePrefix(NaiveLru):
@@ -99,6 +106,7 @@ class NaivePrefix(NaiveLru):
         self.mean = 0
 
     def insert(self, rows: list[tuple[int, int, int, int, int]]) -> None:
+        self.adapt(len(rows))
         for i, (entry, slot_class, parent, weight, _) in enumerate(rows):
             block = Block(entry, slot_class, self.clock + len(rows) - 1 - i, uses=1)
             block.parent = self.blocks.get(parent)
@@ -111,7 +119,8 @@ class NaivePrefix(NaiveLru):
     touch = NaiveLfu.touch
 
     def rank(self, block: Block) -> int:
-        value = block.stamp + min(PERIODS * self.entries_max * block.weight * block.uses >> 4, 1 << 30)
+        again = min(1 + 4 * (block.uses - 1) ** 2, 128)
+        value = block.stamp + min(self.period * block.weight * again >> 9, 1 << 30)
         return value << 32 | block.entry
 
     def candidates(self, gone: list[Block]) -> list[Block]:

@@ -174,7 +174,7 @@ class SourceMachine(RuleBasedStateMachine):
         kept = [k for k in keys if self.model.readable(k)]
         for i in rows:
             if outcome[i] == naive.NO_SPACE and reserved is not None:
-                assert not self.could_fit(kept, new[i].slot_bytes // PAGE), "no space, although there could be"
+                assert not self.could_fit(kept, -(-new[i].slot_bytes // PAGE)), "no space, although there could be"
         number = 0 if reserved is None else int(reserved.reservation)
         statuses = self.model.reserve(session, number, new, outcome, self.now + ttl, hold, self.now)
         if reserved is None:
@@ -559,7 +559,7 @@ class SourceMachine(RuleBasedStateMachine):
             return False
         used = [False] * self.PAGES
         for record in staying:
-            first, size = record.offset // PAGE, self.slot_bytes(record.size + len(record.name)) // PAGE
+            first, size = record.offset // PAGE, -(-self.slot_bytes(record.size + len(record.name)) // PAGE)
             used[first : first + size] = [True] * size
         return any(not any(used[i : i + pages]) for i in range(self.PAGES - pages + 1))
 

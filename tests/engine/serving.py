@@ -15,12 +15,17 @@ from pathlib import Path
 import grpc
 import numpy as np
 
+from engines.torch.engine import Engine
+from engines.torch.generate import generate
 from engines.torch.hbm import block_memory
 from engines.torch.model import LoadedModel
+from engines.torch.request import Sampling
 from engines.torch.worker import EngineWorker, WorkerConfig
 from kvpool.client import PoolClient
 from kvpool.service.rpc import make_channel
 from kvpool.v1 import directory_pb2, engine_pb2, engine_pb2_grpc
+
+from .conftest import EXACT
 
 TIMEOUT_S = 60.0
 
@@ -184,3 +189,22 @@ def worker(model: LoadedModel, name: str = "w", node: str = "", **changes: objec
     }  # fmt: skip
     memory = changes.pop("memory", block_memory)
     return EngineWorker(WorkerConfig(**(config | changes)), model=model, memory=memory)  # type: ignore[arg-type]
+
+
+def expected(model: LoadedModel, tokens: np.ndarray, count: int, **sampling: float) -> list[int]:
+    wanted = Sampling(count, ignore_eos=True, **sampling)  # type: ignore[arg-type]
+    return list(generate(Engine(model, EXACT), [tokens.tolist()], wanted)[0].tokens)
+
+
+def split(prefill: Gateway, decode: Gateway, node: Node, name: str, tokens: np.ndarray, **more: object) -> list[int]:
+    """What a gateway does with a split request."""
+    decode.submit(name, tokens, engine_pb2.PHASE_DECODE, handoff=node.address, **more)  # type: ignore[arg-type]
+    prefill.submit(name, tokens, engine_pb2.PHASE_PREFILL, **more)  # type: ignore[arg-type]
+    first = prefill.first(name)
+    decode.first_token(name, first)
+    return [first, *decode.tokens(name)]
+
+
+def all_free(worker: EngineWorker) -> bool:
+    load = worker.engine.load()
+    return worker.idle() and load.kv_tokens_free == load.kv_tokens_total

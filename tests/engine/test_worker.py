@@ -12,20 +12,16 @@ import pytest
 import torch
 
 from engines.torch import copies
-from engines.torch.engine import Engine
-from engines.torch.generate import generate
 from engines.torch.hbm import CpuBlocks
 from engines.torch.model import LoadedModel
-from engines.torch.request import Finish, Sampling, StepEvent
-from engines.torch.worker import EngineWorker
+from engines.torch.request import Finish, StepEvent
 from kvpool.client import PoolClient
 from kvpool.core.hashing import block_keys
 from kvpool.v1 import directory_pb2, engine_pb2
 
-from .conftest import EXACT
 from .driving import prompt
 from .late import LateBlocks
-from .serving import Gateway, Node, eventually, worker
+from .serving import Gateway, Node, all_free, eventually, expected, split, worker
 
 pytestmark = pytest.mark.processes
 PREFILL, DECODE = engine_pb2.PHASE_PREFILL, engine_pb2.PHASE_DECODE
@@ -42,25 +38,6 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
 def stack() -> Iterator[ExitStack]:
     with ExitStack() as stack:
         yield stack
-
-
-def expected(model: LoadedModel, tokens: np.ndarray, count: int, **sampling: float) -> list[int]:
-    wanted = Sampling(count, ignore_eos=True, **sampling)  # type: ignore[arg-type]
-    return list(generate(Engine(model, EXACT), [tokens.tolist()], wanted)[0].tokens)
-
-
-def split(prefill: Gateway, decode: Gateway, node: Node, name: str, tokens: np.ndarray, **more: object) -> list[int]:
-    """What a gateway does with a split request."""
-    decode.submit(name, tokens, DECODE, handoff=node.address, **more)  # type: ignore[arg-type]
-    prefill.submit(name, tokens, PREFILL, **more)  # type: ignore[arg-type]
-    first = prefill.first(name)
-    decode.first_token(name, first)
-    return [first, *decode.tokens(name)]
-
-
-def all_free(worker: EngineWorker) -> bool:
-    load = worker.engine.load()
-    return worker.idle() and load.kv_tokens_free == load.kv_tokens_total
 
 
 def test_a_worker_alone_serves_many(llama: LoadedModel, stack: ExitStack) -> None:

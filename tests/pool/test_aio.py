@@ -14,7 +14,9 @@ from kvpool.aio import AsyncClusterClient, AsyncPoolClient
 from kvpool.client import ABANDONED, COMMITTED, PoolClient
 from kvpool.cluster import ClusterClient
 from kvpool.core.errors import KvpoolError, Overloaded
+from kvpool.service.host import host_id
 from tests.pool.node_process import NodeProcess, held, namespace_spec, random_blocks
+from tests.pool.pool_made import running_pool
 
 DEADLINE_S = 60.0
 
@@ -216,8 +218,6 @@ def test_calls_beyond_the_threads_wait_and_waits_beyond_their_bound_are_refused(
 
 
 def test_the_cluster_for_asyncio(tmp_path: Any) -> None:
-    from tests.pool.pool_made import running_pool
-
     async def test(address: str) -> None:
         async with AsyncClusterClient(address, timeout_s=10.0) as client:
 
@@ -234,5 +234,5 @@ def test_the_cluster_for_asyncio(tmp_path: Any) -> None:
             assert (await client.stats())["node-0"].blocks == 10
             assert (await client.remove_all(namespace)).copies == 10
 
-    with running_pool(tmp_path, ["host-a"]) as pool:
+    with running_pool(tmp_path, [host_id()]) as pool:
         run(test(pool.address))

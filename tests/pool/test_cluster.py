@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from kvpool.core.errors import BadArgument, Unavailable, UnknownNamespace
 from kvpool.core.ids import NamespaceId
 from kvpool.service.members import Claim, GivenUp
 from kvpool.service.placement import Place, choose, rank
+from kvpool.service.rpc import make_channel
+from kvpool.v1 import source_admin_pb2, source_admin_pb2_grpc
 from tests.pool.node_process import eventually, held, namespace_spec, random_blocks
 from tests.pool.pool_made import HostedNode, Pool, running_pool
 
@@ -198,71 +201,64 @@ def test_lost_nodes_cost_misses_or_nothing(tmp_path: Path) -> None:
         assert client.get(namespace, keys, out).found.all() and np.array_equal(out, data)
 
 
-def test_a_stuck_node_costs_no_more_than_the_time_given(tmp_path: Path) -> None:
-    with (
-        running_pool(tmp_path, ["host-a", "host-b"]) as pool,
-        ClusterClient(pool.address, timeout_s=10.0) as client,
-    ):
-        assert pool.joined(client, 2)
-        namespace = client.register(namespace_spec())
-        keys, data = random_blocks(40, [9])
-        assert client.put(namespace, keys, data, replicas=2).copies.tolist() == [2] * 40
-        stuck = pool.nodes["node-0"]
-        stuck.send(signal.SIGSTOP)
-        try:
-            out = np.zeros_like(data)
-            begin_s = time.monotonic()
-            got = client.get(namespace, keys, out, ttl_s=8.0)
-            put = client.put(namespace, *random_blocks(4, [10]), replicas=2, ttl_s=3.0)
-            took_s = time.monotonic() - begin_s
-            assert got.found.all() and np.array_equal(out, data) and set(got.sources) == {"node-1"}
-            assert put.copies.tolist() == [1] * 4
-            # Not a matter of speed: either call has twice its time, and would hang for ever without a deadline.
-            assert took_s < 2 * 11
-        finally:
-            stuck.send(signal.SIGCONT)
-
-
-def test_what_a_stuck_node_does_later_touches_nobodys_memory(tmp_path: Path) -> None:
-    """Calls that were given up leave their memory alone: nothing arrives in it, and nothing is stored from it."""
-    with running_pool(tmp_path, ["host-a"]) as pool, ClusterClient(pool.address, timeout_s=20.0) as client:
-        assert pool.joined(client, 1)
-        namespace = client.register(namespace_spec())
-        keys, data = random_blocks(40, [14])
-        assert client.put(namespace, keys[:20], data[:20]).stored.all()
-        node = pool.nodes["node-0"]
+@contextmanager
+def stopped(*nodes: HostedNode) -> Iterator[None]:
+    """Nodes that stand still for as long as the block lasts."""
+    for node in nodes:
         node.send(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for node in nodes:
+            node.send(signal.SIGCONT)
+
+
+def test_a_stuck_node_costs_no_more_than_the_time_given(
+    pool: Pool, client: ClusterClient, namespace: NamespaceId
+) -> None:
+    keys, data = random_blocks(40, [9, *namespace])
+    assert client.put(namespace, keys, data, replicas=2).copies.tolist() == [2] * 40
+    with stopped(pool.nodes["node-0"]):
+        out = np.zeros_like(data)
+        begin_s = time.monotonic()
+        got = client.get(namespace, keys, out, ttl_s=8.0)
+        put = client.put(namespace, *random_blocks(4, [10, *namespace]), replicas=3, ttl_s=3.0)
+        took_s = time.monotonic() - begin_s
+    assert got.found.all() and np.array_equal(out, data) and "node-0" not in got.sources
+    assert put.copies.tolist() == [2] * 4
+    # Not a matter of speed: both calls have half of it, and would hang for ever without a deadline.
+    assert took_s < 2 * 11
+
+
+def test_what_stuck_nodes_do_later_touches_nobodys_memory(
+    pool: Pool, client: ClusterClient, namespace: NamespaceId
+) -> None:
+    """Calls that were given up leave their memory alone: nothing arrives in it, and nothing is stored from it."""
+    keys, data = random_blocks(40, [14, *namespace])
+    assert client.put(namespace, keys[:20], data[:20]).stored.all()
+    with stopped(*pool.nodes.values()):
         out, given = np.zeros_like(data), data.copy()
         got = client.get(namespace, keys[:20], out, ttl_s=0.4)
         put = client.put(namespace, keys[20:], given[20:], ttl_s=0.4)
         assert not got.found.any() and not put.stored.any()
         out[:], given[:] = 0xAA, 0xBB
-        node.send(signal.SIGCONT)
-        # The calls that were given up are answered before these.
-        assert eventually(lambda: bool(client.lookup(namespace, keys[:20]).all()))
-        check = np.zeros_like(data)
-        later = client.get(namespace, keys, check)
-        assert not later.corrupt.any() and np.array_equal(check[later.found], data[later.found])
-        assert (out == 0xAA).all()
+    # The calls that were given up are answered before these.
+    assert eventually(lambda: bool(client.lookup(namespace, keys[:20]).all()))
+    check = np.zeros_like(data)
+    later = client.get(namespace, keys, check)
+    assert not later.corrupt.any() and np.array_equal(check[later.found], data[later.found])
+    assert (out == 0xAA).all()
 
 
-def test_draining_nodes_are_passed_over(tmp_path: Path) -> None:
-    from kvpool.service.rpc import make_channel
-    from kvpool.v1 import source_admin_pb2, source_admin_pb2_grpc
-
-    with (
-        running_pool(tmp_path, ["host-a", "host-b"]) as pool,
-        ClusterClient(pool.address, timeout_s=10.0) as client,
-    ):
-        assert pool.joined(client, 2)
-        with make_channel(pool.nodes["node-0"].address) as channel:
-            stub = source_admin_pb2_grpc.SourceAdminStub(channel)  # type: ignore[no-untyped-call]
-            assert list(stub.Drain(source_admin_pb2.DrainRequest()))[-1].done
-        namespace = client.register(namespace_spec())
-        keys, data = random_blocks(70, [11])
-        assert client.put(namespace, keys, data).copies.tolist() == [1] * 70
-        assert set(client.get(namespace, keys, np.zeros_like(data)).sources) == {"node-1"}
-        assert client.stats()["node-0"].blocks == 0 and client.stats()["node-0"].draining
+def test_draining_nodes_are_passed_over(pool: Pool, client: ClusterClient, namespace: NamespaceId) -> None:
+    with make_channel(pool.nodes["node-0"].address) as channel:
+        stub = source_admin_pb2_grpc.SourceAdminStub(channel)  # type: ignore[no-untyped-call]
+        assert list(stub.Drain(source_admin_pb2.DrainRequest()))[-1].done
+        keys, data = random_blocks(200, [11, *namespace])
+        assert client.put(namespace, keys, data).copies.tolist() == [1] * 200
+        assert set(client.get(namespace, keys, np.zeros_like(data)).sources) == {"node-1", "node-2"}
+        assert client.stats()["node-0"].draining
+        assert list(stub.Drain(source_admin_pb2.DrainRequest(undo=True)))[-1].done
 
 
 def test_this_host_is_asked_first(

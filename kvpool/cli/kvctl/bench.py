@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ import typer
 from numpy.typing import NDArray
 
 from kvpool.cli import output
+from kvpool.cli.kvctl import tables
 from kvpool.cli.kvctl.cluster import chosen_nodes
 from kvpool.cli.kvctl.options import DEFAULT_SCHEDULER, Credential, Json, OneNode, Scheduler
 from kvpool.client import PoolClient
@@ -82,15 +82,16 @@ def bench(
         for f in figures
     ]  # fmt: skip
     title = f"{one.source_id} over {used}: {count} blocks of {output.size(block_bytes)}, median of {repeat}"
-    output.table(title, ("operation", "GB/s:", "µs a block:", "keys/s:", "ms a pass:"), rows)
+    tables.table(title, ("operation", "GB/s:", "µs a block:", "keys/s:", "ms a pass:"), rows)
 
 
 def _run(client: PoolClient, block_bytes: int, count: int, repeat: int, verify: bool) -> list[Figure]:
     sections = SECTIONS if block_bytes % SECTIONS == 0 else 1
     group = GroupSpec(0, GroupKind.FULL, tuple(range(SECTIONS)), 16, 1, sections, block_bytes)
-    spec = NamespaceSpec(f"kvctl bench {os.getpid()}", "", "uint8", "bench", "opaque:bench", HASHES[0], (group,))
+    spec = NamespaceSpec("kvctl bench", "", "uint8", "bench", "opaque:bench", HASHES[0], (group,))
     namespace = client.register(spec)
-    rng = np.random.default_rng(os.getpid())
+    # Keys of its own for each run: two may run at the same time.
+    rng = np.random.default_rng(time.time_ns())
     keys = rng.integers(0, 256, (count, 16), dtype=np.uint8)
     blocks = rng.integers(0, 256, (count, block_bytes), dtype=np.uint8)
     out = np.zeros_like(blocks)

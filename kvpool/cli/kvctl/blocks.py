@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from kvpool.cli import output
+from kvpool.cli.kvctl import tables
 from kvpool.cli.kvctl.cluster import Node, chosen_nodes
 from kvpool.cli.kvctl.options import (
     DEFAULT_SCHEDULER,
@@ -58,7 +59,7 @@ def ls(
         for b in found
     ]  # fmt: skip
     columns = ("node", "key or name", "state", "size:", "tier", "fidelity", "leases:", "pins:", "tenant")
-    output.table("blocks", columns, rows)
+    tables.table("blocks", columns, rows)
 
 
 def rm(
@@ -128,7 +129,7 @@ def evict(
         output.print_json({"evicted": result})
     else:
         rows = [(name, r["blocks"], output.size(r["bytes"])) for name, r in result.items()]
-        output.table("evicted", ("node", "blocks:", "bytes:"), rows)
+        tables.table("evicted", ("node", "blocks:", "bytes:"), rows)
     if names and not any(r["blocks"] for r in result.values()):
         output.fail("none of them is in memory, or all are held", hint="`kvctl inspect KEY` shows by whom")
 
@@ -176,6 +177,6 @@ def _told(counts: dict[str, int], what: str, json: bool) -> None:
     if json:
         output.print_json({what: counts})
     else:
-        output.table(what, ("node", "blocks:"), list(counts.items()))
+        tables.table(what, ("node", "blocks:"), list(counts.items()))
     if not sum(counts.values()):
         output.fail(f"nothing was {what}", hint="`kvctl ls` shows what there is")

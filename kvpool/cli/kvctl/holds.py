@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from kvpool.cli import output
+from kvpool.cli.kvctl import tables
 from kvpool.cli.kvctl.blocks import by_namespace
 from kvpool.cli.kvctl.cluster import Node, chosen_nodes
 from kvpool.cli.kvctl.options import (
@@ -61,7 +62,7 @@ def pin(
         output.print_json({"pins": made})
     else:
         rows = [(p["node"], p["pin_id"], p["blocks"], owner, ttl if ttl_s else "until unpinned") for p in made]
-        output.table("pinned", ("node", "pin:", "blocks:", "owner", "for"), rows)
+        tables.table("pinned", ("node", "pin:", "blocks:", "owner", "for"), rows)
     if not made:
         output.fail("none of them is there", hint="`kvctl ls` shows what there is")
 
@@ -105,7 +106,7 @@ def unpin(
     if json:
         output.print_json({"released": released})
     else:
-        output.table("unpinned", ("node", "pins:"), list(released.items()))
+        tables.table("unpinned", ("node", "pins:"), list(released.items()))
     if not sum(released.values()):
         output.fail(f"{owner} has no such pin", hint="`kvctl pins` lists them")
 
@@ -132,4 +133,4 @@ def pins(
         for p in found
     ]  # fmt: skip
     columns = ("node", "kind", "id:", "owner", "session", "blocks:", "bytes:", "ends in:")
-    output.table("holds", columns, rows)
+    tables.table("holds", columns, rows)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from kvpool.cli import output
+from kvpool.cli.kvctl import tables
 from kvpool.cli.kvctl.cluster import Node, chosen_nodes
 from kvpool.cli.kvctl.options import (
     DEFAULT_SCHEDULER,
@@ -102,7 +103,7 @@ def _digests(node: Node, block: pb.BlockInfo) -> list[int]:
 
 
 def _print(key: bytes, name: str, copies: list[dict[str, Any]]) -> None:
-    output.facts(f"object {name}" if name else "block", {"key": key.hex(), "copies": len(copies)})
+    tables.facts(f"object {name}" if name else "block", {"key": key.hex(), "copies": len(copies)})
     rows = [
         (
             c["node"], c["tier"] + (" + ssd" if c.get("on_ssd") else ""), c["state"],
@@ -112,4 +113,4 @@ def _print(key: bytes, name: str, copies: list[dict[str, Any]]) -> None:
         for c in copies
     ]  # fmt: skip
     columns = ("node", "tier", "state", "size:", "fidelity", "generation:", "leases:", "pins:", "tenant", "digests")
-    output.table("copies", columns, rows)
+    tables.table("copies", columns, rows)

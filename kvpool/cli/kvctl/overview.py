@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvpool.cli import output
+from kvpool.cli.kvctl import tables
 from kvpool.cli.kvctl.cluster import Cluster
 from kvpool.cli.kvctl.options import DEFAULT_SCHEDULER, Credential, Json, Scheduler
 
@@ -16,7 +17,7 @@ def status(scheduler: Scheduler = DEFAULT_SCHEDULER, credential: Credential = ""
         output.print_json(data)
         return
     held = ", ".join(f"{v} {k}" for k, v in data["held"].items())
-    output.facts(
+    tables.facts(
         f"cluster at {scheduler}",
         {
             "scheduler": f"{data['scheduler_id']}, kvpool {data['version']}, up {data['uptime_ms'] / 1000:.0f} s",
@@ -57,7 +58,7 @@ def nodes(scheduler: Scheduler = DEFAULT_SCHEDULER, credential: Credential = "",
         "leases/pins/reservations/quarantined",
         "last heard:",
     )
-    output.table("nodes", columns, rows)
+    tables.table("nodes", columns, rows)
 
 
 def workers(scheduler: Scheduler = DEFAULT_SCHEDULER, credential: Credential = "", json: Json = False) -> None:
@@ -78,4 +79,4 @@ def workers(scheduler: Scheduler = DEFAULT_SCHEDULER, credential: Credential = "
         ))  # fmt: skip
     columns = ("worker", "role", "model", "address", "state", "running+waiting:", "KV free:", "reserved:",
                "cached blocks:", "queue:", "prefill a token:")  # fmt: skip
-    output.table("workers", columns, rows)
+    tables.table("workers", columns, rows)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 
 from kvpool.cli import output
+from kvpool.cli.kvctl import tables
 from kvpool.v1 import source_admin_pb2 as pb
 
 #: As a shell says it of a program that was interrupted.
@@ -66,7 +67,7 @@ def report(title: str, results: dict[str, pb.Progress], *, json: bool, done: str
             (name, p.blocks_done, output.size(p.bytes_done), p.blocks_failed, p.blocks_bad, p.message or "-")
             for name, p in results.items()
         ]
-        output.table(title, ("node", f"{done}:", "bytes:", "failed:", "bad:", "note"), rows)
+        tables.table(title, ("node", f"{done}:", "bytes:", "failed:", "bad:", "note"), rows)
     bad, failed = (sum(getattr(p, n) for p in results.values()) for n in ("blocks_bad", "blocks_failed"))
     if bad:
         output.fail(

@@ -9,6 +9,7 @@ import numpy as np
 import typer
 
 from kvpool.cli import output
+from kvpool.cli.kvctl import tables
 from kvpool.cli.kvctl.cluster import Cluster
 from kvpool.cli.kvctl.options import DEFAULT_SCHEDULER, Credential, Json, Scheduler
 from kvpool.core import hashing
@@ -63,7 +64,7 @@ def inspect_prompt(scheduler: str, credential: str, text: str, model: str, chat:
     if json:
         output.print_json(data)
         return
-    output.facts(
+    tables.facts(
         f"prompt for {chosen.model}",
         {
             "tokens": f"{len(tokens)}: {len(keys)} blocks of {block_tokens}, {len(tokens) % block_tokens} left over",
@@ -74,7 +75,7 @@ def inspect_prompt(scheduler: str, credential: str, text: str, model: str, chat:
         (b["index"], f"{b['tokens'][0]}-{b['tokens'][1] - 1}", b["key"], ", ".join(b["held_by"]) or "-")
         for b in data["blocks"]
     ]
-    output.table("blocks of the prompt", ("block:", "tokens", "key", "held by"), rows)
+    tables.table("blocks of the prompt", ("block:", "tokens", "key", "held by"), rows)
 
 
 def _choose_model(models: list[scheduler_pb2.ModelInfo], name: str) -> scheduler_pb2.ModelInfo:
@@ -147,7 +148,7 @@ def _print_explanation(data: dict[str, Any]) -> None:
                 )
     else:
         lines["outcome"] = "still running" if placement else "-"
-    output.facts(f"request {data['request_id']}", lines)
+    tables.facts(f"request {data['request_id']}", lines)
     costs = ("queue_us", "pull_us", "prefill_us", "handoff_us", "decode_harm_us", "cost_us")
     rows = [
         (
@@ -171,4 +172,4 @@ def _print_explanation(data: dict[str, Any]) -> None:
         "",
     )
     shown = f"{len(rows)} of {data['candidates_total']}" if data["candidates_total"] > len(rows) else str(len(rows))
-    output.table(f"candidates, best first ({shown}; milliseconds)", columns, rows)
+    tables.table(f"candidates, best first ({shown}; milliseconds)", columns, rows)

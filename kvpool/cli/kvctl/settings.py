@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from kvpool.cli import output
+from kvpool.cli.kvctl import tables
 from kvpool.cli.kvctl.cluster import chosen_nodes
 from kvpool.cli.kvctl.options import (
     DEFAULT_SCHEDULER,
@@ -44,7 +45,7 @@ def links(
     ]  # fmt: skip
     columns = ("from", "to", "channel (* in use)", "state", "latency:", "bandwidth:", "transfers:", "bytes:", "errors:",
                "last sample:")  # fmt: skip
-    output.table("links", columns, rows)
+    tables.table("links", columns, rows)
 
 
 def quota(
@@ -82,7 +83,7 @@ def quota(
         (q["node"], q["tenant"] or q["namespace_id"], output.size(q["bytes_used"]), output.size(q["bytes_max"]))
         for q in found
     ]
-    output.table("quotas", ("node", "tenant or namespace", "used:", "at most:"), rows)
+    tables.table("quotas", ("node", "tenant or namespace", "used:", "at most:"), rows)
 
 
 def namespaces(
@@ -106,4 +107,4 @@ def namespaces(
             what = f"{spec['model']} {spec['dtype']} {spec['backend']}".strip()
             cut = ", ".join(f"{g['block_tokens']} tokens in {output.size(g['block_bytes'])}" for g in spec["groups"])
         rows.append((info["node"], info["namespace_id"], what, cut, info["blocks"], output.size(info["bytes"])))
-    output.table("namespaces", ("node", "namespace", "what", "block", "blocks:", "bytes:"), rows)
+    tables.table("namespaces", ("node", "namespace", "what", "block", "blocks:", "bytes:"), rows)

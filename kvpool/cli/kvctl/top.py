@@ -19,6 +19,7 @@ from rich.live import Live
 from rich.table import Table
 
 from kvpool.cli import output
+from kvpool.cli.kvctl import tables
 from kvpool.cli.kvctl.cluster import Node, chosen_nodes
 from kvpool.cli.kvctl.options import DEFAULT_SCHEDULER, Credential, Json, OneNode, Scheduler
 from kvpool.service import rpc
@@ -118,11 +119,11 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         table.add_column(column.rstrip(":"), justify="right" if column.endswith(":") else "left")
     for row in rows:
         if "error" in row:
-            table.add_row(row["node"], row["error"], *[""] * (len(columns) - 2))
+            table.add_row(tables.plain(row["node"]), tables.plain(row["error"]), *[""] * (len(columns) - 2))
             continue
         ratio = "-" if row["hit_ratio"] is None else f"{100 * row['hit_ratio']:.0f}"
         table.add_row(
-            row["node"] + (" (draining)" if row["draining"] else ""),
+            tables.plain(row["node"]) + (" (draining)" if row["draining"] else ""),
             f"{output.size(row['bytes_used'])} of {output.size(row['bytes_total'])}", str(row["blocks"]),
             f"{row['hits_per_s']:.0f}", ratio, f"{row['evictions_per_s']:.0f}", output.size(row["bytes_read_per_s"]),
             output.size(row["bytes_written_per_s"]), str(row["sessions"]), str(row["leases"]), str(row["pins"]),

@@ -21,6 +21,20 @@ Mask = NDArray[np.bool_]
 Ranks = NDArray[np.uint64]
 
 
+#: A policy that counts uses lets them age over so many times the blocks that there are.
+PERIODS: Final = 4
+_RESIDENTS_FEW: Final = 63
+
+
+def period_of(residents: int, period: int) -> int:
+    """In how many insertions and reads uses age, for a number of blocks; `period` is what it was.
+
+    In powers of two, and with slack before it shrinks: a change costs a look at each block.
+    """
+    wanted = PERIODS << max(residents - 1, _RESIDENTS_FEW).bit_length()
+    return wanted if wanted > period or 4 * wanted < period else period
+
+
 def as_entries(entries: NDArray[Any]) -> Entries:
     """int32 (n), contiguous, as kernels want them."""
     return np.ascontiguousarray(entries, dtype=np.int32)

@@ -8,17 +8,12 @@ ranks the lower level goes first.
 
 from __future__ import annotations
 
-from typing import Final
-
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpool.core.evictors.base import Ranks
+from kvpool.core.evictors.base import Ranks, period_of
 from kvpool.core.evictors.lists import ListedEntries
 from kvpool.core.index import Entries
-
-#: Blocks inserted or read, as a multiple of `entries_max`, in which a counter loses half.
-PERIODS: Final = 4
 
 
 class Lfu(ListedEntries):
@@ -29,7 +24,7 @@ class Lfu(ListedEntries):
 
     def __init__(self, entries_max: int, classes: int) -> None:
         super().__init__(entries_max, classes)
-        self._period = PERIODS * entries_max
+        self._period = period_of(1, 0)
 
     def insert(
         self,
@@ -39,6 +34,7 @@ class Lfu(ListedEntries):
         weights: NDArray[np.uint32],
         fingerprints: NDArray[np.uint64],
     ) -> None:
+        self._period = period_of(self._residents + len(entries), self._period)
         self._list_new(entries, slot_classes, np.ones(len(entries), dtype=np.int64))
 
     def touch(self, entries: Entries) -> None:

@@ -35,6 +35,7 @@ class ListedEntries:
         self._stamps = np.zeros(entries_max, dtype=np.int64)
         self._state = np.full(entries_max, -1, dtype=np.int16)
         self._clock = np.zeros(1, dtype=np.int64)
+        self._residents = 0
 
     def hide(self, entries: Entries) -> None:
         entries = as_entries(entries)
@@ -50,6 +51,7 @@ class ListedEntries:
         entries = as_entries(entries)
         done = kernels.list_remove(entries, self._links, self._heads, self._state, self._levels, self._per_class)
         assert done == len(entries), f"entry {entries[done]} is not there"
+        self._residents -= len(entries)
 
     def hidden(self, entries: Entries) -> Mask:
         state = self._state[entries]
@@ -84,7 +86,7 @@ class ListedEntries:
             assert shown.sum() == self._heads[kernels.SHOWN, number]
             front = int(self._heads[kernels.FRONT, number])
             assert not shown[: len(walk) if front == node else walk.index(front)].any(), "a shown entry is passed by"
-        assert seen == int((self._state >= 0).sum())
+        assert seen == int((self._state >= 0).sum()) == self._residents
 
     def _list_new(self, entries: NDArray[Any], slot_classes: NDArray[Any], uses: NDArray[np.int64]) -> None:
         entries, classes = as_entries(entries), as_entries(slot_classes)
@@ -92,6 +94,7 @@ class ListedEntries:
         lists = (self._links, self._heads, self._stamps, self._state, self._levels, self._per_class, self._clock)
         done = kernels.list_insert(entries, classes, uses, *lists)
         assert done == len(entries), f"entry {entries[len(entries) - 1 - done]} is there already"
+        self._residents += len(entries)
 
     def _use(self, entries: NDArray[Any], counting: bool, period: int) -> None:
         entries = as_entries(entries)

@@ -1,9 +1,9 @@
 """Never strands a suffix: only blocks without a resident child go, the least valuable first.
 
-The value of a leaf is its last use plus a period for each use, times its weight over the mean weight: GreedyDual with
-the number of uses as its clock, so that whole spans may be evicted out of turn without stopping its ageing. Uses
-(1..15) are halved for each period without one. Of what is used together the tail goes first; a parent is a candidate
-when its last child is gone.
+The value of a leaf is its last use plus what its earlier uses are worth, times its weight over the mean weight:
+GreedyDual with the number of uses as its clock, so that whole spans may be evicted out of turn without stopping its
+ageing. Uses (1..15) are halved for each period without one. Of what is used together the tail goes first; a parent is
+a candidate when its last child is gone.
 
 Private memory: 24 bytes an entry, and a little for each class in use.
 """
@@ -15,13 +15,11 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpool.core.evictors.base import CLASSES_MAX, Mask, Ranks, as_entries
+from kvpool.core.evictors.base import CLASSES_MAX, Mask, Ranks, as_entries, period_of
 from kvpool.core.index import Entries
 from kvpool.core.kernels import prefixes as kernels
 from kvpool.core.kernels.evictors import CLASS_MASK, HIDDEN
 
-#: Blocks inserted or read, as a multiple of `entries_max`, that one use of a block of mean weight is worth.
-PERIODS: Final = 4
 #: Where the clock starts again after it has passed CLOCK_MAX; what is older than that is all the same age.
 _CLOCK_AFTER: Final = 1 << 29
 
@@ -34,7 +32,7 @@ class Prefix:
     def __init__(self, entries_max: int, classes: int) -> None:
         assert 0 < entries_max < _CLOCK_AFTER and 0 < classes <= CLASSES_MAX
         self._entries_max, self._classes = entries_max, classes
-        self._period = PERIODS * entries_max
+        self._period = period_of(1, 0)
         self._place = np.full(entries_max, kernels.LEAF_OUTSIDE, dtype=np.int32)
         self._keys = np.zeros(entries_max, dtype=np.uint32)
         self._parents = np.full(entries_max, kernels.NO_PARENT, dtype=np.int32)
@@ -56,6 +54,7 @@ class Prefix:
         entries, classes = as_entries(entries), as_entries(slot_classes)
         assert len(classes) == len(entries) and (classes < self._classes).all()
         self._rebase_before(len(entries))
+        self._adapt_period(int(self._table[kernels.RESIDENTS].sum()) + len(entries))
         self._table[kernels.RESIDENTS] += np.bincount(classes, minlength=self._classes)
         if (self._table[kernels.RESIDENTS] > self._table[kernels.ROOM]).any():
             self._make_room()
@@ -158,6 +157,13 @@ class Prefix:
             heaps[starts[number] : starts[number] + size] = self._heaps[old : old + size]
         self._heaps = heaps
         table[kernels.START], table[kernels.ROOM] = starts, room
+
+    def _adapt_period(self, residents: int) -> None:
+        period = period_of(residents, self._period)
+        if period != self._period:
+            kernels.reprice(self._period, period, self._keys, self._weights, self._state)
+            self._period = period
+            kernels.heapify(self._heaps, self._table, self._keys, self._place)
 
     def _rebase_before(self, steps: int) -> None:
         """Turns the clock back before it passes its bound: births keep their order, keys their distances."""

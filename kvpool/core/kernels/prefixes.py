@@ -114,8 +114,23 @@ def _parent_of(entry: np.int64, parents: I32, births: U32, state: I16) -> np.int
 
 @_jit
 def _worth(weight: np.int64, reads: np.int64, period: np.int64) -> np.int64:
-    """What weight and reads add to the last use, in stamps: a period for each read of a block of mean weight."""
-    return min(period * weight * reads >> 4, np.int64(BONUS_MAX))
+    """What weight and reads add to the last use, in stamps.
+
+    The first use is worth little, or what was read twice would keep all that is new from ever being read again; the
+    second is worth an eighth of a period, and of later ones each is worth more, up to four periods.
+    """
+    again = min(1 + 4 * (reads - 1) * (reads - 1), np.int64(128))
+    return min(period * weight * again >> 9, np.int64(BONUS_MAX))
+
+
+@_jit
+def reprice(old: np.int64, new: np.int64, keys: U32, weights: U8, state: I16) -> None:
+    """Keys for another period; the heaps are to be made anew."""
+    for entry in range(len(state)):
+        if state[entry] >= 0:
+            weight, reads = np.int64(weights[entry]), np.int64(state[entry] >> USE_SHIFT)
+            last_use = np.int64(keys[entry]) - _worth(weight, reads, old)
+            keys[entry] = max(last_use + _worth(weight, reads, new), np.int64(0))
 
 
 @_jit

@@ -21,6 +21,25 @@ _jit = numba.njit(cache=True, nogil=True)
 
 
 @_jit
+def used_entries(
+    states: U8, offsets: U64, unit_bytes: np.int64, piece_of_unit: I32, readable_state: int, entries: I32,
+    piece_of_entry: I32, readable: Bools,
+) -> np.int64:  # fmt: skip
+    """Entries that are not free, the piece that each lies in, and whether it is readable; returns how many.
+
+    entries, piece_of_entry, readable: as long as `states`.
+    """
+    count = 0
+    for entry in range(len(states)):
+        if states[entry] != 0:
+            entries[count] = entry
+            piece_of_entry[count] = piece_of_unit[np.int64(offsets[entry]) // unit_bytes]
+            readable[count] = states[entry] == readable_state
+            count += 1
+    return np.int64(count)
+
+
+@_jit
 def price_pieces(piece_of_entry: I32, may_go: Bools, ranks: U64, worst: U64, blocks: I64, blocked: Bools) -> None:
     """Of each piece: the highest rank of its entries, how many they are, and whether one of them may not go.
 

@@ -1,0 +1,278 @@
+"""A node: the real core, driver, sessions, grants, SSD tier and servicer in a process that can be killed anywhere."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvpool.core.arrays import EntryState, SourceArrays
+from kvpool.core.catalog import Catalog
+from kvpool.core.errors import BadArgument, KvpoolError
+from kvpool.core.ids import Tier
+from kvpool.core.results import SourceConfig
+from kvpool.core.source import SourceCore
+from kvpool.service.announcer import SourceFacts
+from kvpool.service.block_source import BlockSourceServicer
+from kvpool.service.grants import Grants
+from kvpool.service.sessions import Session, Sessions
+from kvpool.service.source_driver import SourceDriver
+from kvpool.service.ssd_tier import SsdTier
+from tests.simulation import disk
+from tests.simulation.auditor import Violation
+from tests.simulation.content import SPECS
+from tests.simulation.lifeline import LifeLine
+from tests.simulation.loop import LIFE, Killed, Life
+from tests.simulation.memory import Memory, Table
+from tests.ssd.crash_files import CrashFiles
+
+if TYPE_CHECKING:
+    from tests.simulation.world import World
+
+
+class Connection:
+    """Stands for a connection of a data channel that a thread of the node serves."""
+
+    def __init__(self, session: int) -> None:
+        self.session, self.interrupted = session, False
+
+    def interrupt(self) -> None:
+        self.interrupted = True
+
+
+class DataServer:
+    """Knows who writes over connections."""
+
+    def __init__(self) -> None:
+        self.connections: list[Connection] = []
+
+    def close_session(self, session: int) -> None:
+        for connection in self.connections:
+            if connection.session == session:
+                connection.interrupt()
+
+
+class Driver(SourceDriver):
+    """The real driver; a turn may be the process's last, at any line of the core."""
+
+    def __init__(self, node: Node, core: SourceCore, grants: Grants, memory: Memory) -> None:
+        self._node, self._memory, self.lines_left = node, memory, 0
+        super().__init__(core, grants, memory.write_catalog)
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[int]:
+        life = self._node.life
+        if life is None or LIFE.get() not in (None, life):
+            raise Killed
+        if not self.lines_left:
+            with super().turn() as now:
+                yield now
+            self._node.after_turn()
+            return
+        try:
+            with super().turn() as now, self._killed_after():
+                yield now
+            self._node.after_turn()
+        except Killed:
+            self._memory.put_back(self._image)
+            self._node.kill("in the middle of a call")
+            raise
+
+    @contextlib.contextmanager
+    def _killed_after(self) -> Iterator[None]:
+        """Raises Killed after so many lines of the core in this turn, and keeps the memory as it then was."""
+
+        def trace(frame: FrameType, event: str, argument: object) -> Any:
+            if "/kvpool/core/" not in frame.f_code.co_filename:
+                return None
+            if event == "line":
+                self.lines_left -= 1
+                if self.lines_left == 0:
+                    self._image = self._memory.image()
+                    sys.settrace(None)
+                    raise Killed
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            yield
+        finally:
+            sys.settrace(before)
+            self.lines_left = 0
+
+
+class DrainableGrants(Grants):
+    """The real grants, whose data threads are tasks here."""
+
+    async def drained(self, reservations: list[int], timeout_s: float) -> bool:
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + timeout_s
+        while self.busy(reservations) and loop.time() < end_s:
+            await asyncio.sleep(0.01)
+        return not self.busy(reservations)
+
+    def wait_idle(self, reservations: Any, timeout_s: float) -> Any:
+        """A coroutine, for the `to_thread` of the simulation."""
+        return self.drained(reservations, timeout_s)
+
+
+class Node:
+    """A source by name. `life` None: it is down. What outlives a process: `memory` and `files`."""
+
+    _epochs = itertools.count(1)
+
+    def __init__(
+        self, world: World, name: str, *, pages: int, entries: int, eviction: str, ssd_segments: int, line: str
+    ) -> None:
+        self.world, self.name = world, name
+        self.config = SourceConfig(
+            capacity_bytes=pages * 4096, entries_max=entries, eviction=eviction, unit_bytes=4096,
+            high_watermark=0.95, low_watermark=0.75,
+        )  # fmt: skip
+        self.ssd_segments, self.line = ssd_segments, line
+        self.memory: Memory | None = None
+        self.files = CrashFiles(direct=False)
+        self.life: Life | None = None
+        self.crashes = 0
+
+    @property
+    def alive(self) -> bool:
+        return self.life is not None
+
+    # ------------------------------------------------------------ starting
+
+    def start(self) -> None:
+        """A new process, which takes over what it finds."""
+        assert self.life is None
+        life = self.life = Life(self.world.loop)
+        life.context.run(self._build)
+
+    def _build(self) -> None:
+        world = self.world
+        core = self._open_core()
+        memory = self.memory
+        assert memory is not None
+        self.core, self.epoch = core, next(self._epochs)
+        writers = Table(memory, world.locks)
+        self.grants = DrainableGrants(world.loop.now_us)
+        self.driver = Driver(self, core, self.grants, memory)
+        self.numbers = []
+        with self.driver.turn():
+            core.catalog_changed = True
+            self.driver.save_catalog()
+            for spec in SPECS:
+                core.register_namespace(spec)
+                self.driver.save_catalog()
+        self.numbers = [core.namespace_number(spec.id()) for spec in SPECS]
+        self.tier: SsdTier | None = None
+        self.store = None
+        if self.ssd_segments:
+            self.store = disk.open_store(self.files, self.ssd_segments)
+            self.tier = SsdTier(self.store, self.driver, memory.data, demote_from=world.rng.choice((0.0, 0.4)))
+        self.data_server = DataServer()
+        self.sessions = Sessions(self.driver, self.grants, [self.data_server], writers)
+        facts = SourceFacts(self.name, self.epoch, Tier.DRAM)
+        self.servicer = BlockSourceServicer(
+            self.driver, self.sessions, self.grants, memory.data, facts, [], 1.0, self.tier
+        )
+        self.driver.announcer = LifeLine(world, self, self.name, Tier.DRAM, self.core.snapshot_keys)  # type: ignore[assignment]
+        if self.tier is not None:
+            self.tier.announcer = LifeLine(world, self, f"{self.name}.ssd", Tier.SSD, self._on_ssd)  # type: ignore[assignment]
+            self.tier.start()
+
+    def _on_ssd(self) -> Any:
+        assert self.tier is not None
+        self.tier._settle()
+        return [
+            (listing.keys[listing.facts.fidelities == fidelity], fidelity)
+            for listing in self.tier._pages()
+            for fidelity in (1, 2)
+        ]
+
+    def _open_core(self) -> SourceCore:
+        entries = self.config.entries_max
+        if self.memory is not None:
+            memory = self.memory
+            try:
+                catalog = Catalog.from_bytes(memory.catalog)
+                arrays = SourceArrays.over(memory.index, entries, fresh=False, touches=memory.touches)
+                return SourceCore.adopt(self.config, arrays, memory.data, catalog)
+            except BadArgument as error:
+                raise Violation(f"{self.name} can't take its memory over: {error}") from error
+        self.memory = Memory(self.config.capacity_bytes, entries)
+        arrays = SourceArrays.over(self.memory.index, entries, fresh=True, touches=self.memory.touches)
+        return SourceCore(self.config, arrays, self.memory.data)
+
+    # ------------------------------------------------------------ dying
+
+    def kill(self, why: str) -> None:
+        """kill -9, now. The memory and what was written to files stay."""
+        life = self.life
+        if life is None:
+            return
+        self.world.note(f"{self.name} is killed {why}")
+        self.life = None
+        self.crashes += 1
+        life.kill()
+        if self.ssd_segments:
+            # A write under way may have come through in part, and the next one never begins.
+            self.files = self.files.copy()
+            self.files.direct = False
+
+    def reboot(self) -> None:
+        """The host loses power: memory is gone, and of unsynced writes chance keeps what it wants."""
+        files = self.files
+        self.kill("with its host")
+        self.memory = None
+        if self.ssd_segments:
+            self.files = files.after_crash(self.world.numbers)
+
+    # ------------------------------------------------------------ calls
+
+    async def call(self, make: Callable[[], Any]) -> Any:
+        """Makes a coroutine and runs it in the process that lives now. Raises: Unavailable, KvpoolError."""
+        life = self.life
+        if life is None:
+            self.world.refuse(self.name)
+        return await life.call(make())
+
+    def now_or_never(self, act: Callable[[int], Any]) -> Any:
+        """One turn of the core, as an operator's call. None if the node is down, or refuses."""
+        if self.life is None:
+            return None
+
+        def turn() -> Any:
+            with self.driver.turn() as now:
+                result = act(now)
+                self.driver.save_catalog()
+                return result
+
+        try:
+            return self.life.context.run(turn)
+        except (KvpoolError, Killed):
+            return None
+
+    def end_session(self, session: Session, why: str) -> None:
+        if self.life is not None and not self.life.dead:
+            self.life.context.run(self.sessions.end_soon, session, why)
+
+    def holds_session(self, session: Session) -> bool:
+        return self.life is not None and self.sessions._live.get(session.id) is session
+
+    # ------------------------------------------------------------ checks
+
+    def after_turn(self) -> None:
+        world = self.world
+        world.turns += 1
+        if world.check_every and world.turns % world.check_every == 0:
+            self.core.check_invariants()
+
+    def readable(self) -> np.ndarray[Any, Any]:
+        return np.flatnonzero(self.core.arrays.states == EntryState.READABLE)
