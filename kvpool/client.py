@@ -10,6 +10,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +20,9 @@ from kvpool.channels.links import Links
 from kvpool.channels.tls import TlsConfig
 from kvpool.core.errors import BadArgument, KvpoolError, NoSpace
 from kvpool.core.hashing import object_key
-from kvpool.core.ids import NamespaceId
+from kvpool.core.ids import Fidelity, NamespaceId
 from kvpool.core.namespace import NamespaceSpec
+from kvpool.service.client_lossy import LossyBlocks, LossyRead
 from kvpool.service.client_reads import RELEASES_MAX, ReadingCalls, ReadRequest, rows_of
 from kvpool.service.client_types import (
     ABANDONED,
@@ -87,6 +89,7 @@ class PoolClient(ReadingCalls):
         tenant: str = "",
         hold: Hold | None = None,
         ttl_s: float = 30.0,
+        fidelity: Fidelity = Fidelity.EXACT,
     ) -> PutResult:
         """Stores blocks: reserve, write, commit. Blocks that exist, or that somebody else writes, are left alone.
 
@@ -96,15 +99,24 @@ class PoolClient(ReadingCalls):
             tenant: whose quota the blocks count against.
             hold: put on the blocks, also on those that exist.
             ttl_s: time within which the call has to be through.
+            fidelity: INT8 stores a quarter (of float32) or half of the bytes, for readers that allow it; blocks beyond
+                the error bound are stored as they are.
+        Raises: Unsupported if blocks of this group have no int8 form.
         """
         begin_s = time.monotonic()
-        try:
-            reservation = self.reserve(
-                namespace, keys, group=group, shard=shard, ttl_s=ttl_s, hold=hold, parent=parent, tenant=tenant
-            )
-        except NoSpace:
-            return _nothing_stored(len(keys), begin_s)
-        return self._fill(reservation, blocks, rows, ttl_s, begin_s)
+        own = np.arange(len(keys), dtype=np.int64) if rows is None else rows
+        common = Common(group, shard, parent, tenant, hold, ttl_s)
+        if fidelity is Fidelity.EXACT:
+            return self._put(namespace, keys, blocks, own, common, begin_s)
+        codec = LossyBlocks(self._specs[namespace], self._group(namespace, group))
+        encoded, within = codec.encode(blocks, own)
+        sizes = np.full(int(within.sum()), codec.stored_bytes, dtype=np.uint64)
+        places = np.flatnonzero(within)
+        lossy = self._put(namespace, keys[within], encoded, places, common, begin_s, sizes, fidelity)
+        if within.all():
+            return lossy
+        exact = self._put(namespace, keys[~within], blocks, own[~within], common, begin_s)
+        return merged(within, lossy, exact)
 
     def get(
         self,
@@ -119,6 +131,7 @@ class PoolClient(ReadingCalls):
         ttl_s: float = 30.0,
         promote_s: float = 5.0,
         verify: bool = True,
+        fidelity_min: Fidelity = Fidelity.EXACT,
     ) -> GetResult:
         """Copies blocks into rows of `out`, each checked against its digests.
 
@@ -129,14 +142,23 @@ class PoolClient(ReadingCalls):
             ttl_s: time within which the call has to be through.
             promote_s: how long to wait for blocks that are on the source's SSD only; 0 = they count as absent.
             verify: False for tests and benchmarks only.
+            fidelity_min: INT8 also takes blocks that were stored as int8, decoded; see `fidelities` of the result.
         Raises: Unavailable, ChannelError: nothing was read.
         """
         begin_s = time.monotonic()
         request = ReadRequest(
-            namespace, keys, group, shard, handoff=handoff, ttl_s=ttl_s, promote_s=promote_s, verify=verify
+            namespace, keys, group, shard, handoff=handoff, ttl_s=ttl_s, promote_s=promote_s, verify=verify,
+            fidelity_min=fidelity_min,
+        )  # fmt: skip
+        if fidelity_min is Fidelity.EXACT:
+            outcome = self._read(request, rows_of(out, rows, len(keys)))
+        else:
+            lossy = LossyRead(LossyBlocks(self._specs[namespace], self._group(namespace, group)), out, rows, len(keys))
+            outcome = self._read(request, lossy.provide)
+            lossy.finish(outcome)
+        return GetResult(
+            outcome.found, outcome.corrupt, outcome.bytes, time.monotonic() - begin_s, outcome.kind, outcome.fidelities
         )
-        outcome = self._read(request, rows_of(out, rows, len(keys)))
-        return GetResult(outcome.found, outcome.corrupt, outcome.bytes, time.monotonic() - begin_s, outcome.kind)
 
     def free_hold(self, namespace: NamespaceId, keys: Keys, request_id: str, *, group: int = 0, shard: int = 0) -> None:
         """Ends a request's hand-off hold on those of `keys` that are there, without reading."""
@@ -179,7 +201,7 @@ class PoolClient(ReadingCalls):
                 namespace, object_keys(namespace, names), ttl_s=ttl_s, tenant=tenant, sizes=sizes, names=names
             )
         except NoSpace:
-            return _nothing_stored(len(names), begin_s)
+            return nothing_stored(len(names), begin_s)
         return self._fill(reservation, arrays, None, ttl_s, begin_s)
 
     def get_objects(
@@ -229,6 +251,26 @@ class PoolClient(ReadingCalls):
 
     # ------------------------------------------------------------ parts
 
+    def _put(
+        self,
+        namespace: NamespaceId,
+        keys: Keys,
+        memory: Memory,
+        rows: NDArray[np.int64],
+        common: Common,
+        begin_s: float,
+        sizes: NDArray[np.uint64] | None = None,
+        fidelity: Fidelity = Fidelity.EXACT,
+    ) -> PutResult:
+        try:
+            reservation = self.reserve(
+                namespace, keys, group=common.group, shard=common.shard, ttl_s=common.ttl_s, hold=common.hold,
+                parent=common.parent, tenant=common.tenant, sizes=sizes, fidelity=fidelity,
+            )  # fmt: skip
+        except NoSpace:
+            return nothing_stored(len(keys), begin_s)
+        return self._fill(reservation, memory, rows, common.ttl_s, begin_s)
+
     def _fill(
         self,
         reservation: Reservation,
@@ -270,6 +312,28 @@ def _as_bytes(value: Buffer) -> NDArray[np.uint8]:
     return array.reshape(-1).view(np.uint8)
 
 
-def _nothing_stored(count: int, begin_s: float) -> PutResult:
+@dataclass(frozen=True)
+class Common:
+    """What all blocks of one `put` share."""
+
+    group: int
+    shard: int
+    parent: bytes
+    tenant: str
+    hold: Hold | None
+    ttl_s: float
+
+
+def merged(first: Bools, one: PutResult, other: PutResult) -> PutResult:
+    """The result of two halves of one call: of the keys in `first`, and of the others."""
+    stored, existed = np.zeros(len(first), dtype=np.bool_), np.zeros(len(first), dtype=np.bool_)
+    stored[first], stored[~first] = one.stored, other.stored
+    existed[first], existed[~first] = one.existed, other.existed
+    return PutResult(
+        stored, existed, one.bytes + other.bytes, max(one.seconds, other.seconds), one.channel or other.channel
+    )
+
+
+def nothing_stored(count: int, begin_s: float) -> PutResult:
     none = np.zeros(count, dtype=np.bool_)
     return PutResult(none, none.copy(), 0, time.monotonic() - begin_s, "")

@@ -85,11 +85,13 @@ class Dispatcher:
     ) -> None:
         self._engine, self._links, self._counters, self._config = engine, links, counters, config
         self._on_changes, self._on_news = on_changes, on_news
+        self._sweeper = HoldSweeper(links)
         self._puller = Puller(
             memory,
             links,
             counters,
             on_arrived=lambda job, count, size: self._post(lambda: engine.blocks_arrived(job.pull, count, size)),
+            on_read=lambda job, keys: self._sweeper.free(job.handoff, job.hold, keys, after_s=0.0),
             on_ended=lambda job: self._post(lambda: self._pull_ended(job)),
             # An aborted request's job may linger beside its successor's.
             jobs_max=2 * engine.config.batch_max,
@@ -102,11 +104,10 @@ class Dispatcher:
             on_ended=lambda job, count: self._post(lambda: self._export_ended(job, count)),
             jobs_max=config.publish_jobs_max,
         )
-        self._sweeper = HoldSweeper(links)
         self.exposures = ExposureMeter()
         self._records: dict[str, _Record] = {}
         self._lent: dict[PublishJob, _Record] = {}
-        self._pulling = 0
+        self._pulling = self._lent_to_readers = 0
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._stopping = False
@@ -151,6 +152,19 @@ class Dispatcher:
     def stream_ended(self, stream: Stream) -> None:
         self._post(lambda: self._stream_ended(stream))
 
+    def lend_cached(self, keys: list[bytes], deliver: Callable[[BlockSet], None]) -> None:
+        """Holds those blocks of the prefix cache that are there; `deliver` is called in the computing thread.
+
+        Raises: Overloaded.
+        """
+        if len(self._inbox) >= INBOX_MAX:
+            raise Overloaded("the computing thread has too much to do", hint="try again later")
+        self._post(lambda: self._lend_cached(keys, deliver))
+
+    def give_back(self, lent: BlockSet) -> None:
+        """Ends what `lend_cached` began."""
+        self._post(lambda: self._give_back(lent))
+
     def load(self) -> Load:
         return self._load
 
@@ -173,7 +187,7 @@ class Dispatcher:
     def _run(self) -> None:
         while True:
             with self._wake:
-                self._busy = bool(self._records or self._lent or self._pulling)
+                self._busy = bool(self._records or self._lent or self._pulling or self._lent_to_readers)
                 while not (self._inbox or self._stopping or self._engine.has_work()):
                     if not self._wake.wait(self._patience_s()):
                         break
@@ -405,6 +419,15 @@ class Dispatcher:
         record.exports += 1
         self._lent[job] = record
         self._publisher.submit(job)
+
+    def _lend_cached(self, keys: list[bytes], deliver: Callable[[BlockSet], None]) -> None:
+        lent = self._engine.lend_cached(keys)
+        self._lent_to_readers += 1
+        deliver(lent)
+
+    def _give_back(self, lent: BlockSet) -> None:
+        self._lent_to_readers -= 1
+        self._engine.export_ended(lent)
 
     def _export_ended(self, job: PublishJob, count: int) -> None:
         self._engine.export_ended(job.export)

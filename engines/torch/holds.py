@@ -1,8 +1,8 @@
-"""Frees the hand-off holds of a request's prompt blocks a while after its first token.
+"""Frees the hand-off holds of a request's prompt blocks: when they are read, and a while after its first token.
 
-Reading a block with the hand-off's request id frees its hold, but that is not enough: blocks that were in the pool
-before are readable before the prefill instance has put its hold on them, and blocks that the decode instance has in its
-own cache are never read. Without a last round these holds would stay until they expire.
+Freeing what was read is not enough: blocks that were in the pool before are readable before the prefill instance has
+put its hold on them, and blocks that the decode instance has in its own cache are never read. Without a last round
+these holds would stay until they expire. It has a thread of its own: decoding may be waiting for the next blocks.
 """
 
 from __future__ import annotations

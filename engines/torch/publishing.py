@@ -178,7 +178,9 @@ class Publisher:
             self._counters.add("blocks_publish_given_up", count - there)
             self._on_ended(job, there)
         if job.handoff is not None:
+            begun_s = time.monotonic()
             self._look_ahead(job, job.handoff)
+            job.handoff.publish_us += int((time.monotonic() - begun_s) * 1e6)
 
     def _store(self, client: PoolClient, job: PublishJob, indices: np.ndarray) -> int:
         """Stores some blocks. Returns: blocks of them that are in the pool, or about to be by somebody else."""

@@ -19,6 +19,7 @@ from engines.torch.links import Links
 from engines.torch.request import BlockSet
 from kvpool.client import ABANDONED, COMMITTED, DEADLINE, PoolClient
 from kvpool.core.errors import KvpoolError
+from kvpool.core.ids import KeyArray
 from kvpool.tiers.hbm import BlockMemory
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,8 @@ class Puller:
 
     Args:
         on_arrived: (job, leading blocks there, bytes moved since the last call); called in the job's thread.
+        on_read: (job, keys): what a hand-off holds for this job is read, and need not be held for it any more; must not
+            wait, since decoding may be waiting for the next blocks.
         on_ended: nobody writes to the job's blocks any more; called exactly once a job.
         grace_s: how long blocks may still appear after the first token of a split request is known.
         jobs_max: jobs at a time; one more ends at once with nothing pulled.
@@ -71,12 +74,13 @@ class Puller:
         counters: Counters,
         *,
         on_arrived: Callable[[PullJob, int, int], None],
+        on_read: Callable[[PullJob, KeyArray], None],
         on_ended: Callable[[PullJob], None],
         jobs_max: int,
         grace_s: float,
     ) -> None:
         self._memory, self._links, self._counters = memory, links, counters
-        self._on_arrived, self._on_ended = on_arrived, on_ended
+        self._on_arrived, self._on_read, self._on_ended = on_arrived, on_read, on_ended
         self._grace_s = grace_s
         self._jobs_max = jobs_max
         self._slots = threading.BoundedSemaphore(jobs_max)
@@ -184,9 +188,7 @@ class Puller:
             if not wait_for_copy(staging.event, self._closing):
                 return nothing
             with self._links.measured(client, address) as moved:
-                result = client.get(
-                    self._links.namespace, job.pull.keys[indices], staging.data, rows=staging.rows, handoff=job.hold
-                )
+                result = client.get(self._links.namespace, job.pull.keys[indices], staging.data, rows=staging.rows)
                 moved(result.bytes)
             good = np.flatnonzero(result.found)
             if len(good) and not wait_for_copy(self._memory.scatter(staging, blocks, good), self._closing):
@@ -197,6 +199,8 @@ class Puller:
         self._counters.add("bytes_pulled", result.bytes)
         job.reads.append((begun_s, time.monotonic()))
         progress.there(indices[good], result.bytes)
+        if job.hold and len(good):
+            self._on_read(job, job.pull.keys[indices[good]])
         return result.found
 
     @property

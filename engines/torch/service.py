@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 EVENTS_MAX = 4096
 STOP_GRACE_S = 0.5
 START_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 10.0
 
 
 class Stream:
@@ -135,11 +136,25 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
             stream.end()
 
 
+class Companion(Protocol):
+    """Another service on the same server: a second event loop with gRPC in one process is asking for trouble."""
+
+    async def start(self) -> None:
+        """Before the server listens. What fails here must be dealt with here."""
+        ...
+
+    def register(self, server: grpc.aio.Server) -> Sequence[str]: ...
+
+    async def close(self) -> None: ...
+
+
 class EngineServer:
     """Runs the service in a thread. `start` returns once it listens."""
 
-    def __init__(self, commands: Commands, listen: str, *, credential: str = "") -> None:
-        self._servicer = EngineServicer(commands)
+    def __init__(
+        self, commands: Commands, listen: str, *, credential: str = "", companion: Companion | None = None
+    ) -> None:
+        self._servicer, self._companion = EngineServicer(commands), companion
         self._listen, self._credential = listen, credential
         self._ready = threading.Event()
         self._failure: Exception | None = None
@@ -160,10 +175,21 @@ class EngineServer:
         """Ends all streams; their requests are aborted."""
         if self._loop is not None and self._stopping is not None and self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stopping.set)
-            self._thread.join(STOP_GRACE_S + 5.0)
+            self._thread.join(STOP_GRACE_S + STOP_TIMEOUT_S)
 
     async def _main(self) -> None:
         self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
+        if self._companion is None:
+            await self._serve()
+            return
+        await self._companion.start()
+        try:
+            await self._serve()
+        finally:
+            await self._companion.close()
+
+    async def _serve(self) -> None:
+        assert self._stopping is not None
         try:
             server, self.port = await rpc.serve(self._listen, self._register, credential=self._credential)
         except Exception as error:  # handed to the thread that waits in `start`
@@ -174,8 +200,10 @@ class EngineServer:
         await self._stopping.wait()
         # Streams that are cut off by the server's end are logged as errors by gRPC, on both sides.
         self._servicer.end_streams()
+        if self._companion is not None:
+            await self._companion.close()
         await server.stop(STOP_GRACE_S)
 
     def _register(self, server: grpc.aio.Server) -> Sequence[str]:
         engine_pb2_grpc.add_EngineServicer_to_server(self._servicer, server)
-        return ["kvpool.v1.Engine"]
+        return ["kvpool.v1.Engine", *(self._companion.register(server) if self._companion is not None else ())]

@@ -17,6 +17,7 @@ from engines.torch.dispatch import DispatchConfig, Dispatcher
 from engines.torch.engine import Engine
 from engines.torch.exposure import Histogram
 from engines.torch.hbm import block_memory
+from engines.torch.hbm_source import HbmSource, StagingConfig
 from engines.torch.limits import EngineConfig
 from engines.torch.links import Links
 from engines.torch.model import LoadedModel, load_model
@@ -67,6 +68,8 @@ class WorkerConfig:
     handoff_grace_s: float = 1.0  # DECODE: how long blocks may still appear after the first token
     pull_s_max: float = 300.0  # DECODE: how long to wait for blocks at most; then they are computed
     publish_jobs_max: int = 1024  # batches of blocks that wait to be published; more are given up
+    hbm_staging_bytes: int = 64 << 20  # of host memory, through which others pull blocks of this HBM; 0 = they can't
+    segment_dir: str = "/dev/shm"  # where that memory lies; where there is no room the HBM is no source
 
     def engine(self) -> EngineConfig:
         return EngineConfig(
@@ -120,7 +123,8 @@ class EngineWorker:
             on_changes=self._on_changes,
             on_news=self._on_news,
         )
-        self._server = EngineServer(self, config.listen, credential=config.credential)
+        self._source = self._make_source() if config.hbm_staging_bytes else None
+        self._server = EngineServer(self, config.listen, credential=config.credential, companion=self._source)
         self._watch: NodeWatch | None = None
         self._link: SchedulerLink | None = None
         self._hbm: HbmAnnouncements | None = None
@@ -141,7 +145,7 @@ class EngineWorker:
         if self.config.scheduler:
             self._hbm = HbmAnnouncements(
                 self.config.scheduler,
-                self._source_facts(),
+                self._source_facts(self.address if self._source is not None and self._source.serving else ""),
                 block_bytes=self._memory.block_bytes,
                 credential=self.config.credential,
             )
@@ -183,10 +187,12 @@ class EngineWorker:
     @property
     def address(self) -> str:
         """Where the Engine service is reached."""
+        return f"{self._public_host}:{self._server.port}"
+
+    @property
+    def _public_host(self) -> str:
         host = self.config.listen.rpartition(":")[0]
-        if host in ("", "0.0.0.0", "[::]"):
-            host = socket.gethostname()
-        return f"{host}:{self._server.port}"
+        return socket.gethostname() if host in ("", "0.0.0.0", "[::]") else host
 
     def counters(self) -> dict[str, int]:
         return self._counters.snapshot()
@@ -226,11 +232,24 @@ class EngineWorker:
     def _hbm_source_id(self) -> str:
         return f"{self.config.instance_id}/hbm"
 
-    def _source_facts(self) -> SourceFacts:
+    def _make_source(self) -> HbmSource:
+        config = self.config
+        host = config.listen.rpartition(":")[0]
+        return HbmSource(
+            self.engine.namespace,
+            self._source_facts(),
+            StagingConfig(config.hbm_staging_bytes, config.segment_dir, host, self._public_host),
+            cached=self._dispatcher,
+            memory=self._memory,
+            counters=self._counters,
+        )
+
+    def _source_facts(self, address: str = "") -> SourceFacts:
         return SourceFacts(
             source_id=self._hbm_source_id,
             epoch=self.epoch,
             tier=Tier.HBM,
+            address=address,
             host_id=host_id(),
             instance_id=self.config.instance_id,
             bytes_total=self._memory.block_count * self._memory.block_bytes,
@@ -272,6 +291,9 @@ class EngineWorker:
             self._link.rejoin()
 
     def _on_changes(self, changes: list[tuple[bool, bytes]]) -> None:
+        # What is announced can be pulled.
+        if self._source is not None:
+            self._source.changed(changes)
         if self._hbm is not None:
             self._hbm.publish(changes)
 

@@ -16,11 +16,12 @@ _DIGEST_BYTES: Final = 16
 
 @dataclass(frozen=True, slots=True)
 class Catalog:
-    """namespaces and tenants by number (tenant 0 is nobody, ""); quotas: (namespace number or -1, tenant, bytes)."""
+    """namespaces and tenants by number (tenant 0 is nobody, ""); quotas: (namespace, tenant, bytes),
+    one of the two numbers -1."""
 
     namespaces: tuple[NamespaceSpec, ...]
     tenants: tuple[str, ...]
-    quotas: tuple[tuple[int, str, int], ...]
+    quotas: tuple[tuple[int, int, int], ...]
 
     def to_bytes(self) -> bytes:
         """With version and checksum."""
@@ -40,7 +41,7 @@ class Catalog:
             catalog = cls(
                 tuple(NamespaceSpec.from_mapping(spec) for spec in fields["namespaces"]),
                 tuple(str(tenant) for tenant in fields["tenants"]),
-                tuple((int(namespace), str(tenant), int(size)) for namespace, tenant, size in fields["quotas"]),
+                tuple((int(namespace), int(tenant), int(size)) for namespace, tenant, size in fields["quotas"]),
             )
         except KvpoolError:
             raise
@@ -48,6 +49,10 @@ class Catalog:
             raise BadArgument(f"the segment's catalog does not say what it should: {error}") from error
         if not catalog.tenants or catalog.tenants[0]:
             raise BadArgument("the segment's catalog does not begin with nobody's tenant")
+        for namespace, tenant, size in catalog.quotas:
+            known = -1 <= namespace < len(catalog.namespaces) and -1 <= tenant < len(catalog.tenants)
+            if not known or (namespace < 0) == (tenant < 0) or size < 1:
+                raise BadArgument("a quota in the segment's catalog is of nobody")
         return catalog
 
 

@@ -1,4 +1,4 @@
-"""The coldest blocks of a selection: found by a scan of all entries, and used up before the next scan."""
+"""The coldest blocks of a selection: found by a scan of all entries, and mostly used up before the next scan."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from kvpool.core.index import Entries
 #: Of a selection so large a share is remembered, within these bounds.
 _KEPT_SHARE: Final = 8
 _KEPT_MIN, _KEPT_MAX = 256, 8192
+#: After so many changes for each entry it is scanned again, since something colder may have come: a scan is cheap where
+#: there are few entries, and rare where there are many.
+_CHANGES_SHARE: Final = 4096
 
 _ALL: Final = slice(None)
 Rows: TypeAlias = "Entries | slice"
@@ -26,7 +29,7 @@ class Coldest:
     Args:
         chosen: which of the given readable entries are of the selection; bool (n). Given as an index or as a slice of
             all, of which the others do not matter: a scan looks at columns, not at rows.
-        freshness: a number that changes when an entry may have come into the selection or become free to go: without
+        freshness: a number that rises when an entry may have come into the selection or become free to go: without
             such a change an empty selection is not scanned again.
     """
 
@@ -41,13 +44,17 @@ class Coldest:
         self._entries: Entries = np.empty(0, dtype=np.int32)
         self._generations = np.empty(0, dtype=np.uint32)
         self._hottest = np.uint64(0)
-        self._nothing_at: int | None = None  # freshness at which there was nothing beyond what is remembered
+        self._scanned_at = -1  # freshness
+        self._whole = False  # whether the last scan left nothing out
         self.scans = 0
 
     def candidates(self) -> Entries:
         """Some of the coldest, in order; empty if there are none."""
+        changes = self._freshness() - self._scanned_at
+        if changes and changes * _CHANGES_SHARE >= self._arrays.entries:
+            self._scan()
         found = self._remembered()
-        if not len(found) and (len(self._entries) or self._nothing_at != self._freshness()):
+        if not len(found) and (len(self._entries) or changes or not self._whole):
             self._scan()
             found = self._remembered()
         return found
@@ -74,8 +81,8 @@ class Coldest:
         entries = self.all()
         ranks = self._evictor.rank(entries)
         kept = min(max(len(entries) // _KEPT_SHARE, _KEPT_MIN), _KEPT_MAX)
-        self._nothing_at = self._freshness() if kept >= len(entries) else None
-        if kept < len(entries):
+        self._scanned_at, self._whole = self._freshness(), kept >= len(entries)
+        if not self._whole:
             coldest = np.argpartition(ranks, kept)[:kept]
             entries, ranks = entries[coldest], ranks[coldest]
         self._entries, self._generations = entries, self._arrays.generations[entries]

@@ -131,6 +131,7 @@ class Reservations:
     def __init__(self) -> None:
         self._reservations: dict[ReservationId, Reservation] = {}
         self._finished: dict[ReservationId, None] = {}  # oldest first
+        self._finished_rows = 0
         self._next = 1
         self.live = 0
 
@@ -163,22 +164,27 @@ class Reservations:
 
     def finish(self, number: ReservationId) -> None:
         """Each block is complete: kept only to answer a repeated commit."""
-        self._reservations[number].state = ReservationState.FINISHED
+        found = self._reservations[number]
+        found.state = ReservationState.FINISHED
         self._finished[number] = None
+        self._finished_rows += len(found.rows)
         self.live -= 1
 
-    def forget_finished(self, count: int) -> list[ReservationId]:
-        """Forgets the oldest finished reservations."""
-        oldest = list(self._finished)[:count]
-        for number in oldest:
-            self.remove(number)
-        return oldest
+    def forget_finished(self, count_max: int, rows_max: int) -> list[ReservationId]:
+        """Forgets the oldest finished reservations beyond so many reservations, or so many rows of finished ones."""
+        forgotten = []
+        while self._finished and (len(self) > count_max or self._finished_rows > rows_max):
+            forgotten.append(next(iter(self._finished)))
+            self.remove(forgotten[-1])
+        return forgotten
 
     def remove(self, number: ReservationId) -> Entries:
         """Forgets a reservation; returns the entries it had in quarantine."""
         found = self._reservations.pop(number)
         self.live -= found.state is ReservationState.LIVE
-        self._finished.pop(number, None)
+        if found.state is ReservationState.FINISHED:
+            del self._finished[number]
+            self._finished_rows -= len(found.rows)
         return found.quarantined
 
     def quarantine(self, number: ReservationId) -> None:
@@ -199,6 +205,7 @@ class Reservations:
         states = [r.state for r in self._reservations.values()]
         assert states.count(ReservationState.LIVE) == self.live
         assert states.count(ReservationState.FINISHED) == len(self._finished)
+        assert self._finished_rows == sum(len(self._reservations[n].rows) for n in self._finished)
         for r in self._reservations.values():
             assert r.pending.any() == (r.state is ReservationState.LIVE)
             assert not len(r.quarantined) or r.state is ReservationState.EXPIRED

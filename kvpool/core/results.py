@@ -38,6 +38,7 @@ class SourceConfig:
     low_watermark: float = 0.90  # ... down to here
     sessions_max: int = 1024
     reservations_max: int = 65_536  # finished ones, kept to answer repeated commits, are forgotten instead
+    finished_rows_max: int = 131_072  # keys of finished reservations; beyond it the oldest of them are forgotten
     leases_max: int = 65_536  # leases and pins together
     pins_detached_max: int = 4096  # pins that outlive their sessions
     held_rows_max: int = 16_777_216  # keys of all leases and pins, repeated ones counted each

@@ -58,10 +58,10 @@ class Room:
         windows = self._windows(size_bytes, missing, self._evictor.rank(own[:1]) if len(own) else None)
         return windows if len(windows) else own
 
-    def next_victim(self) -> Entries:
-        """The block that goes first of all, or nobody."""
+    def next_victims(self, count: int) -> Entries:
+        """At most `count` blocks of the class whose next victim goes first of all; empty if nobody may go."""
         number = self._evictor.next_class()
-        return _NOBODY if number is None else self._evictor.victims(number, 1)
+        return _NOBODY if number is None else self._evictor.victims(number, count)
 
     def footprints(self, entries: Entries) -> NDArray[np.int64]:
         """Bytes that blocks have in their slots, names included; int64 (n)."""
@@ -82,8 +82,8 @@ class Room:
         pieces = self._pieces()
         self._evictions_to_scan = len(pieces.entries) // _SCAN_SHARE
         units = self._slots.units_needed(size_bytes)
-        per_window = max(1, units * self._slots.unit_bytes // self._slots.slot_bytes(size_bytes))
-        found = self._cheapest(pieces, units, -(-missing // per_window), colder_than)
+        per_span = max(1, units * self._slots.unit_bytes // self._slots.slot_bytes(size_bytes))
+        found = self._cheapest(pieces, units, -(-missing // per_span), colder_than)
         if not len(found) and colder_than is None:
             # A shorter span serves as well where there is no room for a whole one.
             found = self._cheapest(pieces, self._slots.units_least(size_bytes), 1, None)
@@ -119,8 +119,8 @@ class Room:
         )  # fmt: skip
         return entries[:count], pieces[:count], readable[:count]
 
-    def _cheapest(self, pieces: _Pieces, units: int, count: int, colder_than: NDArray[np.uint64] | None) -> Entries:
-        """The blocks of at most `count` windows of so many units, the coldest ones, the fewest blocks among equals."""
+    def _cheapest(self, pieces: _Pieces, units: int, spans: int, colder_than: NDArray[np.uint64] | None) -> Entries:
+        """The blocks of windows for at most so many spans of `units` units: the coldest, the fewest among equals."""
         number = len(pieces.units)
         last, total = np.empty(number, dtype=np.int64), np.zeros(number, dtype=np.int64)
         worst = np.zeros(number, dtype=np.uint64)
@@ -130,12 +130,18 @@ class Room:
             usable &= worst < colder_than[0]
         starts = np.flatnonzero(usable)
         order = starts[np.lexsort((total[starts], worst[starts]))].astype(np.int64)
-        chosen = np.empty(min(len(order), max(count, _TRIES_MAX)), dtype=np.int64)
+        chosen = np.empty(min(len(order), max(spans, _TRIES_MAX)), dtype=np.int64)
         chosen = chosen[: pick_apart(order, last, np.int64(len(chosen)), chosen)]
+        if not len(chosen):
+            return _NOBODY
         blocks = self._inside(pieces, chosen, last[chosen])
-        whole = [inside for inside in blocks if self._evictor.evictable_together(inside).all()]
-        picked = (whole if whole or colder_than is not None else blocks)[:count]
-        return np.concatenate(picked) if picked else _NOBODY
+        whole = [i for i, inside in enumerate(blocks) if self._evictor.evictable_together(inside).all()]
+        if not whole and colder_than is None:
+            whole = list(range(len(chosen)))
+        # A window may be longer than one span.
+        room = [int(pieces.units[chosen[i] : last[chosen[i]] + 1].sum()) // units for i in whole]
+        enough = int(np.searchsorted(np.cumsum(room), spans)) + 1
+        return np.concatenate([_NOBODY, *(blocks[i] for i in whole[:enough])])
 
     def _inside(self, pieces: _Pieces, firsts: NDArray[np.int64], lasts: NDArray[np.int64]) -> list[Entries]:
         """The entries in each of some windows that have no piece in common."""

@@ -13,7 +13,6 @@ from kvpool.core.adoption import take_over
 from kvpool.core.arrays import EntryState, SourceArrays
 from kvpool.core.catalog import Catalog
 from kvpool.core.errors import BadArgument
-from kvpool.core.quotas import NONE
 from kvpool.core.results import SourceConfig
 from kvpool.core.source_reading import SourceReading
 from kvpool.core.source_upkeep import SourceUpkeep
@@ -42,11 +41,10 @@ class SourceCore(SourceWriting, SourceReading, SourceUpkeep):
         core = cls(config, arrays, data, slots=taken.slots)
         for spec in catalog.namespaces:
             core.register_namespace(spec)
-        for tenant in catalog.tenants:
-            core._tenant(tenant)
+        for name in catalog.tenants:
+            core._tenant(name)
         for namespace, tenant, bytes_max in catalog.quotas:
-            holder = (namespace, NONE) if not tenant else (NONE, core._tenant(tenant))
-            core.quotas_set.set(holder, bytes_max)
+            core.quotas_set.set((namespace, tenant), bytes_max)
         core._inherited = taken.quarantined
         core.index.relink()
         core.store.take_over(taken.readable, taken.quarantined)

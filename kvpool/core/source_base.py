@@ -23,7 +23,7 @@ from kvpool.core.ids import KeyArray, LeaseId, NamespaceId, PinId, ReservationId
 from kvpool.core.index import BlockIndex
 from kvpool.core.names import Names
 from kvpool.core.namespace import SECTIONS_MAX, GroupSpec, Namespaces, NamespaceSpec
-from kvpool.core.quotas import NONE, Quotas
+from kvpool.core.quotas import Quotas
 from kvpool.core.reservations import Reservations, ReservationState
 from kvpool.core.results import SourceConfig
 from kvpool.core.spans import SlotAllocator
@@ -102,7 +102,7 @@ class SourceBase:
 
     def catalog(self) -> Catalog:
         """What the numbers in the index stand for, and the quotas."""
-        quotas = tuple((n, "" if t == NONE else self.tenants.name_of(t), m) for (n, t), m, _ in self.quotas_set.items())
+        quotas = tuple((namespace, tenant, most) for (namespace, tenant), most, _ in self.quotas_set.items())
         return Catalog(tuple(self.namespaces_known.specs), tuple(self.tenants.names), quotas)
 
     def set_lower_tier(self, present: bool) -> None:

@@ -18,7 +18,7 @@ from kvpool.core.errors import (
     UnknownReservation,
 )
 from kvpool.core.expiry import Expiry
-from kvpool.core.hashing import NAME_BYTES_MAX, object_key
+from kvpool.core.hashing import object_key
 from kvpool.core.holds import Hold
 from kvpool.core.ids import KEY_BYTES, Fidelity, KeyArray, ReservationId, SessionId
 from kvpool.core.index import NO_ENTRY, Entries, first_of_each, split_keys
@@ -257,7 +257,8 @@ class SourceWriting(SourceBase):
     def _check_room_for_reservation(self) -> None:
         if self.reservations.unfinished >= self.config.reservations_max:
             raise Overloaded(f"{self.config.reservations_max} reservations are open already")
-        for number in self.reservations.forget_finished(len(self.reservations) + 1 - self.config.reservations_max):
+        config = self.config
+        for number in self.reservations.forget_finished(config.reservations_max - 1, config.finished_rows_max):
             self._expiries.cancel(Expiry.RESERVATION, number)
 
     def _tell_sections(self, entries: Entries, sections: NDArray[np.uint32]) -> None:
@@ -271,6 +272,3 @@ def _weight(group: GroupSpec | None, footprints: NDArray[np.int64]) -> int:
     if group is None or not group.layers or not len(footprints):
         return _WEIGHT_USUAL
     return max(1, _WEIGHT_SCALE * len(group.layers) * group.block_tokens * 1024 // int(footprints[0]))
-
-
-assert NAME_BYTES_MAX < 1 << 16, "the index keeps the length of a name in 16 bits"

@@ -16,7 +16,7 @@ from kvpool.core.index import NO_ENTRY, BlockIndex, Entries, NewEntries
 from kvpool.core.names import Names
 from kvpool.core.results import ReserveStatus
 from kvpool.core.room import Room
-from kvpool.core.spans import CLASSES, SlotAllocator, slot_classes
+from kvpool.core.spans import CLASSES, LARGE_UNITS, SlotAllocator, slot_classes
 from kvpool.core.usage import Usage
 
 #: Blocks that are evicted before it is looked again which class has the coldest one.
@@ -77,9 +77,11 @@ class BlockStore:
         footprints = demand.footprints[rows]
         offsets = np.full(len(rows), -1, dtype=np.int64)
         # One call of the allocator for all sizes that can take each other's slots.
-        for size in dict.fromkeys(footprints.tolist()):
-            alike = np.flatnonzero(footprints == size)
-            mine = self._allocate_alike(size, len(alike))
+        large = footprints > LARGE_UNITS * self.slots.unit_bytes
+        kinds = np.where(large, footprints, -slot_classes(footprints).astype(np.int64))
+        for kind in dict.fromkeys(kinds.tolist()):
+            alike = np.flatnonzero(kinds == kind)
+            mine = self._allocate_alike(int(footprints[alike[0]]), len(alike))
             offsets[alike[: len(mine)]] = mine
         self._keep_as_many_as_entries(offsets, footprints)
         got = offsets >= 0
@@ -110,10 +112,9 @@ class BlockStore:
         """
         before, evictions = self.slots.bytes_used, self.evictions
         while self.slots.bytes_used > bytes_used:
-            number = self.evictor.next_class()
-            if number is None:
+            victims = self._room.next_victims(_EVICTED_TOGETHER_MAX)
+            if not len(victims):
                 break
-            victims = self.evictor.victims(number, _EVICTED_TOGETHER_MAX)
             freed = np.cumsum(self.slots.slots_bytes(self.footprints(victims)))
             self.evict(victims[: int(np.searchsorted(freed, self.slots.bytes_used - bytes_used)) + 1])
         return self.evictions - evictions, before - self.slots.bytes_used
@@ -357,11 +358,11 @@ class BlockStore:
         if missing > 0:
             self.drain_touches()
         while missing > 0:
-            victim = self._room.next_victim()
-            if not len(victim):
+            victims = self._room.next_victims(min(missing, _EVICTED_TOGETHER_MAX))
+            if not len(victims):
                 break
-            self.evict(victim)
-            missing -= 1
+            self.evict(victims)
+            missing -= len(victims)
         if missing > 0:
             last = np.flatnonzero(offsets >= 0)[-missing:]
             self.slots.free(offsets[last], footprints[last])

@@ -94,6 +94,24 @@ class ReadingCalls(SourceCalls):
 
     # ------------------------------------------------------------ without a call
 
+    def lookup(self, namespace: NamespaceId, keys: Keys, *, group: int = 0, shard: int = 0) -> Bools:
+        """Which keys are readable, in any tier and fidelity; holds nothing.
+
+        What the source's own index shows on this host takes no call; the rest is asked of the source.
+        """
+        session = self._session()
+        number = session.numbers.get(namespace)
+        if session.shared is None or number is None:
+            return super().lookup(namespace, keys, group=group, shard=shard)
+        try:
+            found = session.shared.lookup(number, qualify(keys, group, shard))
+        except ChannelError:  # the session has just ended
+            return super().lookup(namespace, keys, group=group, shard=shard)
+        if not found.all():
+            rest = np.flatnonzero(~found)
+            found[rest] = super().lookup(namespace, keys[rest], group=group, shard=shard)
+        return found
+
     def _read_shared(
         self, session: Session, request: ReadRequest, provide: Provider, outcome: Outcome
     ) -> NDArray[np.int64]:
@@ -116,7 +134,7 @@ class ReadingCalls(SourceCalls):
             outcome.found[taken] = outcome.shared[taken] = True
             outcome.sizes[taken] = found.sizes[taken]
             outcome.fidelities[taken] = int(Fidelity.EXACT)
-        settled = outcome.found | (found.definite_miss & ~session.shared.has_lower_tier)
+        settled = outcome.found if session.shared.has_lower_tier else outcome.found | found.definite_miss
         return np.flatnonzero(~settled)
 
     def _measured(self, session: Session, size_bytes: int, seconds: float) -> None:

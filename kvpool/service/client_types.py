@@ -50,13 +50,17 @@ class PutResult:
 
 @dataclass(frozen=True, eq=False)
 class GetResult:
-    """`found`: the row holds the block, checked. `corrupt`: it was there, but its bytes were not what was committed."""
+    """`found`: the row holds the block, checked. `corrupt`: it was there, but its bytes were not what was committed.
+
+    fidelities: uint8 (keys,), a `Fidelity` where found; None where the caller did not ask for it.
+    """
 
     found: Bools
     corrupt: Bools
     bytes: int
     seconds: float
     channel: str
+    fidelities: NDArray[np.uint8] | None = None
 
 
 @dataclass(frozen=True, eq=False)

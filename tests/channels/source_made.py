@@ -18,8 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpool.channels.base import Channel, Offer
+from kvpool.channels.collective import CollectiveChannel
+from kvpool.channels.collective_server import CollectiveServer
 from kvpool.channels.failover import FailoverChannel
 from kvpool.channels.links import Links
+from kvpool.channels.nixl import NixlChannel
+from kvpool.channels.nixl import available as nixl_available
+from kvpool.channels.nixl_server import NixlServer
 from kvpool.channels.sections import block_keys
 from kvpool.channels.shm import ShmChannel
 from kvpool.channels.tcp import TcpChannel
@@ -59,6 +64,7 @@ class MadeChannel:
     networked: bool = True  # bytes pass through a stream that `HarmfulProxy` can harm
     same_host: bool = False
     sees_rights: bool = True  # refuses what no live lease or reservation covers
+    writes: bool = True
 
 
 def _no_server(source: MadeSource) -> DataServer:
@@ -93,12 +99,33 @@ def _serve_tls(source: MadeSource) -> DataServer:
     return TcpDataServer(source.segment.data, source.grants, "127.0.0.1", 0, tls_config=config)
 
 
+def _open_collective(source: MadeSource, address: str) -> Channel:
+    return CollectiveChannel.open(source.serving("collective").offer(source.session, source.token))
+
+
+def _serve_collective(source: MadeSource) -> CollectiveServer:
+    return CollectiveServer(source.segment.data, source.grants, "127.0.0.1", 0)
+
+
+def _open_nixl(source: MadeSource, address: str) -> Channel:
+    return NixlChannel.open(source.serving("nixl").offer(source.session, source.token))
+
+
+def _serve_nixl(source: MadeSource) -> NixlServer:
+    return NixlServer(source.segment.path, source.segment.uuid)
+
+
+# The faults of collective and nixl have tests of their own: their bytes do not pass through a stream of ours.
 CHANNELS = {
     "shm": MadeChannel("shm", _open_shm, _no_server, networked=False, same_host=True, sees_rights=False),
     "tcp": MadeChannel("tcp", _open_tcp, _serve_tcp),
     "tcp+tls": MadeChannel("tcp", _open_tls, _serve_tls),
     "failover": MadeChannel("tcp", _open_failover, _serve_tcp),
+    "collective": MadeChannel("collective", _open_collective, _serve_collective, networked=False),
+    "nixl": MadeChannel("nixl", _open_nixl, _serve_nixl, networked=False, sees_rights=False, writes=False),
 }
+#: Kinds that can be had here: nixl is an extra.
+AVAILABLE = [name for name in CHANNELS if name != "nixl" or nixl_available()]
 
 
 class MadeSource:

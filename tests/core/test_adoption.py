@@ -212,13 +212,14 @@ def cuts_of(owner: Owner, step: Callable[[], Any]) -> Iterator[Cut]:
 def torn(before: Cut, after: Cut, rng: random.Random) -> Cut:
     """Killed inside a statement: of the words that it changes the first ones are new.
 
-    What is known from the outside is that of before: nobody was told anything yet.
+    Nobody was told anything yet; who is known to have stopped was known when the step began.
     """
     changed = np.flatnonzero((before.buffer.reshape(-1, 4) != after.buffer.reshape(-1, 4)).any(axis=1))
     buffer = before.buffer.copy().reshape(-1, 4)
     new = changed[: rng.randint(0, len(changed))]
     buffer[new] = after.buffer.reshape(-1, 4)[new]
-    return Cut(buffer.reshape(-1), after.data, before.catalog, before.writable, {**before.committed, **after.committed})
+    writable = [extent for extent in before.writable if extent in after.writable]
+    return Cut(buffer.reshape(-1), after.data, before.catalog, writable, {**before.committed, **after.committed})
 
 
 def check_taken_over(cut: Cut) -> SourceCore:

@@ -432,8 +432,7 @@ class SourceMachine(RuleBasedStateMachine):
         wanted = [b.key for b in self.model.may_go([]) if not b.on_lower]
         assert bool(keys) == bool(wanted) and len(keys) <= count
         if self.PREDICTED:
-            # Blocks that became free to go since the last scan may come later, never in a wrong order.
-            assert keys == [key for key in wanted if key in keys]
+            assert keys == wanted[:count]
         for key, name in zip(keys, cold.names, strict=True):
             assert key in wanted and self.model.blocks[key].name == name
 
@@ -616,7 +615,7 @@ class S3FifoMachine(SourceMachine):
 
 #: Shrinking a long history takes minutes: a failure is printed as it was found.
 ROUNDS = settings(
-    max_examples=60,
+    max_examples=40,
     stateful_step_count=50,
     deadline=None,
     phases=(Phase.explicit, Phase.reuse, Phase.generate),

@@ -1,7 +1,7 @@
 """Golden scripts for SourceCore: commands, dashes, the expected answers. KVPOOL_REWRITE=1 writes them anew.
 
-Keys are numbers; `1-3,7` are four of them. Times are seconds and start at 0; sizes are pages of 4 KiB. Behind an answer
-stand the changes and the news for waiting readers that the command caused.
+Keys are numbers; `1-3,7` are four of them; objects are named. Times are seconds and start at 0; sizes are pages of
+4 KiB. Behind an answer stand the changes and the news for waiting readers that the command caused.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvpool.core.arrays import SourceArrays
+from kvpool.core.catalog import Catalog
 from kvpool.core.errors import KvpoolError
+from kvpool.core.hashing import object_key
 from kvpool.core.holds import Hold
-from kvpool.core.ids import KeyArray, ReservationId, SessionId
+from kvpool.core.ids import KeyArray, NamespaceId, ReservationId, SessionId
 from kvpool.core.namespace import GroupKind, GroupSpec, NamespaceSpec
 from kvpool.core.results import ReserveStatus, SourceConfig
 from kvpool.core.source import SourceCore
@@ -46,10 +49,6 @@ def shown(values: list[int]) -> str:
     return ",".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in pieces) or "none"
 
 
-def keys_shown(keys: bytes) -> str:
-    return shown([int.from_bytes(keys[i : i + 16], "big") for i in range(0, len(keys), 16)])
-
-
 def options(words: tuple[str, ...]) -> dict[str, str]:
     return dict(word.split("=", 1) if "=" in word else (word, "") for word in words)
 
@@ -58,6 +57,7 @@ class Runner:
     def __init__(self) -> None:
         self.now_us = 0
         self.sessions: dict[str, SessionId] = {}
+        self.names: dict[bytes, str] = {}
 
     def run(self, line: str) -> list[str]:
         name, *words = line.split()
@@ -70,7 +70,7 @@ class Runner:
 
     def effects(self) -> Iterator[str]:
         for change in self.core.take_changes():
-            yield f"{change.kind.name.lower()} {keys_shown(change.keys)}"
+            yield f"{change.kind.name.lower()} {self.keys_shown(change.keys)}"
         for wakeup in self.core.take_wakeups():
             news = [
                 f"{index} {WaitState(state).name.lower()}{f' {section}' if state == WaitState.SECTION else ''}"
@@ -81,16 +81,18 @@ class Runner:
     def source(self, *words: str) -> str:
         given = options(words)
         bounds = {k: int(v) for k, v in given.items() if k.endswith("_max")}
-        self.core = SourceCore(
-            SourceConfig(
-                capacity_bytes=int(given["pages"]) * PAGE,
-                eviction=given.get("eviction", "lru"),
-                unit_bytes=int(given.get("unit", 1)) * PAGE,
-                high_watermark=float(given.get("high", 1)),
-                low_watermark=float(given.get("low", 1)),
-                **{"entries_max": 16, **bounds},
-            )
+        self.config = SourceConfig(
+            capacity_bytes=int(given["pages"]) * PAGE,
+            eviction=given.get("eviction", "lru"),
+            unit_bytes=int(given.get("unit", 1)) * PAGE,
+            high_watermark=float(given.get("high", 1)),
+            low_watermark=float(given.get("low", 1)),
+            **{"entries_max": 16, **bounds},
         )
+        entries = self.config.entries_max
+        self.data = np.zeros(self.config.capacity_bytes, dtype=np.uint8)
+        buffer = np.zeros(SourceArrays.bytes_needed(entries), dtype=np.uint8)
+        self.core = SourceCore(self.config, SourceArrays.over(buffer, entries, fresh=True), self.data)
         sections = int(given.get("sections", 1))
         groups = tuple(
             GroupSpec(i, GroupKind.FULL, tuple(range(sections)), 16, 1, sections, size * PAGE)
@@ -100,7 +102,14 @@ class Runner:
         self.namespace = self.core.register_namespace(
             NamespaceSpec("m", "", "float32", "t", "lkthd", "sha256/1", groups)
         )
+        self.objects = self.core.register_namespace(NamespaceSpec.objects("things"))
         return "ok"
+
+    def keys_shown(self, keys: bytes) -> str:
+        packed_keys = [keys[i : i + 16] for i in range(0, len(keys), 16)]
+        named = [self.names[key] for key in packed_keys if key in self.names]
+        numbered = [int.from_bytes(key, "big") for key in packed_keys if key not in self.names]
+        return ",".join(filter(None, [shown(numbered) if numbered else "", *named]))
 
     def at(self, seconds: str) -> str:
         """Time goes on and the shell's timer fires."""
@@ -139,6 +148,7 @@ class Runner:
             int(float(given.get("ttl", 10)) * SECOND),
             self.now_us,
             hold=Hold(request, int(float(ttl) * SECOND)) if request else None,
+            tenant=given.get("tenant", ""),
         )
         statuses = " ".join(ReserveStatus(s).name for s in reserved.status.tolist())
         mask = reserved.status == ReserveStatus.RESERVED
@@ -170,6 +180,72 @@ class Runner:
             self.commit(name, number, ",".join(rows))
         return answer
 
+    def put(self, name: str, objects: str, *words: str) -> str:
+        """Reserves and commits objects: `cat/5000,dog/1` names them and their bytes; `open` leaves them uncommitted."""
+        given = options(words)
+        pairs = [text.split("/") for text in objects.split(",")]
+        keys = [object_key(self.objects, text) for text, _ in pairs]
+        self.names.update(zip(keys, (text for text, _ in pairs), strict=True))
+        reserved = self.core.reserve(
+            self.sessions[name], self.objects, None, np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, 16),
+            int(float(given.get("ttl", 10)) * SECOND), self.now_us, tenant=given.get("tenant", ""),
+            sizes=np.array([int(size) for _, size in pairs], np.uint64), names=[text.encode() for text, _ in pairs],
+        )  # fmt: skip
+        rows = np.flatnonzero(reserved.status == ReserveStatus.RESERVED)
+        pages = shown([int(offset) // PAGE for offset in reserved.slots.offsets[rows]])
+        if len(rows) and "open" not in given:
+            zeros = np.zeros(len(rows), np.uint32)
+            self.core.commit(
+                self.sessions[name], reserved.reservation, rows.astype(np.uint32), zeros, zeros.astype(np.uint64),
+                self.now_us,
+            )  # fmt: skip
+        return f"{' '.join(ReserveStatus(s).name for s in reserved.status.tolist())}; pages {pages}"
+
+    def quota(self, holder: str, pages: str) -> str:
+        """Of the namespace `blocks` or `objects`, or of a tenant."""
+        namespace = {"blocks": self.namespace, "objects": self.objects}.get(holder, b"")
+        self.core.set_quota(int(pages) * PAGE, namespace_id=namespace, tenant="" if namespace else holder)
+        return "ok"
+
+    def quotas(self) -> str:
+        names = {self.namespace: "blocks", self.objects: "objects"}
+        lines = [
+            f"{q.tenant or names[NamespaceId(q.namespace_id)]}: {q.bytes_used / PAGE:g} of {q.bytes_max / PAGE:g} pages"
+            for q in self.core.quotas()
+        ]
+        return "\n".join(lines) or "none"
+
+    def read(self, keys: str) -> str:
+        """As a reader of the shared memory does, without a call."""
+        self.core.arrays.touches[self.core.index.lookup(packed(keys))] = 1
+        return "ok"
+
+    def evict(self, pages: str) -> str:
+        blocks, size = self.core.evict_bytes(int(pages) * PAGE, self.now_us)
+        return f"{blocks} evicted, {size / PAGE:g} pages"
+
+    def below(self, keys: str, *words: str) -> str:
+        """A lower tier has copies; with `lost`, no longer."""
+        self.core.mark_lower(packed(keys), "lost" not in words)
+        return "ok"
+
+    def cold(self, count: str) -> str:
+        return self.keys_shown(self.core.demotion_candidates(1 << 40, int(count)).keys.tobytes()) or "none"
+
+    def takeover(self) -> str:
+        """The process is killed; another one takes its memory over. Sessions, and what they held, are gone."""
+        catalog = Catalog.from_bytes(self.core.catalog().to_bytes())
+        self.core = SourceCore.adopt(self.config, self.core.arrays, self.data, catalog)
+        self.sessions.clear()
+        return f"{self.core.adopted} adopted"
+
+    def inherited(self) -> str:
+        """The writers of the process before are gone."""
+        return f"{self.core.release_inherited(self.now_us)} slots freed"
+
+    def drop(self, prefix: str) -> str:
+        return f"{self.core.remove_prefix(self.objects, prefix.encode(), self.now_us)} removed"
+
     def abort(self, name: str, reservation: str) -> str:
         return f"{self.core.abort(self.sessions[name], ReservationId(int(reservation)), self.now_us)} dropped"
 
@@ -190,14 +266,28 @@ class Runner:
         return "ok"
 
     def pin(self, name: str, keys: str, *words: str) -> str:
-        ttl = int(float(options(words).get("ttl", 0)) * SECOND)
-        pinned = self.core.pin(self.sessions[name], self.namespace, packed(keys), ttl, self.now_us)
+        given = options(words)
+        ttl = int(float(given.get("ttl", 0)) * SECOND)
+        pinned = self.core.pin(
+            self.sessions[name], self.namespace, packed(keys), ttl, self.now_us, owner=given.get("owner", "")
+        )
         hits = [n for n, found in zip(numbers(keys), pinned.found.tolist(), strict=True) if found]
         return f"pin {pinned.pin}: {shown(hits)}"
 
     def unpin(self, name: str, pin: str) -> str:
         self.core.unpin(self.sessions[name], int(pin), self.now_us)
         return "ok"
+
+    def unpin_owner(self, owner: str) -> str:
+        return f"{self.core.unpin(SessionId(0), 0, self.now_us, owner=owner)} released"
+
+    def pins(self) -> str:
+        lines = [
+            f"{r.kind} {r.owner or r.session}: {r.blocks} blocks"
+            + (f" until {r.expires_us / SECOND:g}" if r.expires_us else "")
+            for r in self.core.pins()
+        ]
+        return "\n".join(lines) or "none"
 
     def wait(self, name: str, keys: str, *words: str) -> str:
         given = options(words)
@@ -216,7 +306,7 @@ class Runner:
         while True:
             page, cursor = self.core.list_blocks(cursor, int(limit))
             for b in page:
-                text = f"{int.from_bytes(b.key, 'big')} {b.state} at page {b.offset // PAGE}"
+                text = f"{self.keys_shown(b.key)} {b.state} at page {b.offset // PAGE}"
                 lines.append(text + f" leases {b.leases}" * bool(b.leases) + f" pins {b.pins}" * bool(b.pins))
             if not cursor:
                 return "\n".join(lines) or "none"

@@ -15,6 +15,7 @@ from kvpool.core.errors import (
     QuotaExceeded,
     UnknownLease,
     UnknownNamespace,
+    UnknownReservation,
     Unsupported,
 )
 from kvpool.core.hashing import object_key
@@ -433,9 +434,20 @@ def test_unknown_policies_and_other_sizes_are_refused() -> None:
 
 def test_a_thousand_blocks_need_no_more_scans_than_a_few() -> None:
     """What is over a quota must not cost a look at every entry for each call."""
-    c = Client(4096, entries=4096)
+    c = Client(4096, entries=1 << 16)
     c.core.set_quota(2048 * PAGE, tenant="t")
     for first in range(0, 8000, 100):
         c.put(*range(first, first + 100), tenant="t")
     quota = next(iter(c.core.quotas_set._quotas.values()))
     assert quota.coldest.scans < 30
+
+
+def test_finished_reservations_are_forgotten_beyond_a_number_of_keys() -> None:
+    """They are kept for writers that lost the answer of a commit, not for ever and in any number."""
+    c = Client(64, finished_rows_max=10)
+    first, second = c.put(*range(6)).reservation, c.put(*range(6, 12)).reservation
+    c.put(20)
+    no_rows = np.zeros(0, np.uint32)
+    with pytest.raises(UnknownReservation):
+        c.core.commit(c.session, first, no_rows, no_rows, no_rows.astype(np.uint64), 0)
+    assert c.core.commit(c.session, second, no_rows, no_rows, no_rows.astype(np.uint64), 0) == 0

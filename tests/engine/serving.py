@@ -186,6 +186,7 @@ def worker(model: LoadedModel, name: str = "w", node: str = "", **changes: objec
     config = {
         "instance_id": name, "node": node, "kv_tokens": 4096, "block_tokens": 16, "chunk_tokens": 64, "batch_max": 8,
         "waiting_max": 32, "deterministic": True, "handoff_grace_s": 0.5, "warm_up": False,
+        "hbm_staging_bytes": 0,
     }  # fmt: skip
     memory = changes.pop("memory", block_memory)
     return EngineWorker(WorkerConfig(**(config | changes)), model=model, memory=memory)  # type: ignore[arg-type]

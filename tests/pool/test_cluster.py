@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from kvpool.client import PoolClient
 from kvpool.cluster import ClusterClient
+from kvpool.cluster.members import Claim, GivenUp
+from kvpool.cluster.placement import Place, choose, rank
+from kvpool.cluster.spreading import Holders, Stored, make_runs
 from kvpool.core.errors import BadArgument, Unavailable, UnknownNamespace
 from kvpool.core.ids import NamespaceId
-from kvpool.service.members import Claim, GivenUp
-from kvpool.service.placement import Place, choose, rank
 from kvpool.service.rpc import make_channel
 from kvpool.v1 import source_admin_pb2, source_admin_pb2_grpc
 from tests.pool.node_process import eventually, held, namespace_spec, random_blocks
@@ -266,7 +267,7 @@ def test_this_host_is_asked_first(
 ) -> None:
     keys, data = random_blocks(64, [12, *namespace])
     client.put(namespace, keys, data, replicas=3)
-    monkeypatch.setattr("kvpool.service.members.host_id", lambda: "host-b")
+    monkeypatch.setattr("kvpool.cluster.members.host_id", lambda: "host-b")
     with ClusterClient(pool.address, timeout_s=10.0) as local:
         assert pool.joined(local, 3)
         local.register(namespace_spec("test_this_host_is_asked_first"))
@@ -332,6 +333,53 @@ def test_copies_avoid_hosts_that_have_one(order: list[int], hosts: list[str], co
     chosen = choose(order, hosts, [], count)
     assert len(chosen) == len(set(chosen)) == count
     assert len({hosts[place] for place in chosen}) == min(count, len(set(hosts)))
+
+
+@given(
+    st.lists(st.sampled_from("xyz"), min_size=0, max_size=6),
+    st.integers(0, 40),
+    st.integers(1, 4),
+    st.integers(0, 2**32),
+)
+@settings(max_examples=80, deadline=None)
+def test_copies_are_as_many_as_nodes_take(hosts: list[str], count: int, replicas: int, seed: int) -> None:
+    """Nodes take, have, or refuse each key at random; each is asked once, and stops only when it must."""
+    rng = np.random.default_rng(seed)
+    keys = rng.integers(0, 256, (count, 16), dtype=np.uint8)
+    some = [Place(str(i), host, 1 << 30, 0) for i, host in enumerate(hosts)]
+    answers = rng.integers(0, 3, (len(some), count))  # 0 refuses, 1 stores, 2 has it already
+    state, runs = Stored(count, hosts), make_runs(keys, 8, some)
+    asked: list[set[int]] = [set() for _ in range(count)]
+    while wanted := state.assign(runs, replicas):
+        for place, rows in wanted:
+            assert all(place not in asked[row] for row in rows.tolist())
+            for row in rows.tolist():
+                asked[row].add(place)
+            state.note(place, rows[answers[place, rows] == 1], stored=True, size_bytes=1)
+            state.note(place, rows[answers[place, rows] == 2], stored=False)
+    result = state.result(time.monotonic())
+    for row in range(count):
+        took = [place for place in asked[row] if answers[place, row]]
+        assert result.copies[row] == len(took)
+        assert len(took) >= min(replicas, int((answers[:, row] > 0).sum()))
+        assert result.hosts_shared[row] == (len({hosts[place] for place in took}) < len(took))
+        assert result.stored[row] == any(answers[place, row] == 1 for place in took)
+
+
+@given(st.integers(1, 5), st.integers(0, 30), st.integers(0, 2**32))
+def test_each_holder_is_named_once_first_ones_first(nodes: int, count: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    has = rng.random((nodes, count)) < 0.4
+    holders = Holders(count, nodes)
+    for place in range(nodes):
+        holders.note(place, np.arange(count), has[place])
+    left, named = np.arange(count), [list[int]() for _ in range(count)]
+    while taken := holders.take(left):
+        for place, rows, again in taken:
+            assert again == any(has[place + 1 :, row].any() for row in rows.tolist())
+            for row in rows.tolist():
+                named[row].append(place)
+    assert named == [np.flatnonzero(has[:, row]).tolist() for row in range(count)]
 
 
 def test_a_claim_that_is_given_up_lets_nobody_begin() -> None:

@@ -25,6 +25,7 @@ def _blocks(model: str, sections: int, block_bytes: int) -> NamespaceSpec:
 
 SMALL, LARGE, OBJECTS = _blocks("small", 2, 1200), _blocks("large", 3, 5100), NamespaceSpec.objects("things")
 SPECS = (SMALL, LARGE, OBJECTS)
+IDS = tuple(spec.id() for spec in SPECS)
 
 
 @dataclass(frozen=True, slots=True)

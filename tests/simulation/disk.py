@@ -80,5 +80,11 @@ def idle(opened: SsdStore) -> None:
     writer.idle()
 
 
+def listed(opened: SsdStore) -> frozenset[bytes]:
+    """All keys that can be read from it."""
+    keys = opened.list(0, 1 << 20).keys
+    return frozenset(key.tobytes() for key in keys)
+
+
 #: What `simulated` puts in place of names in the real modules.
 REPLACED = ((store, "Lanes", InlineLanes), (store, "LogWriter", InlineWriter))

@@ -37,10 +37,10 @@ class LifeLine:
         return self._log.last_number
 
     async def _speak(self) -> None:
-        world, directory, me = self._world, self._world.directory, self._record
-        directory.attach(me, world.loop.now_us())
+        world = self._world
+        self._attach()
         while True:
-            await asyncio.sleep(0.05 + world.rng.random() * 0.4)
+            await asyncio.sleep(0.05 + world.rng.random() * 0.8)
             changes = None if self._snapshot_wanted else self._log.take(16)
             if changes is None:
                 self._snapshot_wanted = False
@@ -52,6 +52,10 @@ class LifeLine:
                 # A heartbeat: an empty batch shows gaps too, as the next real one would.
                 self._seq += 1
                 self._send(self._seq, [])
+
+    def _attach(self) -> None:
+        self._world.directory.attach(self._record, self._world.loop.now_us())
+        self._seq, self._snapshot_wanted = 0, True
 
     def _send(self, seq: int, changes: Sequence[BlockChange]) -> None:
         chance = self._world.rng.random() if self._world.faults else 1.0
@@ -71,7 +75,9 @@ class LifeLine:
         parts = [(keys, fidelity) for keys, fidelity in held if len(keys)] or [(b"", 1)]
         for part, (keys, fidelity) in enumerate(parts):
             if self._world.faults and self._world.rng.random() < 0.05:
-                continue
+                # The stream broke: it begins anew.
+                self._attach()
+                return
             self._hear(
                 self._world.directory.apply_snapshot_part(
                     self._record.source_id, self._record.epoch, self._seq, part, part == len(parts) - 1, keys,

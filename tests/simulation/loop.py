@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -17,9 +18,11 @@ class Killed(BaseException):
 class Life:
     """One process: everything that runs in its context stops for good at `kill`, without running a `finally`."""
 
-    def __init__(self, loop: SimulatedLoop) -> None:
-        self.dead = False
+    def __init__(self, loop: SimulatedLoop, owner: object = None) -> None:
+        self.dead, self.owner = False, owner
         self._loop = loop
+        #: Bytes that threads of this process may write: number of the grant -> number of the memory.
+        self.grants: dict[int, int] = {}
         self.context = contextvars.copy_context()
         self.context.run(LIFE.set, self)
         self._outstanding: dict[asyncio.Future[Any], None] = {}
@@ -81,6 +84,7 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         self._selector = self.clock = _Clock()
         #: Tasks of dead processes: kept, so that their code is not unwound while others live.
         self.graveyard: list[object] = []
+        self._tasks: list[asyncio.Task[Any]] = []
 
     def time(self) -> float:
         return self.clock.now_s
@@ -117,7 +121,15 @@ class SimulatedLoop(asyncio.BaseEventLoop):
     def create_task(self, coroutine: Any, **options: Any) -> asyncio.Task[Any]:
         task = super().create_task(coroutine, **options)
         task._log_destroy_pending = False
+        self._tasks.append(task)
         return task
+
+    def unwind(self) -> None:
+        """Ends what never ended, when it can do no harm any more."""
+        for task in self._tasks:
+            if not task.done():
+                with contextlib.suppress(BaseException):
+                    task.get_coro().close()
 
     def _process_events(self, event_list: list[Any]) -> None:
         assert not event_list

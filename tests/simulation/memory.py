@@ -42,6 +42,11 @@ class Memory:
     def is_harmed(self, begin: int, end: int) -> bool:
         return any(begin <= at < end for at in self.harmed)
 
+    def heal(self, begin: int, end: int) -> None:
+        """These bytes were written anew."""
+        for at in [at for at in self.harmed if begin <= at < end]:
+            del self.harmed[at]
+
     def image(self) -> tuple[Bytes, Bytes, Bytes]:
         return self.index.copy(), self.touches.copy(), self.data.copy()
 

@@ -24,9 +24,10 @@ from kvpool.service.grants import Grants
 from kvpool.service.sessions import Session, Sessions
 from kvpool.service.source_driver import SourceDriver
 from kvpool.service.ssd_tier import SsdTier
+from kvpool.tiers.ssd.store import SsdStore
 from tests.simulation import disk
 from tests.simulation.auditor import Violation
-from tests.simulation.content import SPECS
+from tests.simulation.content import IDS, SPECS
 from tests.simulation.lifeline import LifeLine
 from tests.simulation.loop import LIFE, Killed, Life
 from tests.simulation.memory import Memory, Table
@@ -68,7 +69,7 @@ class Driver(SourceDriver):
     @contextlib.contextmanager
     def turn(self) -> Iterator[int]:
         life = self._node.life
-        if life is None or LIFE.get() not in (None, life):
+        if life is None or LIFE.get() is not life:
             raise Killed
         if not self.lines_left:
             with super().turn() as now:
@@ -129,18 +130,24 @@ class Node:
     _epochs = itertools.count(1)
 
     def __init__(
-        self, world: World, name: str, *, pages: int, entries: int, eviction: str, ssd_segments: int, line: str
+        self, world: World, name: str, *, pages: int, entries: int, eviction: str, ssd_segments: int
     ) -> None:
         self.world, self.name = world, name
         self.config = SourceConfig(
             capacity_bytes=pages * 4096, entries_max=entries, eviction=eviction, unit_bytes=4096,
             high_watermark=0.95, low_watermark=0.75,
         )  # fmt: skip
-        self.ssd_segments, self.line = ssd_segments, line
+        self.ssd_segments = ssd_segments
         self.memory: Memory | None = None
         self.files = CrashFiles(direct=False)
         self.life: Life | None = None
         self.crashes = 0
+        self.disk_harmed = False
+        #: What was asked to be removed: (when that began, numbers of items); and items that may be replaced in place.
+        self.removals: list[tuple[int, list[int]]] = []
+        self.replaced: dict[int, None] = {}
+        #: Keys on the SSD when the last process died.
+        self._durable: frozenset[bytes] = frozenset()
 
     @property
     def alive(self) -> bool:
@@ -151,7 +158,7 @@ class Node:
     def start(self) -> None:
         """A new process, which takes over what it finds."""
         assert self.life is None
-        life = self.life = Life(self.world.loop)
+        life = self.life = Life(self.world.loop, self)
         life.context.run(self._build)
 
     def _build(self) -> None:
@@ -163,18 +170,16 @@ class Node:
         writers = Table(memory, world.locks)
         self.grants = DrainableGrants(world.loop.now_us)
         self.driver = Driver(self, core, self.grants, memory)
-        self.numbers = []
         with self.driver.turn():
-            core.catalog_changed = True
-            self.driver.save_catalog()
             for spec in SPECS:
                 core.register_namespace(spec)
-                self.driver.save_catalog()
-        self.numbers = [core.namespace_number(spec.id()) for spec in SPECS]
+            core.catalog_changed = True
+            self.driver.save_catalog()
+        self.numbers = [core.namespace_number(namespace_id) for namespace_id in IDS]
         self.tier: SsdTier | None = None
-        self.store = None
+        self.store: SsdStore | None = None
         if self.ssd_segments:
-            self.store = disk.open_store(self.files, self.ssd_segments)
+            self.store = self._open_store()
             self.tier = SsdTier(self.store, self.driver, memory.data, demote_from=world.rng.choice((0.0, 0.4)))
         self.data_server = DataServer()
         self.sessions = Sessions(self.driver, self.grants, [self.data_server], writers)
@@ -186,6 +191,13 @@ class Node:
         if self.tier is not None:
             self.tier.announcer = LifeLine(world, self, f"{self.name}.ssd", Tier.SSD, self._on_ssd)  # type: ignore[assignment]
             self.tier.start()
+
+    def _open_store(self) -> SsdStore:
+        store = disk.open_store(self.files, self.ssd_segments)
+        missing = self._durable - disk.listed(store)
+        if missing and not self.disk_harmed:
+            raise Violation(f"{self.name}: {len(missing)} keys that the SSD had acknowledged are lost")
+        return store
 
     def _on_ssd(self) -> Any:
         assert self.tier is not None
@@ -221,7 +233,12 @@ class Node:
         self.life = None
         self.crashes += 1
         life.kill()
-        if self.ssd_segments:
+        for grant, memory in life.grants.items():
+            self.world.auditor.stopped(memory, grant)
+        self.world.node_died(self, life)
+        if self.ssd_segments and self.store is not None:
+            cut_off = self.files.steps == 0
+            self._durable = frozenset() if cut_off else disk.listed(self.store)
             # A write under way may have come through in part, and the next one never begins.
             self.files = self.files.copy()
             self.files.direct = False
@@ -236,12 +253,17 @@ class Node:
 
     # ------------------------------------------------------------ calls
 
-    async def call(self, make: Callable[[], Any]) -> Any:
-        """Makes a coroutine and runs it in the process that lives now. Raises: Unavailable, KvpoolError."""
-        life = self.life
-        if life is None:
-            self.world.refuse(self.name)
-        return await life.call(make())
+    async def serve(self, method: str, request: Any) -> Any:
+        """In this process: one call of the servicer, and what must hold around it. Raises: KvpoolError."""
+        if method != "Reserve":
+            return await getattr(self.servicer, method)(request, None)
+        before = [quota.bytes_used for quota in self.core.quotas()]
+        try:
+            return await self.servicer.Reserve(request, None)
+        finally:
+            for quota, used in zip(self.core.quotas(), before, strict=True):
+                if used < quota.bytes_used > quota.bytes_max:
+                    raise Violation(f"{quota.bytes_used} bytes for a quota of {quota.bytes_max} bytes")
 
     def now_or_never(self, act: Callable[[int], Any]) -> Any:
         """One turn of the core, as an operator's call. None if the node is down, or refuses."""

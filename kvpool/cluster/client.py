@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 
 from kvpool.channels.base import Memory
 from kvpool.client import Buffer, object_keys
+from kvpool.cluster.members import Claim, ClaimedRequest, GivenUp, Member, Members
+from kvpool.cluster.spreading import Found, Holders, Stored, make_runs
+from kvpool.cluster.together import Together
 from kvpool.core.errors import BadArgument, NoSpace, UnknownNamespace
 from kvpool.core.ids import KeyArray, NamespaceId, Tier
 from kvpool.core.namespace import NamespaceSpec
@@ -29,10 +32,7 @@ from kvpool.service.cluster_types import (
     ClusterPutResult,
     ClusterRemoveResult,
 )
-from kvpool.service.members import Claim, ClaimedRequest, GivenUp, Member, Members
 from kvpool.service.source_calls import DEFAULT_CHANNELS
-from kvpool.service.spreading import Found, Holders, Stored, make_runs
-from kvpool.service.together import Together
 from kvpool.v1 import block_source_pb2 as pb
 
 __all__ = [

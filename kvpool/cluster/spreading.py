@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from kvpool.cluster.placement import Place, choose, rank
 from kvpool.core.ids import KeyArray
 from kvpool.service.client_reads import Outcome
 from kvpool.service.client_types import Bools
 from kvpool.service.cluster_types import ClusterPutResult
-from kvpool.service.placement import Place, choose, rank
 
 Rows = NDArray[np.int64]
 

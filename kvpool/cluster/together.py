@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
+from kvpool.cluster.members import GivenUp, Member
 from kvpool.core.errors import BadArgument, Draining, KvpoolError, ProtocolMismatch, Unauthenticated, Unavailable
-from kvpool.service.members import GivenUp, Member
 
 #: Calls at a time; more of them wait for their turn, within their deadline.
 CALLS_MAX = 32

@@ -16,6 +16,7 @@ import numpy as np
 from kvpool.channels.base import Memory
 from kvpool.channels.links import Links
 from kvpool.client import PoolClient
+from kvpool.cluster.placement import Place
 from kvpool.core.errors import KvpoolError, Unavailable
 from kvpool.core.ids import NamespaceId
 from kvpool.core.namespace import NamespaceSpec
@@ -23,7 +24,6 @@ from kvpool.service.client_reads import Outcome, Provider, ReadRequest
 from kvpool.service.client_session import Session
 from kvpool.service.client_types import RESERVED, Reservation
 from kvpool.service.host import host_id
-from kvpool.service.placement import Place
 from kvpool.service.rpc import from_rpc_error, make_channel
 from kvpool.v1 import common_pb2, directory_pb2, directory_pb2_grpc
 

@@ -1,0 +1,145 @@
+"""What operators and other users of a node do: remove, evict, hold, wait, set quotas, drain."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from kvpool.v1 import block_source_pb2 as pb
+from tests.simulation.auditor import Violation
+from tests.simulation.content import IDS, ITEMS, Item, key_array
+from tests.simulation.link import Link
+from tests.simulation.writing import key_list
+
+if TYPE_CHECKING:
+    from tests.simulation.client import Client
+
+
+async def remove(client: Client) -> None:
+    """Removes keys, a prefix, or a namespace."""
+    world, link = client.world, client.link(client.choose())
+    items = client.choose_items()
+    spec, chance = items[0].spec, world.rng.random()
+    request = pb.RemoveRequest(namespace_id=IDS[spec])
+    numbers = [item.number for item in items]
+    if chance < 0.15:
+        request.all = True
+        numbers = [item.number for item in ITEMS[spec]]
+    elif chance < 0.4 and items[0].is_object:
+        request.name_prefix = items[0].name.split("/")[0]
+        numbers = [item.number for item in ITEMS[spec] if item.name.startswith(request.name_prefix)]
+    else:
+        request.keys.CopyFrom(key_list(items))
+    node = link.node
+    begun = world.auditor.now()
+    node.removals.append((begun, numbers))
+    await link.call("Remove", request)
+    world.auditor.removal_acknowledged(node.name, begun, lambda item: item.number in numbers)
+    world.note(f"{client.name} has removed {numbers} from {node.name}")
+    world.count("removals")
+
+
+async def evict(client: Client) -> None:
+    world, node, items = client.world, client.choose(), client.choose_items()
+    if world.rng.random() < 0.5:
+        node.now_or_never(lambda now: node.core.evict_bytes(world.rng.randint(1, 20_000), now))
+    else:
+        node.now_or_never(lambda now: node.core.evict_keys(IDS[items[0].spec], key_array(items), now))
+
+
+async def hold(client: Client) -> None:
+    """Pins blocks, looks after a while whether they are still there, and lets them go or forgets to."""
+    world, link, items = client.world, client.link(client.choose()), client.choose_items()
+    owner = world.rng.choice(("", "", "somebody"))
+    ttl_ms = world.rng.choice((200, 2500))
+    begin_us, begun = world.loop.now_us(), world.auditor.now()
+    request = pb.PinRequest(
+        session_id=link.session.id, namespace_id=IDS[items[0].spec], keys=key_list(items), ttl_ms=ttl_ms,
+        owner=owner,
+    )  # fmt: skip
+    reply = await link.call("Pin", request)
+    if not reply.pin_id:
+        return
+    await asyncio.sleep(world.rng.random() * 1.5)
+    pinned = [item for item, found in zip(items, reply.found, strict=True) if found]
+    in_time = world.loop.now_us() - begin_us < ttl_ms * 1000
+    if in_time and link.node.life is link.life and (owner or link.is_live):
+        _check_held(link, pinned, begun)
+    world.count("pins")
+    if world.rng.random() < 0.7:
+        await link.call(
+            "Unpin", pb.UnpinRequest(session_id=0 if owner else link.session.id, pin_id=reply.pin_id, owner=owner)
+        )
+
+
+def _check_held(link: Link, pinned: list[Item], begun: int) -> None:
+    node = link.node
+    there = node.core.lookup(IDS[pinned[0].spec], key_array(pinned))
+    for item, found in zip(pinned, there.tolist(), strict=True):
+        removed = any(at > begun and item.number in numbers for at, numbers in node.removals)
+        if not found and not removed and not link.memory.harmed and item.number not in node.replaced:
+            raise Violation(f"{item} of {node.name} is gone, though {link.client.name} has pinned it")
+
+
+class _Context:
+    """Stands for gRPC's."""
+
+    async def send_initial_metadata(self, metadata: object) -> None:
+        """Nobody looks."""
+
+
+async def wait(client: Client) -> None:
+    """Awaits keys; the wait ends by its deadline, whatever happens."""
+    world, link, items = client.world, client.link(client.choose()), client.choose_items()
+    deadline_ms = world.rng.choice((100, 700, 1500))
+    request = pb.AwaitRequest(
+        session_id=link.session.id, namespace_id=IDS[items[0].spec], keys=key_list(items),
+        deadline_ms=deadline_ms, absent_is_abandoned=world.rng.random() < 0.3,
+    )  # fmt: skip
+    if link.lost or link.node.life is not link.life:
+        return
+    begin_s = world.loop.time()
+    told: dict[int, int] = {}
+
+    async def follow() -> None:
+        async for reply in link.node.servicer.Await(request, _Context()):
+            for index, state in zip(reply.indices, reply.states, strict=True):
+                if state != 4:
+                    told[index] = state
+
+    await link.life.call(follow())
+    if world.loop.time() - begin_s > deadline_ms / 1000 + 2.0:
+        raise Violation(f"{client.name} waited {world.loop.time() - begin_s:.1f} s at {link.node.name}")
+    if len(told) < len(items):
+        raise Violation(f"a wait of {client.name} ended with {len(told)} answers for {len(items)} keys")
+
+
+async def set_quota(client: Client) -> None:
+    world, node = client.world, client.choose()
+    bytes_max = world.rng.choice((0, 5_000, 20_000))
+    if world.rng.random() < 0.5:
+        node.now_or_never(lambda now: node.core.set_quota(bytes_max, tenant="red"))
+    else:
+        namespace_id = world.rng.choice(IDS)
+        node.now_or_never(lambda now: node.core.set_quota(bytes_max, namespace_id=namespace_id))
+
+
+async def drain(client: Client) -> None:
+    """A node takes nothing new for a while."""
+    node = client.choose()
+    if node.alive:
+        node.core.draining = True
+        await asyncio.sleep(client.world.rng.random())
+        if node.alive:
+            node.core.draining = False
+
+
+async def reconnect(client: Client) -> None:
+    """Ends a session as a client that closes."""
+    if not client.links:
+        return
+    link = client.world.rng.choice(list(client.links.values()))
+    link.lose()
+    if link.is_live:
+        await client.world.pause()
+        link.node.end_session(link.session, "closed")
