@@ -14,6 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -26,9 +27,10 @@ from kvpool.channels.base import addresses
 from kvpool.channels.sections import copy_blocks_in
 from kvpool.core.arrays import Descriptors
 from kvpool.core.errors import DeadlineExceeded, KvpoolError, Unsupported
-from kvpool.core.ids import KeyArray, Tier
+from kvpool.core.ids import KeyArray, LeaseId, Tier
 from kvpool.core.index import split_keys
 from kvpool.core.namespace import NamespaceSpec
+from kvpool.service.lower_tier import Promoted
 from kvpool.service.source_driver import SourceDriver
 from kvpool.service.ssd_tier import in_thread
 from kvpool.tiers.hbm import BlockMemory
@@ -43,6 +45,10 @@ PROMOTING_MAX = 4096
 #: The computing thread answers between two steps; a step that takes longer costs the reader a miss.
 LEND_TIMEOUT_S = 10.0
 RESERVATION_US = 120_000_000
+#: How long a staged copy is kept at most for those who asked for it; they take a lease of their own at once.
+PROMOTED_US = 60_000_000
+#: Batches that are copied at a time; each takes a staging area of the device.
+COPIES_MAX = 2
 COPY_TIMEOUT_S = 30.0
 
 
@@ -59,6 +65,16 @@ class CachedBlocks(Protocol):
     def give_back(self, lent: BlockSet) -> None:
         """Ends that hold. Any thread."""
         ...
+
+
+@dataclass(eq=False)
+class _Promotion:
+    """Blocks on their way up; what arrives is leased until all who asked for it have it in their own hands."""
+
+    task: asyncio.Task[None] = field(init=False)
+    leases: list[LeaseId] = field(default_factory=list)
+    users: int = 0
+    ended: bool = False
 
 
 class HbmTier:
@@ -81,8 +97,9 @@ class HbmTier:
         self._cached, self._memory, self._counters = cached, memory, counters
         # A mirror of the engine's table, which belongs to another thread. Single operations on it are atomic.
         self._keys: dict[bytes, None] = {}
-        self._promoting: dict[bytes, asyncio.Future[None]] = {}
+        self._promoting: dict[bytes, _Promotion] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._copying = asyncio.Semaphore(COPIES_MAX)
         self._closing = threading.Event()
         with driver.turn() as now:
             self._core.register_namespace(spec)
@@ -111,20 +128,30 @@ class HbmTier:
             return np.zeros(len(keys), dtype=np.bool_)
         return np.fromiter((key in self._keys for key in split_keys(keys)), dtype=np.bool_, count=len(keys))
 
-    async def promote(self, namespace_id: bytes, keys: KeyArray, timeout_s: float) -> NDArray[np.bool_]:
+    async def promote(self, namespace_id: bytes, keys: KeyArray, timeout_s: float) -> Promoted:
         below = ~self._core.lookup(namespace_id, keys)
         below[below] = self.contains(namespace_id, keys[below])
         if not below.any() or self._closing.is_set():
-            return below
+            return Promoted(below)
         packed = split_keys(keys[below])
         fresh = [key for key in dict.fromkeys(packed) if key not in self._promoting]
-        fresh = fresh[: PROMOTING_MAX - len(self._promoting)]
-        if fresh:
-            self._begin(fresh)
-        futures = {self._promoting[key] for key in packed if key in self._promoting}
-        if futures:
-            await asyncio.wait(futures, timeout=timeout_s)
-        return below
+        self._begin(fresh[: PROMOTING_MAX - len(self._promoting)])
+        mine = list(dict.fromkeys(self._promoting[key] for key in packed if key in self._promoting))
+        for promotion in mine:
+            promotion.users += 1
+
+        def release() -> None:
+            for promotion in mine:
+                promotion.users -= 1
+                self._let_go(promotion)
+
+        try:
+            if mine:
+                await asyncio.wait([promotion.task for promotion in mine], timeout=timeout_s)
+        except BaseException:
+            release()
+            raise
+        return Promoted(below, release)
 
     async def remove(
         self, namespace_id: bytes, keys: KeyArray | None, name_prefix: bytes, remove_above: Callable[[], int]
@@ -136,41 +163,43 @@ class HbmTier:
     # ------------------------------------------------------------ up
 
     def _begin(self, fresh: list[bytes]) -> None:
-        loop = asyncio.get_running_loop()
-        for key in fresh:
-            self._promoting[key] = loop.create_future()
-        task = loop.create_task(self._promote(fresh))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _promote(self, fresh: list[bytes]) -> None:
+        """One task for each batch: a reader waits for those with its own blocks only."""
         step = min(BATCH_BLOCKS, self._memory.batch_blocks_max)
+        for start in range(0, len(fresh), step):
+            batch, promotion = fresh[start : start + step], _Promotion()
+            promotion.task = asyncio.get_running_loop().create_task(self._promote(batch, promotion))
+            self._promoting.update(dict.fromkeys(batch, promotion))
+            self._tasks.add(promotion.task)
+            promotion.task.add_done_callback(self._tasks.discard)
+
+    async def _promote(self, packed: list[bytes], promotion: _Promotion) -> None:
+        promoted = 0
         try:
-            for start in range(0, len(fresh), step):
-                batch = fresh[start : start + step]
-                promoted = await self._promote_batch(batch)
-                self._counters.add("hbm_blocks_promoted", promoted)
-                self._counters.add("hbm_blocks_not_promoted", len(batch) - promoted)
-                self._settle(batch)
+            async with self._copying:
+                promoted = await self._promote_batch(packed, promotion)
         except KvpoolError as error:
             log.info("blocks stay in HBM: %s", error)
         except Exception:
             log.exception("copying blocks out of HBM failed")
         finally:
-            self._settle(fresh)
+            self._counters.add("hbm_blocks_promoted", promoted)
+            self._counters.add("hbm_blocks_not_promoted", len(packed) - promoted)
+            for key in packed:
+                del self._promoting[key]
+            promotion.ended = True
+            self._let_go(promotion)
 
-    def _settle(self, keys: list[bytes]) -> None:
-        """Whoever waits for these looks for itself."""
-        for key in keys:
-            future = self._promoting.pop(key, None)
-            if future is not None:
-                future.set_result(None)
+    def _let_go(self, promotion: _Promotion) -> None:
+        if promotion.ended and promotion.users == 0 and promotion.leases:
+            leases, promotion.leases = promotion.leases, []
+            with contextlib.suppress(KvpoolError), self._driver.turn() as now:
+                self._core.release(self._session, leases, now)
 
-    async def _promote_batch(self, packed: list[bytes]) -> int:
+    async def _promote_batch(self, packed: list[bytes], promotion: _Promotion) -> int:
         """Returns how many blocks are readable now."""
         lent = await self._lend(packed)
         try:
-            return await self._copy(lent) if len(lent.blocks) else 0
+            return await self._copy(lent, promotion) if len(lent.blocks) else 0
         finally:
             self._cached.give_back(lent)
 
@@ -194,14 +223,16 @@ class HbmTier:
         self._cached.lend_cached(packed, deliver)
         try:
             return await asyncio.wait_for(asyncio.shield(answer), LEND_TIMEOUT_S)
-        except TimeoutError:
-            raise DeadlineExceeded("the engine is busy with a long step") from None
-        finally:
-            # Cancelled or too late: an answer that has come meanwhile has nobody who would give it back.
-            if not answer.done():
+        except BaseException as error:
+            if answer.done() and not answer.cancelled():
+                self._cached.give_back(answer.result())  # it came while this task was being cancelled
+            else:
                 answer.cancel()
+            if isinstance(error, TimeoutError):
+                raise DeadlineExceeded("the engine is busy with a long step") from None
+            raise
 
-    async def _copy(self, lent: BlockSet) -> int:
+    async def _copy(self, lent: BlockSet, promotion: _Promotion) -> int:
         with self._driver.turn() as now:
             reserved = self._core.reserve(
                 self._session, self._namespace, self._group, lent.keys, RESERVATION_US, now, parent=lent.parent
@@ -219,6 +250,10 @@ class HbmTier:
                     self._session, reserved.reservation, np.repeat(mine, sections).astype(np.uint32),
                     np.tile(np.arange(sections, dtype=np.uint32), len(mine)), digests.ravel(), now,
                 )  # fmt: skip
+                leased = self._core.lease(
+                    self._session, self._namespace, lent.keys[mine], PROMOTED_US, now, counted=False
+                )
+                promotion.leases.append(leased.lease)
             return len(mine)
         finally:
             # A reservation that is complete has nothing left to give back.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +33,7 @@ class Found:
 
     hit: bool (n), a readable exact copy was there; definite_miss: bool (n), none was (neither: only the source knows).
     Of hits only: key_words uint64 (n, 2); entries int64 (n) and generations uint32 (n); offsets, sizes (bytes) and
-    section_counts uint64 (n); digests uint64 (n, sections).
+    section_counts uint64 (n); digests uint64 (n, sections); name_bytes uint64 (n), of objects, 0 for blocks.
     """
 
     hit: Bools
@@ -45,6 +45,7 @@ class Found:
     sizes: NDArray[np.uint64]
     section_counts: NDArray[np.uint64]
     digests: NDArray[np.uint64]
+    name_bytes: NDArray[np.uint64]
 
     def __len__(self) -> int:
         return len(self.hit)
@@ -54,7 +55,7 @@ class Found:
         return Found(
             self.hit[rows], self.definite_miss[rows], self.key_words[rows], self.entries[rows],
             self.generations[rows], self.offsets[rows], self.sizes[rows], self.section_counts[rows],
-            self.digests[rows],
+            self.digests[rows], self.name_bytes[rows],
         )  # fmt: skip
 
 
@@ -71,6 +72,11 @@ class _View:
         self.searched = probing.searched_arrays(arrays)
         self.described = probing.described_arrays(arrays)
         self.generations = probing.read_only(arrays.generations)
+
+    def name_of(self, found: Found, row: int) -> bytes:
+        """The name that lies behind an object."""
+        begin = int(found.offsets[row]) + int(found.sizes[row])
+        return self._data[begin : begin + int(found.name_bytes[row])].tobytes()
 
 
 class SharedIndex:
@@ -107,7 +113,7 @@ class SharedIndex:
     def lookup(self, number: int, keys: KeyArray) -> Bools:
         """Which keys have a readable exact block in the source's namespace `number`; bool (n). False may be wrong.
 
-        Objects are never found here: their whole names are to be compared. Raises: ChannelError if closed.
+        Objects are never found here. Raises: ChannelError if closed.
         """
         view = self._view()
         answers = np.empty(len(keys), dtype=np.uint8)
@@ -115,20 +121,28 @@ class SharedIndex:
         hits: Bools = answers == probing.HIT
         return hits
 
-    def find(self, number: int, keys: KeyArray) -> Found:
-        """Where the blocks of `keys` lie. Changes nothing. Args, Raises: as `lookup`."""
+    def find(self, number: int, keys: KeyArray, names: Sequence[bytes] | None = None) -> Found:
+        """Where the blocks of `keys` lie; with `names`, one a key, where those objects do. Changes nothing.
+
+        Args, Raises: as `lookup`.
+        """
         view = self._view()
         words, count = _key_words(keys), len(keys)
         answers = np.empty(count, dtype=np.uint8)
         entries, generations = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.uint32)
-        extents = np.empty((3, count), dtype=np.uint64)
+        extents = np.empty((4, count), dtype=np.uint64)
         digests = np.empty((count, view.sections), dtype=np.uint64)
         probing.find(
-            number, words, *view.searched, *view.described, view.data_bytes, answers, entries, generations, extents,
-            digests,
+            number, words, *view.searched, *view.described, view.data_bytes, names is not None, answers, entries,
+            generations, extents, digests,
         )  # fmt: skip
         hit, miss = answers == probing.HIT, answers == probing.MISS
-        return Found(hit, miss, words, entries, generations, extents[0], extents[1], extents[2], digests)
+        found = Found(hit, miss, words, entries, generations, *extents[:3], digests, extents[3])
+        if names is not None:
+            # Of an entry that changes meanwhile anything may be read here; `read` finds that out afterwards.
+            for row in np.flatnonzero(hit).tolist():
+                hit[row] = view.name_of(found, row) == names[row]
+        return found
 
     def read(
         self, found: Found, memory: Memory, rows: Rows | None = None, *, verify: bool = True, deadline_s: float

@@ -118,10 +118,11 @@ class ReadingCalls(SourceCalls):
         """Reads what the shared index shows. Returns the rows that only the source can settle."""
         everything = np.arange(len(request.keys))
         number = session.numbers.get(request.namespace)
-        if session.shared is None or number is None or request.fidelity_min is not Fidelity.EXACT or request.names:
+        if session.shared is None or number is None or request.fidelity_min is not Fidelity.EXACT:
             return everything
         keys = qualify(request.keys, request.group, request.shard)
-        found = session.shared.find(number, keys)
+        names = [name.encode() for name in request.names] if request.names else None
+        found = session.shared.find(number, keys, names)
         rows = np.flatnonzero(found.hit)
         if len(rows):
             memory, places = provide(rows, found.sizes[rows])

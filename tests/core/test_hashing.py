@@ -161,3 +161,16 @@ def test_bad_input_is_refused():
     ):
         with pytest.raises(BadArgument):
             call()
+
+
+def test_the_key_of_an_object_is_made_of_its_namespace_and_its_name() -> None:
+    namespace = bytes(range(16))
+    expected = hashlib.sha256(namespace + "naïve/1".encode()).digest()[:16]
+    assert object_key(namespace, "naïve/1") == object_key(namespace, "naïve/1".encode()) == expected
+    assert object_key(bytes(16), "naïve/1") != expected
+    object_key(namespace, "x" * 1024)
+    for name in ("", b"", "x" * 1025, "ï" * 513):
+        with pytest.raises(BadArgument):
+            object_key(namespace, name)
+    with pytest.raises(BadKeyLength):
+        object_key(b"short", "name")

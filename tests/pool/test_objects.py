@@ -65,6 +65,19 @@ def test_into_the_callers_memory(client: PoolClient, domain: NamespaceId) -> Non
         client.get_objects(domain, ["x"], [np.zeros(9, np.uint8)])
 
 
+def test_on_the_same_host_reading_takes_no_call(shared_node: NodeProcess, connect: Connect) -> None:
+    client = connect(shared_node)
+    domain = client.register_objects("no call")
+    names, values = [f"n/{size}" for size in SIZES], values_of(SIZES, 5)
+    client.put_objects(domain, names, values)
+    before = client.counters
+    got = client.get_objects(domain, [*names, "absent"])
+    assert [None if v is None else v.tobytes() for v in got.values] == [*values, None]
+    after = client.counters
+    assert after.hits_shared - before.hits_shared == after.hits - before.hits == len(names)
+    client.remove_all(domain)
+
+
 def test_removal_by_prefix(client: PoolClient, domain: NamespaceId) -> None:
     names = ["a/1", "a/2", "ab", "b/1"]
     client.put_objects(domain, names, values_of((10, 20, 30, 40), 4))

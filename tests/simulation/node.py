@@ -282,7 +282,9 @@ class Node:
             return None
 
     def end_session(self, session: Session, why: str) -> None:
-        if self.life is not None and not self.life.dead:
+        """As the stream of a session does when it ends; of no effect if another process serves by now."""
+        if self.holds_session(session):
+            assert self.life is not None
             self.life.context.run(self.sessions.end_soon, session, why)
 
     def holds_session(self, session: Session) -> bool:

@@ -32,12 +32,15 @@ BLOCK_BYTES = 4096
 #: Blocks of a call where the rate counts; one and thirty-two where the time of a call does.
 BATCH, PROMPT = 4096, 32
 TTL_US = 60_000_000
+#: Blocks of the largest unit of a segment: with whole units just so many fit.
+WHOLE_UNITS = 1024
 
 
 class Source:
     """A core with room for just so many blocks."""
 
     def __init__(self, blocks: int, eviction: str) -> None:
+        assert blocks % WHOLE_UNITS == 0
         before = private_bytes()
         self.arrays = SourceArrays.allocate(blocks, SECTIONS_MAX)
         self.arrays.digests[:] = 0  # all pages there, so that what is added later is private
@@ -87,13 +90,11 @@ def private_bytes() -> int:
 def measure_one(blocks: int, eviction: str, rounds: int) -> dict[str, list[float]]:
     """All figures of one size."""
     compile_kernels()
-    warm = Source(1000, eviction)
-    warm.fill(3000)
+    Source(4 * WHOLE_UNITS, eviction).fill(12 * WHOLE_UNITS)
+    blocks = -(-blocks // WHOLE_UNITS) * WHOLE_UNITS
     source = Source(blocks, eviction)
-    keys_bytes_before = 0
     filled_s = source.fill(blocks)
-    keys_bytes_before = sum(keys.nbytes for keys in source.keys)
-    private = source.private_bytes_grown() - keys_bytes_before
+    private = source.private_bytes_grown() - sum(keys.nbytes for keys in source.keys)
     every = np.concatenate(source.keys)
     core, index = source.core, source.core.index
     batch = every[source.rng.integers(0, blocks, BATCH)]

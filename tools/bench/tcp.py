@@ -9,19 +9,19 @@ python tools/bench/tcp.py [--json FILE] [--mib 128] [--rounds 7]
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
 import socket
-import statistics
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from harness import Case, Report, arguments, measure, size_name
 from numpy.typing import NDArray
 
 from kvpool.channels.tcp import TcpChannel
@@ -32,7 +32,7 @@ from kvpool.core.arrays import Descriptors
 from kvpool.core.hashing import block_digests
 
 SECTIONS = 4
-SIZES = {"2 MiB": 2 << 20, "64 KiB": 64 << 10, "16 KiB": 16 << 10}
+SIZES = (64 << 10, 2 << 20, 64 << 20)
 TUNED_BYTES = 256 << 10
 DEADLINE_S = 60.0
 TOKEN = bytes(TOKEN_BYTES)
@@ -86,6 +86,20 @@ def serve(total_bytes: int, config: TlsConfig, addresses: multiprocessing.Queue[
     view = memoryview(data)  # type: ignore[arg-type]
     with ThreadPoolExecutor(32) as threads:
         list(threads.map(lambda name: _accept(listeners[name], name, view, threads), listeners))
+
+
+@contextmanager
+def other_process(total_bytes: int, config: TlsConfig) -> Iterator[dict[str, str]]:
+    """The addresses at which it serves."""
+    spawn = multiprocessing.get_context("spawn")
+    addresses: multiprocessing.Queue[dict[str, str]] = spawn.Queue()
+    process = spawn.Process(target=serve, args=(total_bytes, config, addresses), daemon=True)
+    process.start()
+    try:
+        yield addresses.get(timeout=60)
+    finally:
+        process.terminate()
+        process.join(10)
 
 
 def _accept(listener: socket.socket, name: str, data: memoryview, threads: ThreadPoolExecutor) -> None:
@@ -153,61 +167,51 @@ def descriptors(data: Bytes2D) -> Descriptors:
     return Descriptors(keys, offsets, np.full(count, size, np.uint64), np.ones(count, np.uint32), digests)
 
 
-def measure(kinds: dict[str, Callable[[], None]], moved_bytes: int, rounds: int) -> dict[str, float]:
-    """Median GB/s of each kind; the first round warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in kinds}
-    for _ in range(rounds + 1):
-        for name, run in kinds.items():
-            begin_s = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - begin_s)
-    return {name: moved_bytes / statistics.median(times[1:]) / 1e9 for name, times in seconds.items()}
-
-
-def run(total_bytes: int, rounds: int, addresses: dict[str, str], config: TlsConfig) -> dict[str, dict[str, float]]:
-    result: dict[str, dict[str, float]] = {}
-    offer = {"address": addresses["tcp"], "token": TOKEN.hex()}
-    tcp = TcpChannel.open(offer)
+def run(args: Namespace, report: Report, addresses: dict[str, str], config: TlsConfig) -> None:
+    total_bytes = args.mib << 20
+    tcp = TcpChannel.open({"address": addresses["tcp"], "token": TOKEN.hex()})
     tls = TcpChannel.open({"address": addresses["tls"], "token": TOKEN.hex(), "tls": "1"}, tls_config=config)
-    raw = {f"{n}, {s} streams": RawSockets(addresses[n], n, s) for n in ("raw", "tuned") for s in (1, 2)}
-    for name, size in SIZES.items():
+    raw = {f"{n}, {s} stream{'s' * (s > 1)}": RawSockets(addresses[n], n, s) for n in ("raw", "tuned") for s in (1, 2)}
+    for size in [int(word) for word in args.sizes.split(",")]:
         data = content(total_bytes).reshape(-1, size)
         blocks, out = descriptors(data), np.zeros_like(data)
-
-        def read(channel: TcpChannel, verify: bool, blocks: Descriptors = blocks, out: Bytes2D = out) -> None:
-            assert channel.read(1, blocks, out, deadline_s=DEADLINE_S, verify=verify).all()
-
-        def write(channel: TcpChannel, blocks: Descriptors = blocks, data: Bytes2D = data) -> None:
-            channel.write(1, blocks, data, deadline_s=DEADLINE_S)
-
-        kinds: dict[str, Callable[[], None]] = {}
-        for kind, sockets in raw.items():
-            kinds[f"{kind}: read"] = lambda s=sockets, o=out: s.move(o, 0)  # type: ignore[misc]
-        kinds["tcp unverified: read"] = lambda r=read: r(tcp, False)  # type: ignore[misc]
-        kinds["tcp: read"] = lambda r=read: r(tcp, True)  # type: ignore[misc]
-        kinds["tcp+tls: read"] = lambda r=read: r(tls, True)  # type: ignore[misc]
-        for kind, sockets in raw.items():
-            kinds[f"{kind}: write"] = lambda s=sockets, d=data: s.move(d, 1)  # type: ignore[misc]
-        kinds["tcp: write"] = lambda w=write: w(tcp)  # type: ignore[misc]
-        result[name] = measure(kinds, total_bytes, rounds)
+        cases = read_cases(raw, tcp, tls, blocks, out) + write_cases(raw, tcp, tls, blocks, data)
+        report.add(f"Blocks of {size_name(size)}", measure(cases, args.rounds, quiet_s=args.quiet_s))
         assert np.array_equal(out, data)
     tcp.close()
     tls.close()
-    return result
 
 
-def show(result: dict[str, dict[str, float]]) -> None:
-    names = list(result)
-    print(f"{'GB/s, median':28}" + "".join(f"{n:>10}" for n in names))
-    for kind in result[names[0]]:
-        print(f"{kind:28}" + "".join(f"{result[n][kind]:10.2f}" for n in names))
-    print()
-    for what in ("read", "write"):
-        for limit in ("raw", "tuned"):
-            best = [max(result[n][f"{limit}, {s} streams: {what}"] for s in (1, 2)) for n in names]
-            text = "".join(f"{result[n][f'tcp: {what}'] / b:10.2f}" for n, b in zip(names, best, strict=True))
-            print(f"{f'tcp / best {limit} sockets: {what}':28}{text}")
-    print("aim: reads at least 0.9 of raw sockets at 2 MiB, 0.7 at 64 KiB")
+def read_cases(
+    raw: dict[str, RawSockets], tcp: TcpChannel, tls: TcpChannel, blocks: Descriptors, out: Bytes2D
+) -> list[Case]:
+    limits = tuple(f"read: {name} sockets" for name in raw if name.startswith("raw"))
+    aim = 0.9 if out.shape[1] >= 2 << 20 else 0.7
+
+    def read(channel: TcpChannel, verify: bool) -> None:
+        assert channel.read(1, blocks, out, deadline_s=DEADLINE_S, verify=verify).all()
+
+    return [
+        *[Case(f"read: {n} sockets", partial(sockets.move, out, 0), out.nbytes) for n, sockets in raw.items()],
+        Case("read: tcp, unverified", lambda: read(tcp, False), out.nbytes, limits=limits),
+        Case("read: tcp", lambda: read(tcp, True), out.nbytes, limits=limits, aim=aim),
+        Case("read: tcp with TLS", lambda: read(tls, True), out.nbytes, limits=limits),
+    ]
+
+
+def write_cases(
+    raw: dict[str, RawSockets], tcp: TcpChannel, tls: TcpChannel, blocks: Descriptors, data: Bytes2D
+) -> list[Case]:
+    limits = tuple(f"write: {name} sockets" for name in raw if name.startswith("raw"))
+
+    def write(channel: TcpChannel) -> None:
+        channel.write(1, blocks, data, deadline_s=DEADLINE_S)
+
+    return [
+        *[Case(f"write: {n} sockets", partial(sockets.move, data, 1), data.nbytes) for n, sockets in raw.items()],
+        Case("write: tcp", lambda: write(tcp), data.nbytes, limits=limits),
+        Case("write: tcp with TLS", lambda: write(tls), data.nbytes, limits=limits),
+    ]
 
 
 def certificate(folder: Path) -> TlsConfig:
@@ -220,25 +224,16 @@ def certificate(folder: Path) -> TlsConfig:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mib", type=int, default=128, help="bytes a round and block size, in MiB")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="also write the numbers there")
+    parser = arguments(__doc__, rounds=7)
+    parser.add_argument("--mib", type=int, default=128, help="bytes a run, in MiB")
+    parser.add_argument("--sizes", default=",".join(map(str, SIZES)), help="bytes of a block")
     args = parser.parse_args()
-    spawn = multiprocessing.get_context("spawn")
+    report = Report("the tcp channel on loopback", args.json)
     with tempfile.TemporaryDirectory() as folder:
         config = certificate(Path(folder))
-        addresses: multiprocessing.Queue[dict[str, str]] = spawn.Queue()
-        process = spawn.Process(target=serve, args=(args.mib << 20, config, addresses), daemon=True)
-        process.start()
-        try:
-            result = run(args.mib << 20, args.rounds, addresses.get(timeout=60), config)
-        finally:
-            process.terminate()
-            process.join(10)
-    show(result)
-    if args.json:
-        args.json.write_text(json.dumps({"gb_per_s": result, "mib": args.mib, "rounds": args.rounds}, indent=2))
+        with other_process(args.mib << 20, config) as addresses:
+            run(args, report, addresses, config)
+    report.save()
 
 
 if __name__ == "__main__":

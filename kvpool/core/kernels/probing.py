@@ -79,9 +79,12 @@ def _table_held(header: U64, version: np.uint64) -> bool:
 @njit
 def _search(
     number: int, low: np.uint64, high: np.uint64, header: U64, buckets: U32, entry_keys: U64, generations: U32,
-    states: U8, fidelities: U8, namespaces: U16, name_bytes: U16, retries: int,
+    states: U8, fidelities: U8, namespaces: U16, name_bytes: U16, objects: bool, retries: int,
 ) -> tuple[int, np.int64, np.uint32, int]:  # fmt: skip
-    """What is known of one key; for a hit its entry and generation; and the retries that are left."""
+    """What is known of one key; for a hit its entry and generation; and the retries that are left.
+
+    An object is a hit only if it is asked for: its whole name is to be compared.
+    """
     while True:
         version = load_acquire(header, TABLE_VERSION)
         entry = _locate(low, high, buckets, entry_keys)
@@ -95,7 +98,7 @@ def _search(
             named = name_bytes[entry] != 0
             fence_acquire()
             if load_acquire(generations, entry) == generation:
-                return (UNKNOWN if named else HIT), entry, generation, retries
+                return (UNKNOWN if named and not objects else HIT), entry, generation, retries
         elif _table_held(header, version):
             return MISS, np.int64(0), _ONE_32, retries
         if retries == 0:
@@ -116,7 +119,7 @@ def probe(
     for i in range(len(keys)):
         answers[i], _, _, retries = _search(
             number, keys[i, 0], keys[i, 1], header, buckets, entry_keys, generations, states, fidelities, namespaces,
-            name_bytes, retries,
+            name_bytes, False, retries,
         )  # fmt: skip
 
 
@@ -124,7 +127,8 @@ def probe(
 def find(
     number: int, keys: U64, header: U64, buckets: U32, entry_keys: U64, generations: U32, states: U8,
     fidelities: U8, namespaces: U16, name_bytes: U16, section_counts: U8, sizes: U64, offsets: U64, digests: U64,
-    data_bytes: int, answers: U8, found_entries: I64, found_generations: U32, found: U64, found_digests: U64,
+    data_bytes: int, objects: bool, answers: U8, found_entries: I64, found_generations: U32, found: U64,
+    found_digests: U64,
 ) -> None:  # fmt: skip
     """As `probe`, and for hits where the block lies; other rows are of no use.
 
@@ -132,7 +136,8 @@ def find(
         digests: (entries, sections).
         data_bytes: what does not lie inside of so many bytes is UNKNOWN.
         found_entries, found_generations: (n); what `confirm` needs.
-        found: (3, n): offsets, sizes and section counts.
+        objects: whether entries with names are hits; the caller then compares the names.
+        found: (4, n): offsets, sizes, section counts, and bytes of the names that lie behind the blocks.
         found_digests: (n, sections).
     """
     retries = RETRIES_MAX
@@ -140,21 +145,22 @@ def find(
     for i in range(len(keys)):
         answer, entry, generation, retries = _search(
             number, keys[i, 0], keys[i, 1], header, buckets, entry_keys, generations, states, fidelities, namespaces,
-            name_bytes, retries,
+            name_bytes, objects, retries,
         )  # fmt: skip
         found_entries[i], found_generations[i] = entry, generation
-        offset, size, sections = _ZERO_64, _ZERO_64, _ONE_64
+        offset, size, sections, named = _ZERO_64, _ZERO_64, _ONE_64, _ZERO_64
         if answer == HIT:
             offset, size, sections = offsets[entry], sizes[entry], np.uint64(section_counts[entry])
+            named = np.uint64(name_bytes[entry])
             for section in range(digests.shape[1]):
                 found_digests[i, section] = digests[entry, section]
-            inside = size <= room and offset <= room - size
+            inside = size <= room and named <= room - size and offset <= room - size - named
             cut = _ZERO_64 < sections <= width and size % sections == _ZERO_64
             fence_acquire()
             if not (inside and cut and load_acquire(generations, entry) == generation):
-                answer, offset, size, sections = UNKNOWN, _ZERO_64, _ZERO_64, _ONE_64
+                answer, offset, size, sections, named = UNKNOWN, _ZERO_64, _ZERO_64, _ONE_64, _ZERO_64
         answers[i] = answer
-        found[0, i], found[1, i], found[2, i] = offset, size, sections
+        found[0, i], found[1, i], found[2, i], found[3, i] = offset, size, sections, named
 
 
 @njit(nogil=True, cache=True)
@@ -197,6 +203,6 @@ def warm_up() -> None:
     searched, one = searched_arrays(arrays), np.zeros(1, dtype=np.uint8)
     keys, entries, generations = np.zeros((1, 2), np.uint64), np.zeros(1, np.int64), np.zeros(1, np.uint32)
     probe(0, keys, *searched, one)
-    found, digests = np.zeros((3, 1), np.uint64), np.zeros((1, 1), np.uint64)
-    find(0, keys, *searched, *described_arrays(arrays), 0, one, entries, generations, found, digests)
+    found, digests = np.zeros((4, 1), np.uint64), np.zeros((1, 1), np.uint64)
+    find(0, keys, *searched, *described_arrays(arrays), 0, False, one, entries, generations, found, digests)
     confirm(entries, generations, read_only(arrays.generations), arrays.touches, np.zeros(1, np.bool_))
