@@ -46,9 +46,19 @@ class BlockPool:
             blocks.append(block)
         return blocks
 
-    def block_of(self, key: bytes) -> int | None:
-        """The block with this key in the prefix cache. Changes nothing."""
-        return self._block_of.get(key)
+    def lendable(self, keys: Iterable[bytes]) -> dict[bytes, int]:
+        """Blocks by key, of those that are cached, as many as can be acquired without what is promised to others."""
+        found: dict[bytes, int] = {}
+        spare = self.available
+        for key in keys:
+            block = self._block_of.get(key)
+            if block is None or key in found:
+                continue
+            spare -= self._references[block] == 0
+            if spare < 0:
+                break
+            found[key] = block
+        return found
 
     def unreferenced(self, blocks: Iterable[int]) -> int:
         """How many of `blocks` would leave the free list if they were acquired."""

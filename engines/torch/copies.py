@@ -11,6 +11,8 @@ log = logging.getLogger(__name__)
 
 #: A copy that takes longer is complained about; a device that works needs milliseconds.
 COPY_SLOW_S = 30.0
+#: A wait looks up this often whether its owner closes.
+CLOSING_LOOK_S = 0.5
 
 
 def wait_for_copy(event: CopyEvent, closing: threading.Event) -> bool:
@@ -20,8 +22,12 @@ def wait_for_copy(event: CopyEvent, closing: threading.Event) -> bool:
     writes them after all. What a stuck device holds up is bounded by job slots and queues; requests end by their own
     deadlines.
     """
-    while not event.wait(COPY_SLOW_S):
+    waited_s = 0.0
+    while not event.wait(min(COPY_SLOW_S, CLOSING_LOOK_S)):
         if closing.is_set():
             return False
-        log.error("a copy is not over after %.0f s; its blocks stay lent", COPY_SLOW_S)
+        waited_s += CLOSING_LOOK_S
+        if waited_s >= COPY_SLOW_S:
+            waited_s = 0.0
+            log.error("a copy is not over after %.0f s; its blocks stay lent", COPY_SLOW_S)
     return True

@@ -16,14 +16,14 @@ from dataclasses import dataclass, replace
 from engines.torch import wire
 from engines.torch.counters import Counters
 from engines.torch.engine import Engine, monotonic_us
-from engines.torch.exposure import Exposure, ExposureMeter, exposure
+from engines.torch.exposure import ExposureMeter
 from engines.torch.holds import HoldSweeper
 from engines.torch.links import Links
 from engines.torch.publishing import Handoff, Publisher, PublishJob
-from engines.torch.pulling import Origin, Puller, PullJob
-from engines.torch.request import BlockSet, Finish, Load, Phase, Samples, StepEvent, Times
+from engines.torch.pulling import Puller, PullJob
+from engines.torch.record import Record
+from engines.torch.request import BlockSet, Finish, Load, Phase, Samples, StepEvent
 from engines.torch.service import Stream
-from kvpool.client import Hold
 from kvpool.core.errors import KvpoolError, Overloaded, UnknownRequest
 from kvpool.tiers.hbm import BlockMemory
 from kvpool.v1 import engine_pb2
@@ -45,23 +45,6 @@ class DispatchConfig:
     handoff_grace_s: float
     pull_s_max: float
     publish_jobs_max: int
-
-
-@dataclass(eq=False, slots=True)
-class _Record:
-    """A request under way here: computing, or only still publishing."""
-
-    stream: Stream
-    submit: engine_pb2.Submit
-    origins: tuple[Origin, ...] = ()
-    pull: PullJob | None = None
-    first_token_s: float = 0.0
-    swept: bool = False
-    exports: int = 0  # lent, not yet given back
-    published: int = 0
-    handoff: Handoff | None = None  # of a PREFILL request whose blocks somebody waits for
-    exposure: Exposure | None = None  # of a DECODE request, once both its blocks and its first token are here
-    last: StepEvent | None = None  # HANDED_OFF, to be told when the exports are back
 
 
 class Dispatcher:
@@ -105,8 +88,8 @@ class Dispatcher:
             jobs_max=config.publish_jobs_max,
         )
         self.exposures = ExposureMeter()
-        self._records: dict[str, _Record] = {}
-        self._lent: dict[PublishJob, _Record] = {}
+        self._records: dict[str, Record] = {}
+        self._lent: dict[PublishJob, Record] = {}
         self._pulling = self._lent_to_readers = 0
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
@@ -264,13 +247,11 @@ class Dispatcher:
         if old is not None:
             # Its computing is over, its name is taken: nothing more is said about it.
             old.last = None
-        self._records[submit.request_id] = _Record(stream, submit, wire.origins(submit), handoff=self._handoff(submit))
+        self._records[submit.request_id] = Record(stream, submit, wire.origins(submit), handoff=self._handoff(submit))
 
     def _handoff(self, submit: engine_pb2.Submit) -> Handoff | None:
-        asked = submit.handoff
-        if submit.phase != Phase.PREFILL or not (asked.request_id and asked.ttl_ms):
-            return None
-        return Handoff(self._target(submit), Hold(asked.request_id, asked.ttl_ms / 1000))
+        hold = wire.handoff_hold(submit)
+        return None if hold is None else Handoff(self._target(submit), hold)
 
     def _target(self, submit: engine_pb2.Submit) -> str:
         """Address to publish to."""
@@ -327,18 +308,10 @@ class Dispatcher:
             event = replace(event, finish=Finish.NONE)
         if event.finish is not Finish.NONE:
             if event.times is not None:
-                self._complete(event.times, record)
+                record.complete(event.times)
             self._count_end(event)
             self._forget(event.request_id, record)
         self._send(record.stream, wire.event(event))
-
-    def _complete(self, times: Times, record: _Record) -> None:
-        """Adds what only the I/O side knows."""
-        times.blocks_published = record.published
-        if record.handoff is not None:
-            times.publish_us = record.handoff.publish_us
-        if record.exposure is not None:
-            times.read_us, times.exposed_us = record.exposure.read_us, record.exposure.exposed_us
 
     def _count_end(self, event: StepEvent) -> None:
         if event.times is not None:
@@ -351,7 +324,7 @@ class Dispatcher:
             self._counters.add("requests_handed_off")
             self._counters.add("handoff_publish_us", event.times.publish_us if event.times is not None else 0)
 
-    def _forget(self, request_id: str, record: _Record) -> None:
+    def _forget(self, request_id: str, record: Record) -> None:
         """Nothing more is said about a request. What it publishes goes on, unless it was aborted."""
         if self._records.get(request_id) is record:
             del self._records[request_id]
@@ -390,17 +363,14 @@ class Dispatcher:
         if record is not None and record.pull is job:
             self._measure_exposure(record)
 
-    def _measure_exposure(self, record: _Record) -> None:
-        """Once, when what was handed off and the first token are both here: whatever comes last decides."""
-        job = record.pull
-        if job is None or not (job.handoff and job.ended_s and record.first_token_s) or record.exposure is not None:
-            return
-        record.exposure = exposure(job.reads, record.first_token_s, job.ended_s)
-        self.exposures.add(record.exposure)
-        self._counters.add("handoff_read_us", record.exposure.read_us)
-        self._counters.add("handoff_exposed_us", record.exposure.exposed_us)
+    def _measure_exposure(self, record: Record) -> None:
+        exposed = record.measure_exposure()
+        if exposed is not None:
+            self.exposures.add(exposed)
+            self._counters.add("handoff_read_us", exposed.read_us)
+            self._counters.add("handoff_exposed_us", exposed.exposed_us)
 
-    def _sweep(self, record: _Record) -> None:
+    def _sweep(self, record: Record) -> None:
         """Arranges that the hand-off's holds are freed, once by when its blocks are all published, or never will be."""
         submit = record.submit
         if submit.phase == Phase.DECODE and submit.handoff_source and submit.handoff.request_id and not record.swept:

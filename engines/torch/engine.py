@@ -18,20 +18,12 @@ from engines.torch.cache import BlockPool
 from engines.torch.limits import EngineConfig
 from engines.torch.metering import Meter
 from engines.torch.model import LoadedModel
-from engines.torch.request import (
-    BlockSet,
-    Finish,
-    Load,
-    Phase,
-    Request,
-    Samples,
-    StepEvent,
-)
+from engines.torch.request import BlockSet, Finish, Load, Phase, Request, Samples, StepEvent
 from engines.torch.sampling import Draw, Drawn, sample
 from engines.torch.sequence import Sequence as Running
 from engines.torch.sequence import State
 from kvpool.core.errors import BadArgument, Overloaded, UnknownRequest
-from kvpool.core.ids import KEY_BYTES, KeyArray
+from kvpool.core.ids import KeyArray, unpack_keys
 
 #: Part of cache and batch that requests without their first token may hold together.
 WAITING_SHARE = 0.5
@@ -144,17 +136,9 @@ class Engine:
 
     def lend_cached(self, keys: Sequence[bytes]) -> BlockSet:
         """Lends those blocks of the prefix cache that are there, for reading; ends with `export_ended`."""
-        found: dict[bytes, int] = {}
-        spare = self.pool.available  # what is promised to requests is not lent
-        for key in keys:
-            block = self.pool.block_of(key)
-            if block is None or key in found:
-                continue
-            spare -= self.pool.unreferenced([block])
-            if spare < 0:
-                break
-            found[key] = block
-        return self._lend_blocks(BlockSet("", 0, _unpacked(b"".join(found)), np.array([*found.values()], np.int64)))
+        found = self.pool.lendable(keys)
+        blocks = np.fromiter(found.values(), dtype=np.int64, count=len(found))
+        return self._lend_blocks(BlockSet("", 0, unpack_keys(b"".join(found)), blocks))
 
     # ---------------------------------------------------------------- step
 
@@ -399,25 +383,16 @@ class Engine:
         sequence.exported = full
         self._exports.append(self._lend(sequence, first, end, sequence.packed_keys(first, full, bool(tail)), tail))
 
-    def _following(self, sequence: Running) -> bytes:
-        """Keys of the blocks that the next chunk of a PREFILL request will finish."""
-        if sequence.request.phase is not Phase.PREFILL or sequence.computed >= sequence.prompt_tokens:
-            return b""
-        size, prompt = self.config.block_tokens, sequence.prompt_tokens
-        end = batching.chunk_end(sequence.computed, prompt, self.config.chunk_tokens)
-        with_tail = end == prompt and prompt % size > 0
-        return sequence.packed_keys(sequence.computed // size, end // size, with_tail)
-
     def _lend(self, sequence: Running, first: int, end: int, keys: bytes, tail: int) -> BlockSet:
         return self._lend_blocks(
             BlockSet(
                 sequence.request.id,
                 first,
-                _unpacked(keys),
+                unpack_keys(keys),
                 np.array(sequence.blocks[first:end], dtype=np.int64),
                 tail,
                 parent=sequence.keys[first - 1] if first else b"",
-                following=_unpacked(self._following(sequence)),
+                following=unpack_keys(sequence.following_keys(self.config.chunk_tokens)),
             )
         )
 
@@ -451,7 +426,3 @@ class Engine:
         self.pool.release(sequence.blocks)
         self.pool.unpromise(sequence.promised)
         sequence.blocks, sequence.promised = [], 0
-
-
-def _unpacked(keys: bytes) -> KeyArray:
-    return np.frombuffer(keys, dtype=np.uint8).reshape(-1, KEY_BYTES)

@@ -24,7 +24,7 @@ from kvpool.core.results import SourceConfig
 from kvpool.core.source import SourceCore
 from kvpool.service import wire
 from kvpool.service.announcer import SourceFacts
-from kvpool.service.block_source import BlockSourceServicer
+from kvpool.service.block_source import BlockSourceServicer, ChannelServer
 from kvpool.service.grants import Grants
 from kvpool.service.node import warm_up
 from kvpool.service.offers import ShmOffer, TcpOffer
@@ -169,7 +169,7 @@ class HbmSource:
         sessions = Sessions(driver, grants, [server], WriterTable(segment, WRITERS_MAX))
         self._cleanup.push_async_callback(sessions.close)
         port = server.address.rpartition(":")[2]
-        offers = [ReadOnlyShmOffer(segment), TcpOffer(server, f"{config.public_host}:{port}")]
+        offers: list[ChannelServer] = [ReadOnlyShmOffer(segment), TcpOffer(server, f"{config.public_host}:{port}")]
         servicer = ReadOnlyServicer(driver, sessions, grants, segment.data, self._facts, offers, PING_INTERVAL_S, tier)
         servicer.namespace = self._spec.id()
         self._tier, self._servicer = tier, servicer

@@ -7,6 +7,7 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.torch.batching import chunk_end
 from engines.torch.request import BlockSet, Phase, Request, Times
 from kvpool.core.hashing import block_keys, tail_key
 
@@ -87,6 +88,14 @@ class Sequence:
     def packed_keys(self, first: int, end: int, with_tail: bool) -> bytes:
         """Keys of blocks [first, end) of known tokens, then of the prompt's partial last block, 16 bytes each."""
         return b"".join(self.keys[first:end]) + (self._tail_key() if with_tail else b"")
+
+    def following_keys(self, chunk_tokens: int) -> bytes:
+        """Keys of the blocks that the next chunk of a PREFILL request will finish, 16 bytes each."""
+        if self.request.phase is not Phase.PREFILL or self.computed >= self.prompt_tokens:
+            return b""
+        size, prompt = self._block_tokens, self.prompt_tokens
+        end = chunk_end(self.computed, prompt, chunk_tokens)
+        return self.packed_keys(self.computed // size, end // size, end == prompt and prompt % size > 0)
 
     def _tail_key(self) -> bytes:
         end = self.prompt_tokens

@@ -7,6 +7,7 @@ import numpy as np
 from engines.torch.links import LinkSample
 from engines.torch.pulling import Origin
 from engines.torch.request import Finish, Phase, Request, Samples, Sampling, StepEvent, Times
+from kvpool.client import Hold
 from kvpool.core.errors import BadArgument, NamespaceMismatch
 from kvpool.core.hashing import block_keys, tail_key
 from kvpool.core.ids import KeyArray
@@ -32,6 +33,14 @@ def prompt_keys(submit: engine_pb2.Submit, block_tokens: int, hash_name: str) ->
         return keys
     parent = keys[-1].tobytes() if len(keys) else submit.root_key
     return np.concatenate([keys, np.frombuffer(tail_key(parent, tail, hash_name), dtype=np.uint8)[None]])
+
+
+def handoff_hold(submit: engine_pb2.Submit) -> Hold | None:
+    """What a PREFILL request puts on the blocks that it publishes."""
+    asked = submit.handoff
+    if submit.phase != Phase.PREFILL or not (asked.request_id and asked.ttl_ms):
+        return None
+    return Hold(asked.request_id, asked.ttl_ms / 1000)
 
 
 def request(submit: engine_pb2.Submit, namespace: NamespaceSpec, *, now_us: int, pool: bool) -> Request:

@@ -20,6 +20,7 @@ from engines.torch.hbm import block_memory
 from engines.torch.hbm_source import HbmSource, StagingConfig
 from engines.torch.limits import EngineConfig
 from engines.torch.links import Links
+from engines.torch.metrics import serve_metrics
 from engines.torch.model import LoadedModel, load_model
 from engines.torch.reports import HbmAnnouncements, NodeWatch, SchedulerLink
 from engines.torch.service import EngineServer, Stream
@@ -68,7 +69,8 @@ class WorkerConfig:
     handoff_grace_s: float = 1.0  # DECODE: how long blocks may still appear after the first token
     pull_s_max: float = 300.0  # DECODE: how long to wait for blocks at most; then they are computed
     publish_jobs_max: int = 1024  # batches of blocks that wait to be published; more are given up
-    hbm_staging_bytes: int = 64 << 20  # of host memory, through which others pull blocks of this HBM; 0 = they can't
+    hbm_staging_bytes: int = 0  # of host memory, through which others pull blocks of this HBM; 0 = they can't
+    metrics_port: int = 0  # of Prometheus metrics over HTTP; 0 = none
     segment_dir: str = "/dev/shm"  # where that memory lies; where there is no room the HBM is no source
 
     def engine(self) -> EngineConfig:
@@ -128,16 +130,21 @@ class EngineWorker:
         self._watch: NodeWatch | None = None
         self._link: SchedulerLink | None = None
         self._hbm: HbmAnnouncements | None = None
+        self._stop_metrics: Callable[[], None] | None = None
         self._draining = threading.Event()
 
     # ------------------------------------------------------------ life
 
     def start(self) -> None:
-        """Serves from its return on. Raises: Unavailable if the address can't be bound."""
+        """Serves from its return on. Raises: Unavailable if an address can't be bound."""
         if self.config.warm_up:
             self._dispatcher.keep_samples(warm_up(self.engine))
         self._server.start()
         self._dispatcher.start()
+        if self.config.metrics_port:
+            _, self._stop_metrics = serve_metrics(
+                self.config.metrics_port, self.config.instance_id, self.counters, self.exposures
+            )
         if self.config.node:
             self._watch = NodeWatch(self._ask_node, self._on_node_found)
             self._watch.start()
@@ -162,6 +169,8 @@ class EngineWorker:
         for line in (self._link, self._hbm, self._watch):
             if line is not None:
                 line.close()
+        if self._stop_metrics is not None:
+            self._stop_metrics()
         self._server.close()
         self._dispatcher.close()
         self._links.close()

@@ -130,7 +130,8 @@ class Holds:
             assert handoff.entries
             np.add.at(pins, list(handoff.entries), 1)
         assert (leases == self.lease_counts).all() and (pins == self.pin_counts).all()
-        assert self.rows == sum(len(h.entries) for h in [*self.leases.values(), *self.pins.values()])
+        rows = sum(len(lease.entries) for lease in self.leases.values())
+        assert self.rows == rows + sum(len(pin.entries) for pin in self.pins.values())
         assert self.detached == sum(not pin.session for pin in self.pins.values())
 
     def _number(self) -> int:

@@ -62,10 +62,16 @@ class Outcome:
         self.fidelities: NDArray[np.uint8] = np.zeros(count, dtype=np.uint8)
         self.shared: Bools = np.zeros(count, dtype=np.bool_)  # read without a call
         self.kind = "shm"
+        self.bytes = 0  # of what was found, once all is known
 
-    @property
-    def bytes(self) -> int:
-        return int(self.sizes[self.found].sum(dtype=np.uint64))
+    def count(self) -> dict[str, int]:
+        """What is counted of a read, once all is known."""
+        found = int(np.count_nonzero(self.found))
+        self.bytes = int((self.sizes if found == len(self.found) else self.sizes[self.found]).sum())
+        return {
+            "bytes_read": self.bytes, "digest_errors": int(np.count_nonzero(self.corrupt)), "hits": found,
+            "misses": len(self.found) - found, "hits_shared": int(np.count_nonzero(self.shared)),
+        }  # fmt: skip
 
 
 class ReadingCalls(SourceCalls):
@@ -83,13 +89,10 @@ class ReadingCalls(SourceCalls):
             self._read_leased(request, provide, outcome, left, begin_s)
         elif request.handoff:
             self._free_handoff(session, request)
-        found = int(outcome.found.sum())
-        self._count(
-            bytes_read=outcome.bytes, digest_errors=int(outcome.corrupt.sum()), hits=found,
-            misses=len(request.keys) - found, hits_shared=int(outcome.shared.sum()),
-        )  # fmt: skip
-        if outcome.corrupt.any():
-            log.error("%d blocks from %s failed their digest", int(outcome.corrupt.sum()), self.address)
+        counts = outcome.count()
+        self._count(**counts)
+        if counts["digest_errors"]:
+            log.error("%d blocks from %s failed their digest", counts["digest_errors"], self.address)
         return outcome
 
     # ------------------------------------------------------------ without a call
@@ -125,15 +128,14 @@ class ReadingCalls(SourceCalls):
         found = session.shared.find(number, keys, names)
         rows = np.flatnonzero(found.hit)
         if len(rows):
-            memory, places = provide(rows, found.sizes[rows])
+            hits = found if len(rows) == len(found) else found.take(rows)
+            memory, places = provide(rows, hits.sizes)
             begin_s = time.monotonic()
-            good = session.shared.read(
-                found.take(rows), memory, places, verify=request.verify, deadline_s=request.ttl_s
-            )
-            self._measured(session, int(found.sizes[rows].sum(dtype=np.uint64)), time.monotonic() - begin_s)
+            good = session.shared.read(hits, memory, places, verify=request.verify, deadline_s=request.ttl_s)
+            self._measured(session, int(hits.sizes.sum()), time.monotonic() - begin_s)
             taken = rows[good]
             outcome.found[taken] = outcome.shared[taken] = True
-            outcome.sizes[taken] = found.sizes[taken]
+            outcome.sizes[taken] = hits.sizes[good]
             outcome.fidelities[taken] = int(Fidelity.EXACT)
         settled = outcome.found if session.shared.has_lower_tier else outcome.found | found.definite_miss
         return np.flatnonzero(~settled)

@@ -1,5 +1,6 @@
 """Keys and digests: bit-exact with the xxhash library, equal to the committed vectors, strict about their input."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from kvpool.core.hashing import (
     Extras,
     block_digests,
     block_keys,
+    object_key,
     root_key,
     section_digest,
     section_seed,

@@ -41,6 +41,26 @@ def test_a_cold_class_does_not_take_hot_spans() -> None:
     assert sorted(c.removed()) == [10, 11, 12, 13], "by now the small ones are colder"
 
 
+def test_a_span_with_one_cold_block_among_hot_ones_stays() -> None:
+    c = Client(2, sizes=(QUARTER, 2 * QUARTER))
+    c.put(20, 21, size=2 * QUARTER)
+    c.put(1, 2, 3, 4, size=QUARTER)
+    c.core.release(c.session, [c.lease(20)], 0)
+    c.core.take_changes()
+    c.put(5, size=QUARTER)
+    assert c.removed() == [4], "21 is the coldest of all, but its slot alone is of no use; 1 to 3 need not go"
+
+
+def test_what_one_call_has_taken_already_is_no_room_for_the_rest_of_it() -> None:
+    c = Client(8)
+    c.put(*range(8))
+    reserved = c.put_objects("a", "b", "c", sizes=[2 * PAGE - 1, 3 * PAGE - 1, PAGE])
+    assert (reserved.status == ReserveStatus.RESERVED).all()
+    ends = reserved.slots.offsets + reserved.slots.sizes + np.uint64(1)
+    order = np.argsort(reserved.slots.offsets)
+    assert (ends[order][:-1] <= reserved.slots.offsets[order][1:]).all()
+
+
 def test_what_can_not_be_had_evicts_nobody() -> None:
     c = Client(8, sizes=(PAGE, 4 * PAGE))
     c.put(*range(8))

@@ -615,7 +615,7 @@ class S3FifoMachine(SourceMachine):
 
 #: Shrinking a long history takes minutes: a failure is printed as it was found.
 ROUNDS = settings(
-    max_examples=40,
+    max_examples=30,
     stateful_step_count=50,
     deadline=None,
     phases=(Phase.explicit, Phase.reuse, Phase.generate),

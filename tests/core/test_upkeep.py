@@ -348,6 +348,16 @@ def test_blocks_are_offered_for_demotion_in_the_order_in_which_they_would_go() -
     assert (c.core.counts().evictions, c.core.counts().evictions_unsaved) == (2, 1)
 
 
+def test_a_block_that_is_written_again_is_not_taken_for_one_that_is_below() -> None:
+    c = Client(4, entries=1)
+    c.put(1)
+    c.core.mark_lower(keys_of(1), True)
+    c.core.remove(c.namespace, keys_of(1), 0)
+    c.put(2)
+    assert [key.tobytes() for key in c.core.demotion_candidates(1 << 30, 9).keys] == [keys_of(2).tobytes()]
+    assert not c.core.records_of(keys_of(2))[0].on_lower
+
+
 def test_the_index_says_that_there_is_a_lower_tier() -> None:
     c = Client(4)
     c.core.set_lower_tier(True)

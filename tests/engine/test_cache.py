@@ -110,3 +110,22 @@ class PoolMachine(RuleBasedStateMachine):
 
 PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestPool = PoolMachine.TestCase
+
+
+def test_what_is_promised_is_not_lent() -> None:
+    pool = BlockPool(4)
+    pool.promise(3)
+    blocks = [pool.allocate() for _ in range(3)]
+    keys = [bytes([i]) * 16 for i in range(3)]
+    for block, key in zip(blocks, keys, strict=True):
+        pool.register(block, key)
+    pool.release(blocks[:2])
+    pool.promise(2)
+    # One spare block; the one that somebody references already costs nothing.
+    assert pool.lendable([keys[2], keys[0], keys[1], b"x" * 16]) == {keys[2]: blocks[2], keys[0]: blocks[0]}
+    assert pool.lendable([keys[0], keys[0]]) == {keys[0]: blocks[0]} and pool.lendable([b"x" * 16]) == {}
+    lent = list(pool.lendable(keys[:1]).values())
+    pool.acquire(lent)
+    pool.check_invariants()
+    assert pool.available == 0 and [pool.allocate() for _ in range(2)]
+    pool.check_invariants()

@@ -5,13 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent import futures
+from pathlib import Path
 
 import grpc
 import pytest
 
 from engines.torch.model import LoadedModel
 from engines.torch.reports import NodeWatch
+from kvpool.client import PoolClient
 from kvpool.core.errors import Unavailable
+from kvpool.core.ids import Tier
 from kvpool.v1 import directory_pb2, directory_pb2_grpc, scheduler_pb2, scheduler_pb2_grpc
 
 from .driving import prompt
@@ -103,6 +106,17 @@ def test_a_worker_reports_and_announces(llama: LoadedModel, recorder: tuple[Reco
             gateway.submit("s", prompt(2, 20))
             assert len(gateway.tokens("s")) == 12
     assert restarted.ended.wait(5), "a worker that stops leaves at once"
+
+
+def test_an_hbm_that_can_be_read_is_announced_with_its_address(
+    llama: LoadedModel, recorder: tuple[Recorder, str, list[grpc.Server]], tmp_path: Path
+) -> None:
+    heard, address, _ = recorder
+    own = worker(llama, "w8", scheduler=address, hbm_staging_bytes=1 << 20, segment_dir=str(tmp_path))
+    with own, PoolClient(own.address) as client:
+        assert own.wait_joined(20) and heard.hello is not None
+        assert heard.hello.address == own.address and heard.hello.tier == Tier.HBM
+        assert client.source_id == heard.hello.source_id and client.epoch == heard.hello.epoch
 
 
 def test_a_late_node_is_found(llama: LoadedModel) -> None:

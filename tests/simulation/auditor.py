@@ -36,6 +36,17 @@ class Put:
 
 
 @dataclass(eq=False, slots=True)
+class Removal:
+    """Items, by number, that somebody wants removed; it takes effect at some time before it is acknowledged."""
+
+    numbers: list[int]
+    acknowledged_at: int | None = None
+
+    def may_be_after(self, at: int) -> bool:
+        return self.acknowledged_at is None or self.acknowledged_at > at
+
+
+@dataclass(eq=False, slots=True)
 class Grant:
     """Bytes that somebody was told he may write, in one memory, until he has stopped for good."""
 
@@ -93,9 +104,7 @@ class Auditor:
 
     # ------------------------------------------------------------ reads
 
-    def read(
-        self, source: str, item: Item, content: Bytes, begun: int, fidelity_min: Fidelity, *, how: str
-    ) -> None:
+    def read(self, source: str, item: Item, content: Bytes, begun: int, fidelity_min: Fidelity, *, how: str) -> None:
         """A read that began at `begun` says that this is the content. Raises: Violation."""
         self.reads += 1
         at = self.now()

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from tests.simulation.client import Client
-
 if TYPE_CHECKING:
+    from tests.simulation.client import Client
     from tests.simulation.node import Node
     from tests.simulation.world import World
 
@@ -25,16 +24,19 @@ class Chaos:
         )  # fmt: skip
 
     async def run(self) -> None:
-        weights = [weight for _, weight in self._faults]
         while self._world.faults and self._world.steps_left > 0:
             await asyncio.sleep(self._rng.random() * self._rest_s)
             if not self._world.faults:
                 return
-            fault = self._rng.choices(self._faults, weights)[0][0]
-            fault(self._rng.choice(self._world.nodes))
-            for node in self._world.nodes:
-                if not node.alive:
-                    self._world.later(1.0, lambda node=node: self.restart(node))  # type: ignore[misc]
+            self.strike(self._rng.choice(self._world.nodes))
+
+    def strike(self, node: Node) -> None:
+        """One fault; what is down comes up again some time later."""
+        weights = [weight for _, weight in self._faults]
+        self._rng.choices(self._faults, weights)[0][0](node)
+        for other in self._world.nodes:
+            if not other.alive:
+                self._world.later(1.0, lambda other=other: self.restart(other))  # type: ignore[misc]
 
     def restart(self, node: Node) -> None:
         if node.alive:
@@ -101,10 +103,14 @@ class Chaos:
 
     def harm_memory(self, node: Node) -> None:
         memory = node.memory
-        if memory is not None and self._rng.random() < 0.5:
+        if memory is not None:
             at = self._rng.randrange(len(memory.data))
+            if node.alive and len(readable := node.readable()):
+                entry = self._rng.choice(readable.tolist())
+                at = int(node.core.arrays.offsets[entry]) + self._rng.randrange(int(node.core.arrays.sizes[entry]))
             memory.data[at] ^= 1 << self._rng.randrange(8)
             memory.harmed[at] = None
+            node.harmed = True
             self._world.note(f"byte {at} of {node.name}'s memory is harmed")
 
     def harm_disk(self, node: Node) -> None:
@@ -115,7 +121,7 @@ class Chaos:
             for data in (inode.current, inode.durable):
                 if at < len(data):
                     data[at] ^= 1 << self._rng.randrange(8)
-            node.disk_harmed = True
+            node.harmed = True
             self._world.note(f"a byte of {node.name}'s disk is harmed")
 
     def cut_power_while_writing(self, node: Node) -> None:

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 #: What clients do, and how often.
 ACTIONS = (
-    (writing.put, 34), (reading.get, 34), (reading.get_twice, 3), (writing.copy, 4), (operating.remove, 7),
+    (writing.put, 34), (reading.get, 34), (reading.get_twice, 3), (writing.copy, 4), (operating.remove, 6),
     (operating.hold, 5), (operating.wait, 3), (operating.evict, 4), (operating.set_quota, 2), (operating.drain, 1),
-    (operating.reconnect, 2),
+    (operating.reconnect, 2), (operating.remove_beside_read, 3),
 )  # fmt: skip
 _WEIGHTS = [weight for _, weight in ACTIONS]
 
@@ -32,6 +32,7 @@ class Client:
         self.world, self.name, self.home = world, name, home
         self.life = Life(world.loop, self)
         self.links: dict[str, Link] = {}
+        self.all_links: list[Link] = []
         self.tasks: list[asyncio.Task[None]] = []
 
     def begin(self) -> None:
@@ -43,6 +44,7 @@ class Client:
         link = self.links.get(node.name)
         if link is None or link.lost:
             link = self.links[node.name] = Link(self, node)
+            self.all_links.append(link)
         return link
 
     def choose(self) -> Node:
@@ -61,7 +63,7 @@ class Client:
             return
         self.world.note(f"{self.name} is killed")
         self.life.kill()
-        for link in self.links.values():
+        for link in self.all_links:
             link.die()
 
     async def _act_on(self) -> None:

@@ -82,5 +82,3 @@ def group_of(spec: int) -> GroupSpec | None:
 def sections_of(spec: int) -> int:
     group = group_of(spec)
     return group.section_count if group is not None else 1
-
-

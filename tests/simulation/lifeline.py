@@ -1,4 +1,4 @@
-"""The line from a source to the directory: the real log of events and the real directory, with a bad network between."""
+"""The line from a source to the directory: the real log of events, the real directory, a bad network between."""
 
 from __future__ import annotations
 

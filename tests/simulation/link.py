@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Link:
-    """`local`: the client has mapped the node's memory, and writes it itself. `lost`: it knows that the session ended."""
+    """`local`: the client has mapped the memory, and writes it itself. `lost`: it knows that the session ended."""
 
     def __init__(self, client: Client, node: Node) -> None:
         """Raises: Unavailable, Overloaded."""

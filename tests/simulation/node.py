@@ -26,7 +26,7 @@ from kvpool.service.source_driver import SourceDriver
 from kvpool.service.ssd_tier import SsdTier
 from kvpool.tiers.ssd.store import SsdStore
 from tests.simulation import disk
-from tests.simulation.auditor import Violation
+from tests.simulation.auditor import Removal, Violation
 from tests.simulation.content import IDS, SPECS
 from tests.simulation.lifeline import LifeLine
 from tests.simulation.loop import LIFE, Killed, Life
@@ -115,7 +115,7 @@ class DrainableGrants(Grants):
     async def drained(self, reservations: list[int], timeout_s: float) -> bool:
         loop = asyncio.get_running_loop()
         end_s = loop.time() + timeout_s
-        while self.busy(reservations) and loop.time() < end_s:
+        while self.busy(reservations) and loop.time() < end_s:  # noqa: ASYNC110 - threads tell nobody
             await asyncio.sleep(0.01)
         return not self.busy(reservations)
 
@@ -129,9 +129,7 @@ class Node:
 
     _epochs = itertools.count(1)
 
-    def __init__(
-        self, world: World, name: str, *, pages: int, entries: int, eviction: str, ssd_segments: int
-    ) -> None:
+    def __init__(self, world: World, name: str, *, pages: int, entries: int, eviction: str, ssd_segments: int) -> None:
         self.world, self.name = world, name
         self.config = SourceConfig(
             capacity_bytes=pages * 4096, entries_max=entries, eviction=eviction, unit_bytes=4096,
@@ -142,9 +140,10 @@ class Node:
         self.files = CrashFiles(direct=False)
         self.life: Life | None = None
         self.crashes = 0
-        self.disk_harmed = False
-        #: What was asked to be removed: (when that began, numbers of items); and items that may be replaced in place.
-        self.removals: list[tuple[int, list[int]]] = []
+        #: Whether bits of its disk ever changed, or of its memory, which may have been copied to the disk as they were.
+        self.harmed = False
+        #: What was asked to be removed, and numbers of items that may be replaced in place.
+        self.removals: list[Removal] = []
         self.replaced: dict[int, None] = {}
         #: Keys on the SSD when the last process died.
         self._durable: frozenset[bytes] = frozenset()
@@ -195,7 +194,7 @@ class Node:
     def _open_store(self) -> SsdStore:
         store = disk.open_store(self.files, self.ssd_segments)
         missing = self._durable - disk.listed(store)
-        if missing and not self.disk_harmed:
+        if missing and not self.harmed:
             raise Violation(f"{self.name}: {len(missing)} keys that the SSD had acknowledged are lost")
         return store
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from kvpool.core.ids import Fidelity
+from kvpool.core.waits import WaitState
 from kvpool.v1 import block_source_pb2 as pb
-from tests.simulation.auditor import Violation
-from tests.simulation.content import IDS, ITEMS, Item, key_array
+from tests.simulation import reading
+from tests.simulation.auditor import Removal, Violation
+from tests.simulation.content import ALL_ITEMS, IDS, ITEMS, Item, key_array
 from tests.simulation.link import Link
-from tests.simulation.writing import key_list
+from tests.simulation.writing import key_list, put_versions
 
 if TYPE_CHECKING:
     from tests.simulation.client import Client
@@ -30,13 +33,35 @@ async def remove(client: Client) -> None:
         numbers = [item.number for item in ITEMS[spec] if item.name.startswith(request.name_prefix)]
     else:
         request.keys.CopyFrom(key_list(items))
-    node = link.node
+    await _remove(link, [item for item in ALL_ITEMS if item.number in numbers], request)
+
+
+async def _remove(link: Link, items: list[Item], request: pb.RemoveRequest) -> None:
+    world, node, numbers = link.client.world, link.node, [item.number for item in items]
     begun = world.auditor.now()
-    node.removals.append((begun, numbers))
+    removal = Removal(numbers)
+    node.removals.append(removal)
     await link.call("Remove", request)
+    removal.acknowledged_at = world.auditor.now()
     world.auditor.removal_acknowledged(node.name, begun, lambda item: item.number in numbers)
-    world.note(f"{client.name} has removed {numbers} from {node.name}")
+    world.note(f"{link.client.name} has removed {numbers} from {node.name}")
     world.count("removals")
+
+
+async def remove_beside_read(client: Client) -> None:
+    """Somebody removes what somebody else is bringing up from a lower tier."""
+    world, link, items = client.world, client.link(client.choose()), client.choose_items()
+    node = link.node
+    if node.ssd_segments:
+        # Long enough for copies of it to be made.
+        versions = [world.next_version() if item.is_object else 0 for item in items]
+        await put_versions(link, items, versions, Fidelity.EXACT)
+        await asyncio.sleep(world.rng.random())
+    node.now_or_never(lambda now: node.core.evict_keys(IDS[items[0].spec], key_array(items), now))
+    reading_on = world.spawn(reading.read_quietly(link, items), client.life.context)
+    await world.pause(0.3)
+    await _remove(link, items, pb.RemoveRequest(namespace_id=IDS[items[0].spec], keys=key_list(items)))
+    await reading_on
 
 
 async def evict(client: Client) -> None:
@@ -76,7 +101,7 @@ def _check_held(link: Link, pinned: list[Item], begun: int) -> None:
     node = link.node
     there = node.core.lookup(IDS[pinned[0].spec], key_array(pinned))
     for item, found in zip(pinned, there.tolist(), strict=True):
-        removed = any(at > begun and item.number in numbers for at, numbers in node.removals)
+        removed = any(removal.may_be_after(begun) and item.number in removal.numbers for removal in node.removals)
         if not found and not removed and not link.memory.harmed and item.number not in node.replaced:
             raise Violation(f"{item} of {node.name} is gone, though {link.client.name} has pinned it")
 
@@ -103,9 +128,8 @@ async def wait(client: Client) -> None:
 
     async def follow() -> None:
         async for reply in link.node.servicer.Await(request, _Context()):
-            for index, state in zip(reply.indices, reply.states, strict=True):
-                if state != 4:
-                    told[index] = state
+            final = zip(reply.indices, reply.states, strict=True)
+            told.update((index, state) for index, state in final if state != WaitState.SECTION)
 
     await link.life.call(follow())
     if world.loop.time() - begin_s > deadline_ms / 1000 + 2.0:

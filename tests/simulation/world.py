@@ -1,4 +1,4 @@
-"""One history of the whole pool: a seed draws the nodes, the clients, what they do, what goes wrong, and in which order.
+"""One history of the whole pool: a seed draws nodes, clients, what they do, what goes wrong, and in which order.
 
 Everything runs in one thread under simulated time. Nodes are the real ones, from the servicer down; the network, the
 memory, the disk and the threads are simulated. `Auditor` judges what was read; at the end all faults stop, and whatever
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import functools
 import logging
 import random
 from collections.abc import Callable, Iterator
@@ -19,10 +20,13 @@ from typing import Any
 import numpy as np
 
 from kvpool.core.directory import Directory
+from kvpool.core.namespace import NamespaceSpec
 from kvpool.service import sessions, source_driver, ssd_tier
 from tests.simulation import disk
 from tests.simulation.auditor import Auditor, Violation
+from tests.simulation.chaos import Chaos
 from tests.simulation.client import Client
+from tests.simulation.epilogue import epilogue
 from tests.simulation.loop import LIFE, Killed, Life, SimulatedLoop
 from tests.simulation.memory import Locks, Proof
 from tests.simulation.node import Node
@@ -39,7 +43,7 @@ class Plan:
     between two checks of its invariants; 0 = never."""
 
     steps: int = 60
-    check_every: int = 25
+    check_every: int = 40
     trace: bool = False
     ssd: bool | None = None
 
@@ -126,20 +130,11 @@ class World:
 
     def run(self) -> None:
         """Raises: Violation, or whatever else failed."""
-        with _in_place(self):
-            try:
-                self.loop.run_until_complete(self._play())
-            finally:
-                self.loop.unwind()
-                self.loop.close()
+        with in_place(self):
+            self.loop.run_until_complete(self._play())
 
     async def _play(self) -> None:
-        from tests.simulation.chaos import Chaos
-        from tests.simulation.epilogue import epilogue
-
-        self.loop.set_exception_handler(self._lost)
-        for node in self.nodes:
-            node.start()
+        self.begin()
         for _ in range(self.rng.randint(2, 4)):
             self.new_client()
         chaos = Chaos(self)
@@ -149,24 +144,37 @@ class World:
             await asyncio.sleep(0.25)
             if self.loop.time() > end_s:
                 raise Violation("the clients do not get on")
-        self._check()
+        await self.end(chaos)
+
+    def begin(self) -> None:
+        """In the loop: all nodes start."""
+        self.loop.set_exception_handler(self._lost)
+        for node in self.nodes:
+            node.start()
+
+    async def end(self, chaos: Chaos) -> None:
+        """Raises: Violation, or what failed before."""
+        self.check()
         await epilogue(self, chaos)
-        self._check()
+        self.check()
 
     def _lost(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception") or Violation(str(context))
         if not isinstance(error, Killed):
             self.fail(error)
 
-    def _check(self) -> None:
+    def check(self) -> None:
         if self.failure is not None:
             raise self.failure
 
-    def new_client(self) -> None:
+    def new_client(self, *, acts: bool = True) -> Client:
+        """Args: acts: by itself, as long as there are steps left."""
         home = self.rng.choice([*self.nodes, None])
         client = Client(self, f"c{len(self.clients)}", home)
         self.clients.append(client)
-        client.begin()
+        if acts:
+            client.begin()
+        return client
 
 
 # ---------------------------------------------------------------- the real modules in this world
@@ -184,19 +192,25 @@ async def _in_thread(call: Callable[..., Any], *args: object) -> Any:
     world = here()
     life = LIFE.get()
     await world.pause(0.1)
-    result = call(*args)
-    node = life.owner if life is not None else None
-    if isinstance(node, Node) and not life.dead:
-        if node.files.steps == 0:
-            if world.rng.random() < 0.5:
-                node.reboot()
-            else:
-                node.kill("in the middle of a write to its disk")
-            raise Killed
-        if node.store is not None and world.rng.random() < 0.2:
-            disk.idle(node.store)
-    await world.pause(0.1)
-    return result
+    try:
+        return call(*args)
+    finally:
+        node = life.owner if life is not None else None
+        if isinstance(node, Node) and life is not None and not life.dead:
+            _after_disk(world, node)
+        await world.pause(0.1)
+
+
+def _after_disk(world: World, node: Node) -> None:
+    """Raises: Killed where the power went while the disk was written."""
+    if node.files.steps == 0:
+        if world.rng.random() < 0.5:
+            node.reboot()
+        else:
+            node.kill("in the middle of a write to its disk")
+        raise Killed
+    if node.store is not None and world.rng.random() < 0.2:
+        disk.idle(node.store)
 
 
 async def _to_thread(call: Callable[..., Any], *args: object) -> Any:
@@ -217,6 +231,8 @@ _REPLACED: tuple[tuple[Any, str, Any], ...] = (
     (ssd_tier, "in_thread", _in_thread),
     (source_driver, "now_us", lambda: here().loop.now_us()),
     (sessions, "WriterProof", _Proofs),
+    # The same answer, a thousand times a history.
+    (NamespaceSpec, "canonical", functools.cache(NamespaceSpec.canonical)),
     *disk.REPLACED,
 )
 
@@ -234,7 +250,7 @@ class _Watch(logging.Handler):
 
 
 @contextlib.contextmanager
-def _in_place(world: World) -> Iterator[None]:
+def in_place(world: World) -> Iterator[None]:
     """Puts the simulated parts into the real modules for one history."""
     global _world
     before = [(module, name, getattr(module, name)) for module, name, _ in _REPLACED]
@@ -249,6 +265,8 @@ def _in_place(world: World) -> Iterator[None]:
     try:
         yield
     finally:
+        world.loop.unwind()
+        world.loop.close()
         logger.removeHandler(watch)
         logger.propagate = True
         logger.setLevel(level)
@@ -267,5 +285,3 @@ def run_history(seed: int, plan: Plan = Plan()) -> World:
         command = f"python -m tests.simulation --seed {seed} --steps {plan.steps} --trace"
         raise Violation(f"seed {seed}: {type(error).__name__}: {error}\n  repeat: {command}") from error
     return world
-
-

@@ -194,6 +194,10 @@ class _Writer:
         link, auditor, count = self._link, self._world.auditor, self._sections
         name = link.node.name
         puts = [auditor.put_begins(name, self._items[row], self._versions[row], self._fidelity) for row in rows]
+        # The writer has stopped before it says so: what is complete may be gone, and its slot another's, at once.
+        for row in rows:
+            if row in grants:
+                link.stopped(grants[row])
         done = False
         try:
             sections = list(range(count))
@@ -201,13 +205,11 @@ class _Writer:
                 await link.call("Commit", self._commit_request(rows, some))
             done = True
         finally:
-            for row, made in zip(rows, puts, strict=True):
+            for made in puts:
                 if done:
                     auditor.put_acknowledged(name, made)
                 else:
                     auditor.put_failed(made)
-                if row in grants:
-                    link.stopped(grants[row])
         self._world.note(f"{link.client.name} has put {[(p.item.number, p.version) for p in puts]} to {name}")
         self._world.count("puts", len(puts))
 

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 import xxhash
+from node import SECTION_COUNT, aligned_rows, block_namespace, fill, made_keys
 from numpy.typing import NDArray
 
 from kvpool.client import PoolClient
-from node import SECTION_COUNT, aligned_rows, block_namespace, fill, made_keys
 
 #: glibc copies past the cache only from its threshold on, which blocks do not reach; this lets them.
 TUNABLES = "glibc.cpu.x86_non_temporal_threshold=1048576"
@@ -85,7 +85,9 @@ class Client:
         self.keys, self.data = made_keys(self.rng, count), aligned_rows(count, block_bytes)
         fill(self.rng, self.data)
         self.out = aligned_rows(count, block_bytes)
-        assert self.client.put(self.namespace, self.keys, self.data, ttl_s=120).stored.all()
+        with PoolClient(address, channels=("shm",), timeout_s=60) as writer:  # not every channel writes
+            writer.register(block_namespace(block_bytes))
+            assert writer.put(self.namespace, self.keys, self.data, ttl_s=120).stored.all()
         self.new_keys = made_keys(self.rng, count)
 
     def get(self) -> None:

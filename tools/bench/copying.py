@@ -9,16 +9,15 @@ python tools/bench/copying.py [--json FILE]
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
+import functools
 import tempfile
-import time
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import xxhash
+from harness import Case, Report, Row, arguments, measure, size_name
 from numpy.typing import NDArray
 
 from kvpool.channels import sections
@@ -30,10 +29,11 @@ from kvpool.core.kernels import copying, probing
 from kvpool.core.namespace import SECTIONS_MAX
 from kvpool.tiers.dram import Segment
 
-SIZES = {"2 MiB": 2 << 20, "64 KiB": 64 << 10, "16 KiB": 16 << 10, "4 KiB": 4 << 10}
+SIZES = (2 << 20, 64 << 10, 16 << 10, 4 << 10)
 SECTION_COUNT = 4
 #: Of blocks of 4 KiB, which are looked up one by one and all at once.
 LOOKUP_BYTES = 64 << 20
+BLOCKS, HASHED = "memcpy, block by block", "memcpy, then xxhash"
 
 
 class Blocks:
@@ -99,47 +99,34 @@ class Blocks:
         found = self.index.find(0, self.keys)
         assert self.index.read(found, self.target, verify=verify, deadline_s=60).all()
 
-    def kinds(self) -> dict[str, Callable[[], object]]:
-        return {
-            "memcpy, block by block": self.memcpy,
-            "memcpy, in one piece": lambda: np.copyto(self.target, self.source),
-            "memcpy, then xxhash": self.memcpy_then_hash,
-            "copy": lambda: copying.copy_blocks(self.sources, self.targets, self.sizes),
-            "copy, verified": self.copy_out,
-            "copy in, with digests": self.copy_in,
-            "check": lambda: sections.check_blocks(self.sources, self.blocks),
-            "read, two threads": lambda: self.read(verify=False),
-            "read, two threads, verified": lambda: self.read(verify=True),
+    def cases(self) -> list[Case]:
+        works: dict[str, tuple[Callable[[], object], tuple[str, ...], float | None]] = {
+            BLOCKS: (self.memcpy, (), None),
+            "memcpy, in one piece": (lambda: np.copyto(self.target, self.source), (), None),
+            HASHED: (self.memcpy_then_hash, (), None),
+            "copy": (lambda: copying.copy_blocks(self.sources, self.targets, self.sizes), (BLOCKS,), 0.9),
+            "copy, verified": (self.copy_out, (BLOCKS,), 0.9),
+            "copy in, with digests": (self.copy_in, (HASHED,), 1.0),
+            "check": (lambda: sections.check_blocks(self.sources, self.blocks), (), None),
+            "read, two threads": (lambda: self.read(verify=False), (BLOCKS,), None),
+            "read, two threads, verified": (lambda: self.read(verify=True), (BLOCKS,), None),
         }
+        return [
+            Case(name, functools.partial(_discard, work), self.source.size, limits=limits, aim=aim)
+            for name, (work, limits, aim) in works.items()
+        ]
 
     def close(self) -> None:
         self.index.close()
         self.segment.close()
 
 
-def gigabytes_per_s(kinds: dict[str, Callable[[], object]], moved_bytes: int, rounds: int) -> dict[str, float]:
-    """Median of each kind; the first round warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in kinds}
-    for _ in range(rounds + 1):
-        for name, run in kinds.items():
-            begin_s = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - begin_s)
-    return {name: moved_bytes / statistics.median(times[1:]) / 1e9 for name, times in seconds.items()}
+def _discard(work: Callable[[], object]) -> None:
+    work()
 
 
-def microseconds(run: Callable[[], object], calls: int, rounds: int = 5) -> float:
-    """Median time of one of the `calls` that `run` makes."""
-    times = []
-    for _ in range(rounds + 1):
-        begin_s = time.perf_counter()
-        run()
-        times.append((time.perf_counter() - begin_s) / calls)
-    return statistics.median(times[1:]) * 1e6
-
-
-def lookups(folder: Path) -> dict[str, float]:
-    """Microseconds a call, and million keys a second."""
+def lookups(folder: Path, args: Namespace) -> list[Row]:
+    """In an index of blocks of 4 KiB."""
     blocks = Blocks(folder, 4096, LOOKUP_BYTES)
     order = np.random.default_rng(1).permutation(blocks.count)
     keys, index = blocks.keys[order], blocks.index
@@ -148,54 +135,37 @@ def lookups(folder: Path) -> dict[str, float]:
     missing = np.random.default_rng(2).integers(0, 256, keys.shape, dtype=np.uint8)
     table = dict.fromkeys(bytes(key) for key in keys)
     asked = [bytes(key) for key in keys]
-    result = {
-        "single lookup, us": microseconds(lambda: [index.lookup(0, key) for key in single], len(single)),
-        "single read of 4 KiB, us": microseconds(
-            lambda: [index.read(index.find(0, key), one, deadline_s=10) for key in single], len(single)
+    works: dict[str, tuple[Callable[[], object], int, str]] = {
+        "single lookup": (lambda: [index.lookup(0, key) for key in single], len(single), "us"),
+        "single read of 4 KiB": (
+            lambda: [index.read(index.find(0, key), one, deadline_s=10) for key in single], len(single), "us"
         ),
-        "lookup, M keys/s": 1 / microseconds(lambda: index.lookup(0, keys), len(keys)),
-        "lookup of missing keys, M keys/s": 1 / microseconds(lambda: index.lookup(0, missing), len(keys)),
-        "find, M keys/s": 1 / microseconds(lambda: index.find(0, keys), len(keys)),
-        "dict, M keys/s": 1 / microseconds(lambda: [key in table for key in asked], len(keys)),
-    }
+        "lookup": (lambda: index.lookup(0, keys), len(keys), "M keys/s"),
+        "lookup of missing keys": (lambda: index.lookup(0, missing), len(keys), "M keys/s"),
+        "find": (lambda: index.find(0, keys), len(keys), "M keys/s"),
+        "dict": (lambda: [key in table for key in asked], len(keys), "M keys/s"),
+    }  # fmt: skip
+    cases = [Case(name, functools.partial(_discard, work), n, unit) for name, (work, n, unit) in works.items()]
+    rows = measure(cases, args.rounds, quiet_s=args.quiet_s)
     blocks.close()
-    return result
-
-
-RATIOS = (
-    ("copy", "memcpy, block by block", 0.9),
-    ("copy, verified", "memcpy, block by block", 0.9),
-    ("copy, verified", "memcpy, then xxhash", 1.0),
-)
+    return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--total-mib", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser = arguments(__doc__, rounds=7)
+    parser.add_argument("--mib", type=int, default=128, help="bytes a run, in MiB")
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm"), help="where the segment is made")
-    parser.add_argument("--json", type=Path, help="also write the numbers there")
     args = parser.parse_args()
     copying.warm_up()
     probing.warm_up()
-    result: dict[str, dict[str, float]] = {}
+    report = Report(f"kernels, blocks of {SECTION_COUNT} sections", args.json)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        for name, size in SIZES.items():
-            blocks = Blocks(Path(folder), size, args.total_mib << 20)
-            result[name] = gigabytes_per_s(blocks.kinds(), blocks.count * size, args.rounds)
+        for size in SIZES:
+            blocks = Blocks(Path(folder), size, args.mib << 20)
+            report.add(f"Blocks of {size_name(size)}", measure(blocks.cases(), args.rounds, quiet_s=args.quiet_s))
             blocks.close()
-        found = lookups(Path(folder))
-    print(f"{args.total_mib} MiB in blocks of {SECTION_COUNT} sections; median GB/s")
-    print(f"{'':30}" + "".join(f"{name:>10}" for name in result))
-    for kind in next(iter(result.values())):
-        print(f"{kind:30}" + "".join(f"{values[kind]:10.2f}" for values in result.values()))
-    for kind, limit, aim in RATIOS:
-        shares = {name: values[kind] / values[limit] for name, values in result.items()}
-        print(f"{kind} / {limit} (aim {aim}): " + ", ".join(f"{n} {share:.2f}" for n, share in shares.items()))
-    for name, value in found.items():
-        print(f"{name:40}{value:10.2f}")
-    if args.json:
-        args.json.write_text(json.dumps({"gigabytes_per_s": result, "shared_index": found}, indent=2))
+        report.add("The shared index", lookups(Path(folder), args))
+    report.save()
 
 
 if __name__ == "__main__":

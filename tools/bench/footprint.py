@@ -32,10 +32,6 @@ class Footprint:
     private: int  # anonymous memory, and pages of files that no other process has
     libraries: int  # pages of files that others have too, or could
 
-    @property
-    def own(self) -> int:
-        return self.private + self.libraries
-
 
 def footprint(process: int) -> Footprint:
     """From /proc/PID/smaps."""
@@ -66,12 +62,12 @@ def _mappings(text: str) -> Iterator[tuple[str, dict[str, int]]]:
 
 def rows(title: str, found: Footprint, count: int) -> list[Row]:
     mib = 1 << 20
+    share = AIM_BYTES / found.private
     return [
-        Row.figure(f"{title}: own memory", found.own / mib, "MiB", limit="200 MiB", ratio=AIM_BYTES / found.own),
-        Row.figure(f"{title}: of it private", found.private / mib, "MiB"),
-        Row.figure(f"{title}: of it libraries' pages", found.libraries / mib, "MiB"),
+        Row.figure(f"{title}: its own memory", found.private / mib, "MiB", limit="200 MiB", ratio=share),
+        Row.figure(f"{title}: pages of libraries, shared", found.libraries / mib, "MiB"),
         Row.figure(f"{title}: segment mapped", found.segment / mib, "MiB"),
-        *([Row.figure(f"{title}: private, each", found.private / count, "B")] if count else []),
+        *([Row.figure(f"{title}: its own, each", found.private / count, "B")] if count else []),
     ]
 
 

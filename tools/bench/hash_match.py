@@ -5,15 +5,14 @@ python tools/bench/hash_match.py [--json FILE]
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import xxhash
+from harness import Case, Report, Row, arguments, measure
+from numpy.typing import NDArray
 
 from kvpool.core.changes import BlockChange, ChangeKind
 from kvpool.core.directory import Directory, SourceRecord
@@ -21,16 +20,11 @@ from kvpool.core.hashing import block_keys
 from kvpool.core.ids import SourceId, Tier
 
 ROOT = bytes(range(16))
+SOURCES, EVENT_BLOCKS = 16, 1024
+CONVERTED = "limit: list to array alone"
+CHAIN = "plain: xxhash library, a call a block"
 
-
-def milliseconds(run: Callable[[], object], rounds: int) -> float:
-    """Median; the first two runs compile and warm up."""
-    times = []
-    for _ in range(rounds + 2):
-        begin_s = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - begin_s)
-    return statistics.median(times[2:]) * 1e3
+Keys = NDArray[np.uint8]
 
 
 def library_chain(tokens: np.ndarray, block_tokens: int) -> list[bytes]:
@@ -42,7 +36,7 @@ def library_chain(tokens: np.ndarray, block_tokens: int) -> list[bytes]:
     return keys
 
 
-def run(token_count: int, block_tokens: int, rounds: int) -> dict[str, float]:
+def prompt_cases(token_count: int, block_tokens: int) -> list[Case]:
     tokens = np.random.default_rng(0).integers(0, 128_000, token_count, dtype=np.uint32)
     as_list = tokens.tolist()
     keys = block_keys(ROOT, tokens, block_tokens)
@@ -59,35 +53,78 @@ def run(token_count: int, block_tokens: int, rounds: int) -> dict[str, float]:
     def match_in_dict() -> int:
         return next((i for i, key in enumerate(plain) if key not in table), len(plain))
 
-    return {
-        "hash, from an array": milliseconds(lambda: block_keys(ROOT, tokens, block_tokens), rounds),
-        "match": milliseconds(lambda: directory.match(keys), rounds),
-        "hash + match, from an array": milliseconds(
-            lambda: directory.match(block_keys(ROOT, tokens, block_tokens)), rounds
-        ),
-        "hash + match, from a list": milliseconds(
-            lambda: directory.match(block_keys(ROOT, np.array(as_list, dtype=np.uint32), block_tokens)), rounds
-        ),
-        "limit: list to array alone": milliseconds(lambda: np.array(as_list, dtype=np.uint32), rounds),
-        "plain: xxhash library, a call a block": milliseconds(lambda: library_chain(tokens, block_tokens), rounds),
-        "plain: dict look-up, a key a block": milliseconds(match_in_dict, rounds),
+    def hash_list() -> Keys:
+        return block_keys(ROOT, np.array(as_list, dtype=np.uint32), block_tokens)
+
+    works: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
+        "hash, from an array": (lambda: block_keys(ROOT, tokens, block_tokens), ()),
+        "match": (lambda: directory.match(keys), ()),
+        "hash + match, from an array": (lambda: directory.match(block_keys(ROOT, tokens, block_tokens)), (CHAIN,)),
+        "hash + match, from a list": (lambda: directory.match(hash_list()), (CONVERTED,)),
+        CONVERTED: (lambda: np.array(as_list, dtype=np.uint32), ()),
+        CHAIN: (lambda: library_chain(tokens, block_tokens), ()),
+        "plain: dict look-up, a key a block": (match_in_dict, ()),
     }
+    return [Case(name, partial(_discard, work), 1, "ms", limits) for name, (work, limits) in works.items()]
+
+
+def _discard(work: Callable[[], object]) -> None:
+    work()
+
+
+class Filling:
+    """A directory that learns of blocks, batch by batch, as sources tell them."""
+
+    def __init__(self, total: int) -> None:
+        self.keys = np.random.default_rng(1).integers(0, 256, (total, 16), dtype=np.uint8)
+        self.renew()
+
+    def renew(self) -> None:
+        self.directory = Directory()
+        for number in range(SOURCES):
+            self.directory.attach(SourceRecord(SourceId(f"node-{number}"), 1, Tier.DRAM), 0)
+
+    def fill(self) -> None:
+        for seq, at in enumerate(range(0, len(self.keys), EVENT_BLOCKS * SOURCES)):
+            for number in range(SOURCES):
+                start = at + number * EVENT_BLOCKS
+                packed = self.keys[start : start + EVENT_BLOCKS].tobytes()
+                change = BlockChange(ChangeKind.STORED, packed)
+                self.directory.apply(SourceId(f"node-{number}"), 1, seq + 1, [change], 0)
+
+    def bytes_a_block(self) -> float:
+        """Of memory that grew; the pages of what was freed before are used again, so this is measured first."""
+        before = private_bytes()
+        self.fill()
+        return (private_bytes() - before) / len(self.keys)
+
+
+def private_bytes() -> int:
+    """Anonymous memory of this process."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) << 10
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, rounds=21)
     parser.add_argument("--tokens", type=int, default=131_072)
     parser.add_argument("--block-tokens", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--json", type=Path, help="also write the numbers there")
+    parser.add_argument("--blocks", type=int, default=1_048_576, help="blocks that the directory learns of")
     args = parser.parse_args()
-    result = run(args.tokens, args.block_tokens, args.rounds)
-    print(f"{args.tokens} tokens, blocks of {args.block_tokens}; median milliseconds")
-    for name, value in result.items():
-        print(f"{name:40}{value:10.3f}")
-    if args.json:
-        document = {"milliseconds": result, "tokens": args.tokens, "block_tokens": args.block_tokens}
-        args.json.write_text(json.dumps(document, indent=2))
+    report = Report("hash and match", args.json)
+    filling = Filling(args.blocks)
+    Filling(4 * EVENT_BLOCKS * SOURCES).fill()  # loads the kernels
+    each = filling.bytes_a_block()
+    cases = prompt_cases(args.tokens, args.block_tokens)
+    rows = measure(cases, args.rounds, quiet_s=args.quiet_s, warm=2)
+    report.add(f"A prompt of {args.tokens} tokens in blocks of {args.block_tokens}", rows)
+    learning = Case("learning", filling.fill, args.blocks, "M blocks/s", prepare=filling.renew)
+    rows = measure([learning], min(args.rounds, 5), quiet_s=args.quiet_s)
+    report.add(
+        f"A directory of {args.blocks} blocks of {SOURCES} sources, {EVENT_BLOCKS} an event",
+        [*rows, Row.figure("memory a block", each, "B")],
+    )
+    report.save()
 
 
 if __name__ == "__main__":

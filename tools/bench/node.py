@@ -26,10 +26,12 @@ sys.exit(node.main(sys.argv[2:]))
 class NodeProcess:
     """A node, from its start to `close`."""
 
-    def __init__(self, memory_bytes: int, *flags: str, entry_bytes_min: int = 16 << 10, folder: str = "/dev/shm") -> None:
+    def __init__(
+        self, memory_bytes: int, *flags: str, entry_bytes_min: int = 16 << 10, folder: str = "/dev/shm"
+    ) -> None:
         command = [sys.executable, "-c", _LAUNCHER, str(entry_bytes_min), "--id", "bench", "--listen", "127.0.0.1:0"]
         command += ["--memory-bytes", str(memory_bytes), "--segment-dir", folder, *flags]
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - until `close`
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._log)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()

@@ -40,7 +40,7 @@ def cases_of(args: Namespace, addresses: dict[str, str], clients: dict[str, Clie
             cases.append(Case(f"put, {kind}", client.put, total, limits=limits, prepare=client.remove_put))
     for peer in peers:
         cases += [
-            Case(f"{peer.name}: {method}", partial(peer.run, method), peer.total_bytes, limits=("get, tcp",))
+            Case(f"{peer.name}: {method}", partial(peer.run, method), peer.total_bytes, limits=(f"{method}, tcp",))
             for method in ("get", "put")
         ]
     return cases

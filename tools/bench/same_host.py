@@ -12,12 +12,12 @@ from __future__ import annotations
 from argparse import Namespace
 
 import numpy as np
-
-from kvpool.client import PoolClient
 from copies import Client, Memcpy, Process, run_together
 from harness import Case, Report, Row, arguments, measure, size_name
 from node import NodeProcess
 from peers.running import Peer, add_peer_arguments, peers_wanted
+
+from kvpool.client import PoolClient
 
 SIZES = (4 << 10, 64 << 10, 2 << 20, 64 << 20)
 OBJECT_SIZES = (1, 1 << 10, 64 << 10, 1 << 20, 64 << 20)
@@ -75,9 +75,10 @@ def measure_clients(args: Namespace, address: str, most: int) -> list[Row]:
     """Several processes at once, each with blocks of its own."""
     count = max(1, (args.client_mib << 20) // CLIENT_BLOCK_BYTES)
     settings = {"role": "client", "address": address, "block_bytes": CLIENT_BLOCK_BYTES, "count": count}
-    processes = [Process({**settings, "seed": 100 + number}) for number in range(most)]
-    for process in processes:
-        process.ended()
+    processes: list[Process] = []
+    for number in range(most):  # one after the other: starting takes all of a core
+        processes.append(Process({**settings, "seed": 100 + number}))
+        processes[-1].ended()
     total = most * count * CLIENT_BLOCK_BYTES
 
     def all_of(name: str) -> float:

@@ -1,8 +1,8 @@
 """The tcp channel over loopback beside plain Python sockets that move the same bytes in the same run.
 
 Reads of the channel are checked against digests, writes compute them; plain sockets do neither. Both ends of the
-channel are real; who may read what is not asked (that is the node's part, see tools/bench/blocks.py). Rounds of all
-kinds are interleaved; medians are reported. "tuned" sockets have the buffer sizes that the channel uses.
+channel are real; who may read what is not asked (that is the node's part: `remote.py`). "tuned" sockets have the buffer
+sizes that the channel uses on one host.
 
 python tools/bench/tcp.py [--json FILE] [--mib 128] [--rounds 7]
 """
@@ -145,6 +145,8 @@ class RawSockets:
 
         def one(sock: socket.socket, share: NDArray[np.int64]) -> None:
             size = blocks.shape[1]
+            if not len(share):
+                return
             head = (takes, int(share[0]) * size, size, len(share))
             sock.sendall(b"".join(number.to_bytes(8, "little") for number in head))
             for row in share.tolist():
@@ -171,7 +173,11 @@ def run(args: Namespace, report: Report, addresses: dict[str, str], config: TlsC
     total_bytes = args.mib << 20
     tcp = TcpChannel.open({"address": addresses["tcp"], "token": TOKEN.hex()})
     tls = TcpChannel.open({"address": addresses["tls"], "token": TOKEN.hex(), "tls": "1"}, tls_config=config)
-    raw = {f"{n}, {s} stream{'s' * (s > 1)}": RawSockets(addresses[n], n, s) for n in ("raw", "tuned") for s in (1, 2)}
+    raw = {
+        f"{n} sockets, {s} stream{'s' * (s > 1)}": RawSockets(addresses[n], n, s)
+        for n in ("raw", "tuned")
+        for s in (1, 2)
+    }
     for size in [int(word) for word in args.sizes.split(",")]:
         data = content(total_bytes).reshape(-1, size)
         blocks, out = descriptors(data), np.zeros_like(data)
@@ -185,14 +191,14 @@ def run(args: Namespace, report: Report, addresses: dict[str, str], config: TlsC
 def read_cases(
     raw: dict[str, RawSockets], tcp: TcpChannel, tls: TcpChannel, blocks: Descriptors, out: Bytes2D
 ) -> list[Case]:
-    limits = tuple(f"read: {name} sockets" for name in raw if name.startswith("raw"))
+    limits = tuple(f"read: {name}" for name in raw if name.startswith("raw"))
     aim = 0.9 if out.shape[1] >= 2 << 20 else 0.7
 
     def read(channel: TcpChannel, verify: bool) -> None:
         assert channel.read(1, blocks, out, deadline_s=DEADLINE_S, verify=verify).all()
 
     return [
-        *[Case(f"read: {n} sockets", partial(sockets.move, out, 0), out.nbytes) for n, sockets in raw.items()],
+        *[Case(f"read: {n}", partial(sockets.move, out, 0), out.nbytes) for n, sockets in raw.items()],
         Case("read: tcp, unverified", lambda: read(tcp, False), out.nbytes, limits=limits),
         Case("read: tcp", lambda: read(tcp, True), out.nbytes, limits=limits, aim=aim),
         Case("read: tcp with TLS", lambda: read(tls, True), out.nbytes, limits=limits),
@@ -202,13 +208,13 @@ def read_cases(
 def write_cases(
     raw: dict[str, RawSockets], tcp: TcpChannel, tls: TcpChannel, blocks: Descriptors, data: Bytes2D
 ) -> list[Case]:
-    limits = tuple(f"write: {name} sockets" for name in raw if name.startswith("raw"))
+    limits = tuple(f"write: {name}" for name in raw if name.startswith("raw"))
 
     def write(channel: TcpChannel) -> None:
         channel.write(1, blocks, data, deadline_s=DEADLINE_S)
 
     return [
-        *[Case(f"write: {n} sockets", partial(sockets.move, data, 1), data.nbytes) for n, sockets in raw.items()],
+        *[Case(f"write: {n}", partial(sockets.move, data, 1), data.nbytes) for n, sockets in raw.items()],
         Case("write: tcp", lambda: write(tcp), data.nbytes, limits=limits),
         Case("write: tcp with TLS", lambda: write(tls), data.nbytes, limits=limits),
     ]

@@ -24,9 +24,7 @@ READY_S = 30
 def connect(segment_bytes, buffer_bytes):
     store = MooncakeDistributedStore()
     end_s = time.monotonic() + READY_S
-    while store.setup(
-        "127.0.0.1", "P2PHANDSHAKE", segment_bytes, buffer_bytes, "tcp", "", f"127.0.0.1:{PORT}"
-    ):
+    while store.setup("127.0.0.1", "P2PHANDSHAKE", segment_bytes, buffer_bytes, "tcp", "", f"127.0.0.1:{PORT}"):
         assert time.monotonic() < end_s, "no master"
         time.sleep(0.2)
     return store
@@ -98,7 +96,8 @@ def main():
     try:
         time.sleep(1)
         owner = subprocess.Popen(
-            [sys.executable, __file__, "segment"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            [sys.executable, __file__, "segment"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         processes.append(owner)
         while not (line := owner.stdout.readline()).startswith(b"ready"):

@@ -19,12 +19,12 @@ class Redis:
         self.values = [row.tobytes() for row in memory(block_bytes, count, filled=True)]
         self.names = [b"block-%d" % index for index in range(count)]
         self.known = [b"known-%d" % index for index in range(LOOKUP_KEYS)]
-        client.mset({key: b"v" * 64 for key in self.known[::2]})
+        client.mset(dict.fromkeys(self.known[::2], b"v" * 64))
         self.put()
         assert [client.get(name) for name in self.names] == self.values, "wrong bytes"
 
     def put(self):
-        for name, value in zip(self.names, self.values):
+        for name, value in zip(self.names, self.values, strict=True):
             self.client.set(name, value)
 
     def get(self):

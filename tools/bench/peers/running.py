@@ -11,9 +11,11 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 #: Peer: its script, and the module that must be there for it.
 PEERS = {
@@ -36,9 +38,10 @@ class Peer:
         # An `import` that fails in the peer's Python must not find ours.
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         script = Path(__file__).with_name(PEERS[name][0])
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - until `close`
         self._process = subprocess.Popen(
             [python, str(script), str(block_bytes), str(count)], env=environment, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
         )  # fmt: skip
         #: Which methods it has, of get, put, lookup, lookup_one.
         self.does: list[str] = self._answer()["does"]
@@ -50,13 +53,16 @@ class Peer:
         self._process.stdin.flush()
         return float(self._answer()["seconds"])
 
-    def _answer(self) -> dict[str, object] | dict[str, list[str]]:  # type: ignore[return]
+    def _answer(self) -> dict[str, Any]:
         """The next line that is ours: peers print what they like."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if line.startswith("@bench "):
-                return json.loads(line.removeprefix("@bench "))
-        raise RuntimeError(f"{self.name} has ended; its error is above")
+                answer: dict[str, Any] = json.loads(line.removeprefix("@bench "))
+                return answer
+        self._process.wait(30)
+        self._log.seek(0)
+        raise RuntimeError(f"{self.name} has ended: {self._log.read().decode(errors='replace')[-2000:]}")
 
     def close(self) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -67,6 +73,7 @@ class Peer:
             self._process.kill()
             self._process.wait(10)
         self._process.stdout.close()
+        self._log.close()
 
 
 def add_peer_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,32 @@
+"""The simulation can fail: it finds each of many deliberate bugs."""
+
+import asyncio
+
+import pytest
+
+from tests.simulation.auditor import Violation
+from tests.simulation.planted_bugs import BUGS, Bug
+from tests.simulation.world import Plan, run_history
+
+FIRST_SEED = 7000
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+def test_the_auditor_finds_planted_bugs(bug: Bug) -> None:
+    """The cores' own checks are off: what is found was seen from the outside."""
+    plan = Plan(check_every=0, ssd=bug.ssd)
+    with bug.planted():
+        for seed in range(FIRST_SEED, FIRST_SEED + bug.seeds_max):
+            try:
+                run_history(seed, plan)
+            except Violation:
+                return
+    pytest.fail(f"{bug.seeds_max} histories from seed {FIRST_SEED} on did not show that {bug.name}")
+
+
+def test_a_history_is_the_same_each_time() -> None:
+    one, other = (run_history(FIRST_SEED, Plan(trace=True)) for _ in range(2))
+    assert one.story == other.story
+    assert one.counts == other.counts
+    assert one.story
+    assert not asyncio.all_tasks(one.loop)
