@@ -194,7 +194,7 @@ class PoolClient(ReadingCalls):
         begin_s = time.monotonic()
         if len(names) != len(values):
             raise BadArgument(f"{len(names)} names do not name {len(values)} objects")
-        arrays = [_as_bytes(value) for value in values]
+        arrays = [_as_bytes(name, value) for name, value in zip(names, values, strict=True)]
         sizes = np.fromiter((len(array) for array in arrays), dtype=np.uint64, count=len(arrays))
         try:
             reservation = self.reserve(
@@ -305,10 +305,16 @@ def object_keys(namespace: NamespaceId, names: Sequence[str]) -> Keys:
     return np.frombuffer(packed, dtype=np.uint8).reshape(-1, 16)
 
 
-def _as_bytes(value: Buffer) -> NDArray[np.uint8]:
-    array = np.frombuffer(value, dtype=np.uint8) if not isinstance(value, np.ndarray) else value
+def _as_bytes(name: str, value: Buffer) -> NDArray[np.uint8]:
+    """Raises: BadArgument for what has no contiguous bytes, or none at all."""
+    try:
+        array = value if isinstance(value, np.ndarray) else np.frombuffer(value, dtype=np.uint8)
+    except (TypeError, ValueError, BufferError) as error:
+        raise BadArgument(f"object {name!r}: {error}", hint="give bytes or a contiguous array") from error
     if not array.flags.c_contiguous:
-        raise BadArgument("an object must be contiguous in memory")
+        raise BadArgument(f"object {name!r} must be contiguous in memory", hint="numpy.ascontiguousarray makes it so")
+    if not array.nbytes:
+        raise BadArgument(f"object {name!r} is empty", hint="an object has at least 1 byte")
     return array.reshape(-1).view(np.uint8)
 
 

@@ -32,7 +32,7 @@ from kvpool.core.index import split_keys
 from kvpool.core.namespace import NamespaceSpec
 from kvpool.service.lower_tier import Promoted
 from kvpool.service.source_driver import SourceDriver
-from kvpool.service.ssd_tier import in_thread
+from kvpool.service.threads import in_thread
 from kvpool.tiers.hbm import BlockMemory
 from kvpool.v1 import block_source_pb2 as pb
 

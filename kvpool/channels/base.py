@@ -106,9 +106,14 @@ def row_numbers(rows: Rows | None, count: int, row_count: int) -> Rows:
     return rows
 
 
-def check_memory(memory: Memory, rows: Rows, sizes: NDArray[np.uint64]) -> None:
-    """Raises: BadArgument unless these rows of `memory` are contiguous and hold blocks of these sizes."""
+def check_memory(memory: Memory, rows: Rows, sizes: NDArray[np.uint64], *, to_write: bool = False) -> None:
+    """Raises: BadArgument unless these rows of `memory` are contiguous and hold blocks of these sizes.
+
+    Args: to_write: blocks are read into it: what is read-only would be written all the same, by address.
+    """
     if isinstance(memory, np.ndarray):
+        if to_write and not memory.flags.writeable:
+            raise BadArgument("the memory to read into is read-only", hint="give an array that may be written")
         if memory.dtype != np.uint8 or memory.ndim != 2 or (memory.size and memory.strides[1] != 1):
             raise BadArgument("block memory must be uint8 (rows, bytes) with contiguous rows")
         if len(sizes) and int(sizes.max()) > memory.shape[1]:
@@ -116,6 +121,8 @@ def check_memory(memory: Memory, rows: Rows, sizes: NDArray[np.uint64]) -> None:
         return
     for row, size in zip(rows.tolist(), sizes.tolist(), strict=True):
         one = memory[row]
+        if to_write and not one.flags.writeable:
+            raise BadArgument(f"row {row} of the memory to read into is read-only")
         if one.dtype != np.uint8 or one.ndim != 1 or not one.flags.c_contiguous or len(one) < size:
             raise BadArgument(f"row {row} must be a contiguous uint8 array of at least {size} bytes")
 

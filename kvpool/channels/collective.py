@@ -114,7 +114,7 @@ class CollectiveChannel:
         verify: bool = True,
     ) -> NDArray[np.bool_]:
         rows = row_numbers(rows, len(blocks), len(out))
-        check_memory(out, rows, blocks.sizes)
+        check_memory(out, rows, blocks.sizes, to_write=True)
         end_s = time.monotonic() + deadline_s
         where = addresses(out, rows)
         good = np.zeros(len(rows), dtype=np.bool_)

@@ -117,8 +117,10 @@ class FailoverChannel:
                 failures[kind] = str(error)
         made.close()
         raise Unavailable(
-            f"no data channel to {source} opens: {failures or 'none is offered'}",
-            hint="is its data port reachable from here?",
+            f"no data channel to {source} opens: {failures or 'none of those asked for is offered'}",
+            hint="is its data port reachable from here?"
+            if failures
+            else "ask for other channels, or start it with them",
         )
 
     # ------------------------------------------------------------ the channel

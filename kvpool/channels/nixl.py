@@ -180,7 +180,7 @@ class NixlChannel:
         verify: bool = True,
     ) -> NDArray[np.bool_]:
         rows = row_numbers(rows, len(blocks), len(out))
-        check_memory(out, rows, blocks.sizes)
+        check_memory(out, rows, blocks.sizes, to_write=True)
         offsets = self._inside(blocks)
         received = Digested(blocks, addresses(out, rows))
         end_s = time.monotonic() + deadline_s

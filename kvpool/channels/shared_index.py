@@ -167,7 +167,7 @@ class SharedIndex:
 
     @staticmethod
     def _read_hits(view: _View, hits: Found, memory: Memory, rows: Rows, verify: bool, end_s: float) -> Bools:
-        check_memory(memory, rows, hits.sizes)
+        check_memory(memory, rows, hits.sizes, to_write=True)
         sources, targets = hits.offsets + np.uint64(view.data_address), addresses(memory, rows)
         if verify:
             good = copy_cut_blocks_out(

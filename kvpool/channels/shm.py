@@ -92,7 +92,7 @@ class ShmChannel:
         verify: bool = True,
     ) -> NDArray[np.bool_]:
         rows = row_numbers(rows, len(blocks.keys), len(out))
-        check_memory(out, rows, blocks.sizes)
+        check_memory(out, rows, blocks.sizes, to_write=True)
         data = self._mapped(self._reader)
         sources = _inside(blocks, data)
         return copy_blocks_out(

@@ -122,7 +122,7 @@ class TcpChannel:
         verify: bool = True,
     ) -> NDArray[np.bool_]:
         rows = row_numbers(rows, len(blocks), len(out))
-        check_memory(out, rows, blocks.sizes)
+        check_memory(out, rows, blocks.sizes, to_write=True)
         batch = Batch(blocks, out, rows)
         good = np.zeros(len(rows) * batch.section_count, dtype=np.bool_)
 

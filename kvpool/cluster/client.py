@@ -390,7 +390,7 @@ class ClusterClient:
 def _as_bytes(value: Buffer) -> NDArray[np.uint8]:
     try:
         return np.frombuffer(value, dtype=np.uint8)
-    except ValueError as error:
+    except (TypeError, ValueError, BufferError) as error:
         raise BadArgument(f"an object must be contiguous and not empty: {error}") from error
 
 

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from kvpool import __version__
 from kvpool.codecs import codec_for
-from kvpool.core.errors import BadArgument, BadKeyLength, UnknownSession
+from kvpool.core.errors import BadArgument, BadKeyLength, NoSsd, UnknownSession
 from kvpool.core.holds import Hold
 from kvpool.core.ids import KEY_BYTES, Fidelity, qualify, unpack_keys
-from kvpool.core.namespace import HASHES, SECTIONS_MAX
+from kvpool.core.namespace import HASHES, OBJECTS_GROUP, SECTIONS_MAX, GroupSpec
 from kvpool.service import wire
 from kvpool.service.announcer import SourceFacts
 from kvpool.service.grants import Grants
@@ -131,6 +131,7 @@ class BlockSourceServicer(ReadingServicer):
         group, keys = self._keys(request.namespace_id, request.keys)
         fidelity = wire.fidelity_from_proto(request.fidelity)
         codec = codec_for(fidelity)
+        self._check_ssd_for(group)
         hold = None
         if request.HasField("hold"):
             check_text("hold.request_id", request.hold.request_id)
@@ -185,7 +186,8 @@ class BlockSourceServicer(ReadingServicer):
     # ------------------------------------------------------------ removing, inspecting
 
     async def Remove(self, request: pb.RemoveRequest, context: object) -> pb.RemoveReply:
-        _, keys = self._keys(request.namespace_id, request.keys)
+        group, keys = self._keys(request.namespace_id, request.keys)
+        self._check_ssd_for(group)
         prefix = request.name_prefix.encode()
 
         def remove() -> int:
@@ -217,6 +219,14 @@ class BlockSourceServicer(ReadingServicer):
         return pb.ListBlocksReply(
             blocks=[wire.record_to_proto(r, self._facts.tier) for r in records], next_cursor=cursor
         )
+
+    def _check_ssd_for(self, group: GroupSpec) -> None:
+        """Objects are not changed while the disk is out of reach: an older one there would come back with it."""
+        if self._ssd_failure and group is OBJECTS_GROUP:
+            raise NoSsd(
+                f"objects can't be changed while the SSD is out of reach: {self._ssd_failure}",
+                hint="repair it, or start the node with another, empty --ssd-dir",
+            )
 
     async def GetSourceStats(self, request: pb.GetSourceStatsRequest, context: object) -> pb.SourceStats:
         return self.stats()

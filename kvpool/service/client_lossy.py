@@ -53,7 +53,14 @@ class LossyRead:
         return memory, None
 
     def finish(self, outcome: Outcome) -> None:
-        """Decodes what was found encoded."""
-        lossy = np.flatnonzero(outcome.found & (outcome.fidelities == int(Fidelity.INT8)))
+        """Decodes what was found encoded. What the source says counts, not the size: the two forms may be as long."""
+        encoded = outcome.fidelities == int(Fidelity.INT8)
+        for index, value in self._staged.items():
+            if outcome.found[index] and not encoded[index]:
+                self._out[int(self._rows[index])][: len(value)] = value
+        for index in np.flatnonzero(outcome.found & encoded).tolist():
+            if index not in self._staged:  # encoded by something else: of no use here
+                outcome.found[index] = False
+        lossy = np.flatnonzero(outcome.found & encoded)
         if len(lossy):
             self._codec.decode([self._staged[index] for index in lossy.tolist()], self._out, self._rows[lossy])

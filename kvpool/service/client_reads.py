@@ -23,7 +23,7 @@ from kvpool.core.ids import Fidelity, NamespaceId, qualify
 from kvpool.service import wire
 from kvpool.service.client_session import Session
 from kvpool.service.client_types import Bools
-from kvpool.service.source_calls import Keys, SourceCalls, key_list, ms
+from kvpool.service.source_calls import Keys, SourceCalls, check_keys, key_list, ms
 from kvpool.v1 import block_source_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -82,13 +82,16 @@ class ReadingCalls(SourceCalls):
     def _read(self, request: ReadRequest, provide: Provider) -> Outcome:
         """Reads what is there. Raises: Unavailable, ChannelError: nothing more was read."""
         begin_s = time.monotonic()
+        check_keys(request.keys)
         outcome = Outcome(len(request.keys))
         session = self._session()
         left = self._read_shared(session, request, provide, outcome)
         if len(left):
             self._read_leased(request, provide, outcome, left, begin_s)
-        elif request.handoff:
-            self._free_handoff(session, request)
+        if request.handoff and (outcome.shared.any() or not len(left)):
+            # A lease ends the hold on its own blocks; these were read without one.
+            held = np.flatnonzero(outcome.shared) if len(left) else np.arange(len(request.keys))
+            self._free_handoff(session, request, held)
         counts = outcome.count()
         self._count(**counts)
         if counts["digest_errors"]:
@@ -145,11 +148,11 @@ class ReadingCalls(SourceCalls):
         with self._links.now() as (meter, now_us):
             meter.transferred(session.source_id, "shm", size_bytes, round(seconds * 1e6), 1, now_us)
 
-    def _free_handoff(self, session: Session, request: ReadRequest) -> None:
+    def _free_handoff(self, session: Session, request: ReadRequest, rows: NDArray[np.int64]) -> None:
         """Ends the hand-off hold on blocks that were read without a lease; should it be lost, the hold expires."""
         release = pb.ReleaseRequest(
             session_id=session.id, namespace_id=request.namespace, handoff_request_id=request.handoff,
-            handed_off=key_list(request.keys, request.group, request.shard),
+            handed_off=key_list(request.keys[rows], request.group, request.shard),
         )  # fmt: skip
         self._send_release(session, release, wait=False)
 

@@ -176,6 +176,7 @@ class NodeServer:
         )  # fmt: skip
         tier = SsdTier(store, self.driver, self.segment.data, demote_from=config.ssd_demote_from)
         self._cleanup.push_async_callback(tier.close)
+        await tier.startup()
         return tier
 
     async def _serve(self) -> None:

@@ -67,13 +67,19 @@ class Sessions:
         """Raises: Overloaded at the bound of sessions."""
         if self._closing or len(self._orphans) >= ORPHANS_MAX:
             raise Overloaded("no session can be opened now", hint="try again shortly")
-        with self._driver.turn() as now:
-            session_id = self._driver.core.open_session(client, now)
         proof = WriterProof.open(writer_lock) if writer_lock else None
         place = self._writers.note(writer_lock) if proof is not None else None
         if proof is not None and place is None:
             proof.close()
             proof = None
+        try:
+            with self._driver.turn() as now:
+                session_id = self._driver.core.open_session(client, now)
+        except BaseException:
+            if proof is not None and place is not None:
+                proof.close()
+                self._writers.strike(place)
+            raise
         self._grants.open_session(session_id)
         session = self._live[session_id] = Session(session_id, client, host_id, proof, place)
         log.info("session %d of %s opened%s", session_id, client, "" if proof else " (writes over tcp only)")

@@ -50,6 +50,7 @@ OPENERS: dict[str, Opener] = {
     "nixl": NixlChannel.open,
     "collective": CollectiveChannel.open,
 }
+EXTRAS = {"nixl": "pip install 'kvpool[nixl]'", "collective": "it needs torch: pip install 'kvpool[torch]'"}
 AVAILABLE = {"nixl": nixl_available, "collective": collective_available}
 #: What a client uses if it is not told otherwise: what needs nothing installed besides.
 DEFAULT_CHANNELS = ("shm", "tcp")
@@ -88,7 +89,7 @@ class SourceCalls:
         self._specs: dict[NamespaceId, NamespaceSpec] = {}
         missing = [kind for kind in channels if not AVAILABLE.get(kind, lambda: True)()]
         if missing:
-            raise Unsupported(f"channel {missing[0]} is not installed here", hint=f"pip install 'kvpool[{missing[0]}]'")
+            raise Unsupported(f"channel {missing[0]} is not installed here", hint=EXTRAS[missing[0]])
         openers = {kind: OPENERS[kind] for kind in channels}
         if tls is not None and "tcp" in openers:
             openers["tcp"] = functools.partial(TcpChannel.open, tls_config=tls)
@@ -416,9 +417,14 @@ class SourceCalls:
                 setattr(self._counters, name, getattr(self._counters, name) + amount)
 
 
+def check_keys(keys: Keys) -> None:
+    """Raises: BadArgument."""
+    if not isinstance(keys, np.ndarray) or keys.dtype != np.uint8 or keys.ndim != 2 or keys.shape[1] != KEY_BYTES:
+        raise BadArgument("keys must be uint8 (keys, 16)", hint="kvpool.core.hashing.block_keys makes them")
+
+
 def key_list(keys: Keys, group: int, shard: int, parent: bytes = b"") -> common_pb2.KeyList:
-    if keys.dtype != np.uint8 or keys.ndim != 2 or keys.shape[1] != KEY_BYTES:
-        raise BadArgument("keys must be uint8 (keys, 16)")
+    check_keys(keys)
     return common_pb2.KeyList(group=group, shard=shard, keys=keys.tobytes(), parent=parent)
 
 

@@ -14,14 +14,15 @@ from numpy.typing import NDArray
 
 from kvpool.channels.sections import block_keys, check_block
 from kvpool.core.arrays import Descriptors
-from kvpool.core.errors import BadArgument
-from kvpool.core.ids import KeyArray, Tier
+from kvpool.core.errors import BadArgument, KvpoolError
+from kvpool.core.ids import Fidelity, KeyArray, Tier
 from kvpool.core.namespace import GroupSpec
 from kvpool.service import wire
 from kvpool.service.grants import Grants
 from kvpool.service.lower_tier import LowerTier, Promoted
 from kvpool.service.sessions import Session, Sessions
 from kvpool.service.source_driver import SourceDriver
+from kvpool.service.threads import in_thread
 from kvpool.v1 import block_source_pb2 as pb
 from kvpool.v1 import block_source_pb2_grpc
 
@@ -80,19 +81,21 @@ class ReadingServicer(block_source_pb2_grpc.BlockSourceServicer):
         session = self._sessions.get(request.session_id)
         leases = list(request.lease_ids)
         corrupt: KeyArray = wire.keys_from_proto(request.corrupt)
-        group = None
         if len(corrupt):
-            group = self._core.group(request.namespace_id, request.corrupt.group, request.corrupt.shard)
+            self._core.group(request.namespace_id, request.corrupt.group, request.corrupt.shard)
         if request.handoff_request_id:
             _, handed_off = self._keys(request.namespace_id, request.handed_off)
             with self._driver.turn() as now:
                 self._core.end_handoff_for(request.namespace_id, handed_off, request.handoff_request_id, now)
         self._grants.revoke_read(session.id, leases)
-        with self._driver.turn() as now:
-            self._core.release(session.id, leases, now)
-        if group is not None:
-            self.digest_errors += len(corrupt)
-            await self._check_stored(session, request.namespace_id, group, corrupt[:CORRUPT_CHECKED_MAX])
+        try:
+            with self._driver.turn() as now:
+                self._core.release(session.id, leases, now)
+        finally:
+            # Also where a lease had expired: what its reader says of the bytes is worth a look all the same.
+            if len(corrupt):
+                self.digest_errors += len(corrupt)
+                await self._check_stored(session, request.namespace_id, corrupt[:CORRUPT_CHECKED_MAX])
         return pb.ReleaseReply()
 
     async def Await(self, request: pb.AwaitRequest, context: grpc.aio.ServicerContext) -> AsyncIterator[pb.AwaitReply]:
@@ -166,26 +169,32 @@ class ReadingServicer(block_source_pb2_grpc.BlockSourceServicer):
         group = self._core.group(namespace_id, keys.group, keys.shard)
         return group, wire.keys_from_proto(keys)
 
-    async def _check_stored(self, session: Session, namespace_id: bytes, group: GroupSpec, keys: KeyArray) -> None:
+    async def _check_stored(self, session: Session, namespace_id: bytes, keys: KeyArray) -> None:
         """Hashes what is stored under these keys and removes what is bad here: it may be the reader's link alone."""
         with self._driver.turn() as now:
-            leased = self._core.lease(session.id, namespace_id, keys, CORRUPT_CHECK_LEASE_US, now)
+            leased = self._core.lease(
+                session.id, namespace_id, keys, CORRUPT_CHECK_LEASE_US, now, fidelity_min=Fidelity.INT8, counted=False
+            )
         if not leased.lease:
             return
         blocks = leased.blocks.take(leased.found)
-        bad = await asyncio.to_thread(self._bad_rows, blocks, group.section_count)
+        sections = self._core.arrays.section_counts[self._core.index.lookup(blocks.keys)]
+        try:
+            bad = await in_thread(self._bad_rows, blocks, sections)
+        finally:
+            with contextlib.suppress(KvpoolError), self._driver.turn() as now:
+                self._core.release(session.id, [leased.lease], now)
         with self._driver.turn() as now:
-            self._core.release(session.id, [leased.lease], now)
             removed = self._core.remove(namespace_id, blocks.keys[bad], now) if len(bad) else 0
         log.error("%s reports %d bad blocks; %d are bad here, removed", session.client, len(keys), removed)
 
-    def _bad_rows(self, blocks: Descriptors, section_count: int) -> NDArray[np.int64]:
+    def _bad_rows(self, blocks: Descriptors, sections: NDArray[np.uint8]) -> NDArray[np.int64]:
         rows = [
             i
             for i, (key, offset, size) in enumerate(
                 zip(block_keys(blocks), blocks.offsets.tolist(), blocks.sizes.tolist(), strict=True)
             )
-            if not check_block(self._data[offset : offset + size], key, blocks.digests[i, :section_count])
+            if not check_block(self._data[offset : offset + size], key, blocks.digests[i, : sections[i]])
         ]
         return np.array(rows, dtype=np.int64)
 

@@ -13,11 +13,11 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvpool.core.arrays import EntryState
 from kvpool.core.demotion import ColdBlocks
 from kvpool.core.errors import KvpoolError, NoSsd
 from kvpool.core.ids import Fidelity, KeyArray, Tier
@@ -27,6 +27,7 @@ from kvpool.core.ssd.records import RecordBatch
 from kvpool.service.announcer import Announcer, Snapshot
 from kvpool.service.lower_tier import Promoted
 from kvpool.service.source_driver import SourceDriver
+from kvpool.service.threads import in_thread
 from kvpool.tiers.ssd.store import SsdListing, SsdStore, SsdStored
 from kvpool.v1 import block_source_pb2 as pb
 
@@ -44,8 +45,6 @@ PROMOTED_US = 5_000_000
 PROMOTING_MAX = 65_536
 LIST_PAGE = 65_536
 VERIFY_PAGE = 64
-
-Result = TypeVar("Result")
 SNAPSHOT_TIMEOUT_S = 30.0
 
 
@@ -87,7 +86,20 @@ class SsdTier:
         self._promoting: dict[bytes, _Promotion] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._demoting: asyncio.Task[None] | None = None
-        # Blocks that this node took over from its predecessor may be on the SSD already.
+
+    async def startup(self) -> None:
+        """Brings memory and disk together, before anybody is served. Raises: NoSsd if the disk can't note it.
+
+        What this node took over from its predecessor may be on the disk already. Where both have an object and differ,
+        memory is newer: the disk was out of reach when the object was removed and put again.
+        """
+        arrays = self._core.arrays
+        objects = np.flatnonzero((arrays.states == EntryState.READABLE) & (arrays.name_bytes > 0))
+        keys = arrays.keys[objects].view(np.uint8).reshape(-1, 16)
+        stored = await in_thread(self._store.describe_stored, keys)
+        differ = stored.facts.present & (stored.digests != arrays.digests[objects]).any(axis=1)
+        if differ.any() and not (await in_thread(self._store.remove, keys[differ])).all():
+            raise NoSsd("older versions of objects could not be removed from the SSD")
         self._mark_all()
 
     # ------------------------------------------------------------ what the node asks
@@ -172,7 +184,10 @@ class SsdTier:
             mine = keys[self.contains(namespace_id, keys)]
             removed = len(mine) if not len(mine) or self._store.remove(mine).all() else None
         if removed is None:
-            raise NoSsd("the removal could not be noted on the SSD", hint="see the SSD's state in kvctl node")
+            raise NoSsd(
+                "the removal could not be noted on the SSD",
+                hint="see the SSD in kvctl inspect and the node's log: its disk is failing",
+            )
         return removed
 
     def verify_page(self, cursor: int, namespace_id: bytes) -> tuple[int, int, int, int | None]:
@@ -306,7 +321,10 @@ class SsdTier:
     async def _demote_some(self) -> bool:
         """Copies one batch of cold blocks down; whether there may be more."""
         counts = self._core.counts()
-        if counts.bytes_used <= self._demote_from * counts.bytes_total or self._store.stats().state != "ok":
+        if counts.bytes_used <= self._demote_from * counts.bytes_total or self._store.stats().state in (
+            "failed",
+            "off",
+        ):
             self._settle()
             return False
         async with self._changing:
@@ -314,6 +332,8 @@ class SsdTier:
             # Blocks that were written again while their copy below stayed.
             facts = self._store.describe(cold.keys)
             there = facts.present & (facts.fidelities == cold.fidelities)
+            # A block is its content; what stands under an object's name may be an older one.
+            there &= np.array([not name for name in cold.names], dtype=np.bool_)
             self._core.mark_lower(cold.keys[there], True)
             cold = cold.take(~there)
             if not len(cold.keys):
@@ -414,13 +434,3 @@ class SsdTier:
         """(bytes live, blocks), from any thread."""
         space = self._store.stats().space
         return space.bytes_live, space.records
-
-
-async def in_thread(call: Callable[..., Result], *args: object) -> Result:
-    """Runs `call` in a thread and does not end before it: what it reads or writes must stay ours until then."""
-    future = asyncio.ensure_future(asyncio.to_thread(call, *args))
-    try:
-        return await asyncio.shield(future)
-    except asyncio.CancelledError:
-        await asyncio.wait([future])
-        raise

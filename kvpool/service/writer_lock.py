@@ -61,6 +61,8 @@ class WriterLock:
     def _drop_if_unused(self) -> None:
         if self._retired and self._users == 0:
             self.path.unlink(missing_ok=True)
+            # Not only closed: a forked child has the open file too, and with it the lock.
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
             os.close(self._fd)
 
 
@@ -78,7 +80,7 @@ class WriterProof:
             return None
         try:
             fd = os.open(name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a NUL in the path
             return None
         if stat.S_ISREG(os.fstat(fd).st_mode) and not _take(fd):
             return cls(name, fd)

@@ -277,7 +277,7 @@ def test_samples_say_what_was_computed(engine: Engine) -> None:
     assert samples.finished_prefills == ["r"] and not engine.take_samples().decode
 
 
-ACTION = st.sampled_from(["submit", "pull", "export", "abort", "step", "step", "fail"])
+ACTION = st.sampled_from(["submit", "pull", "export", "lend", "abort", "step", "step", "fail"])
 
 
 @settings(max_examples=30, deadline=None)
@@ -309,6 +309,9 @@ def test_whatever_happens_nothing_is_left(llama: LoadedModel, actions: list[tupl
             engine.pull_ended(pull)
         elif action == "export" and exports:
             engine.export_ended(exports.pop())
+        elif action == "lend":
+            lent = engine.lend_cached([key.tobytes() for key in engine.cached_keys()[::-1]])
+            exports.append(lent)
         elif action == "abort" and count:
             engine.abort(str(1 + number % count))
         else:

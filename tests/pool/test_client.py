@@ -309,3 +309,24 @@ def test_without_a_writer_lock_bytes_go_over_tcp(
     out = np.zeros_like(data)
     got = client.get(namespace, keys, out)
     assert got.channel == "shm" and got.found.all() and np.array_equal(out, data)
+
+
+def test_memory_that_may_not_be_written(client: PoolClient, namespace: NamespaceId) -> None:
+    keys, data = random_blocks(2, [30, *namespace])
+    client.put(namespace, keys, data)
+    out = np.zeros_like(data)
+    out.setflags(write=False)
+    with pytest.raises(BadArgument, match="read-only"):
+        client.get(namespace, keys, out)
+    assert not out.any()
+    with pytest.raises(BadArgument, match="uint8"):
+        client.get(namespace, ["ab"], np.zeros_like(data))  # type: ignore[arg-type]
+
+
+def test_holds_end_for_blocks_read_with_and_without_a_call(client: PoolClient, namespace: NamespaceId) -> None:
+    keys, data = random_blocks(5, [31, *namespace])
+    client.put(namespace, keys[:4], data[:4], hold=Hold("r", 600))
+    assert client.stats().pins >= 1
+    got = client.get(namespace, keys, np.zeros_like(data), handoff="r")
+    assert got.found.tolist() == [True] * 4 + [False]
+    assert eventually(lambda: client.stats().pins == 0)

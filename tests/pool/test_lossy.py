@@ -91,3 +91,15 @@ def test_what_can_not_be_encoded(client: PoolClient) -> None:
         client.put(namespace, keys, data, fidelity=Fidelity.INT8)
     with pytest.raises(Unsupported):
         client.get(namespace, keys, data, fidelity_min=Fidelity.INT8)
+
+
+def test_an_exact_block_may_be_as_long_as_an_encoded_one(client: PoolClient) -> None:
+    group = GroupSpec(0, GroupKind.FULL, (0,), 8, 1, 1, 2 * 8 * 8 * 2, 1, 8)
+    spec = NamespaceSpec("as long", "", "float16", "t", "lkthd", "xxh3_128/1", (group,))
+    namespace = client.register(spec)
+    rng = np.random.default_rng([7, *namespace, ord(client.channel[0])])
+    keys, data = rng.integers(0, 256, (3, 16), dtype=np.uint8), rng.integers(0, 200, (3, 256), dtype=np.uint8)
+    assert client.put(namespace, keys, data).stored.all()
+    out = np.zeros_like(data)
+    got = client.get(namespace, keys, out, fidelity_min=Fidelity.INT8)
+    assert got.found.all() and (got.fidelities == Fidelity.EXACT).all() and np.array_equal(out, data)

@@ -80,22 +80,37 @@ class Filling:
         self.renew()
 
     def renew(self) -> None:
-        self.directory = Directory()
+        self.directory, self.seq = Directory(), 0
         for number in range(SOURCES):
             self.directory.attach(SourceRecord(SourceId(f"node-{number}"), 1, Tier.DRAM), 0)
 
-    def fill(self) -> None:
-        for seq, at in enumerate(range(0, len(self.keys), EVENT_BLOCKS * SOURCES)):
+    def store(self) -> None:
+        self._tell(ChangeKind.STORED)
+
+    def remove(self) -> None:
+        self._tell(ChangeKind.REMOVED)
+
+    def _tell(self, kind: ChangeKind) -> None:
+        for at in range(0, len(self.keys), EVENT_BLOCKS * SOURCES):
+            self.seq += 1
             for number in range(SOURCES):
                 start = at + number * EVENT_BLOCKS
                 packed = self.keys[start : start + EVENT_BLOCKS].tobytes()
-                change = BlockChange(ChangeKind.STORED, packed)
-                self.directory.apply(SourceId(f"node-{number}"), 1, seq + 1, [change], 0)
+                self.directory.apply(SourceId(f"node-{number}"), 1, self.seq, [BlockChange(kind, packed)], 0)
+
+    def cases(self) -> list[Case]:
+        """Each begins where the one before it ended."""
+        total = len(self.keys)
+        return [
+            Case("stored, beginning with nothing", self.store, total, "M blocks/s", prepare=self.renew),
+            Case("removed", self.remove, total, "M blocks/s"),
+            Case("stored again, where it has room", self.store, total, "M blocks/s"),
+        ]
 
     def bytes_a_block(self) -> float:
         """Of memory that grew; the pages of what was freed before are used again, so this is measured first."""
         before = private_bytes()
-        self.fill()
+        self.store()
         return (private_bytes() - before) / len(self.keys)
 
 
@@ -113,13 +128,12 @@ def main() -> None:
     args = parser.parse_args()
     report = Report("hash and match", args.json)
     filling = Filling(args.blocks)
-    Filling(4 * EVENT_BLOCKS * SOURCES).fill()  # loads the kernels
+    Filling(4 * EVENT_BLOCKS * SOURCES).store()  # loads the kernels
     each = filling.bytes_a_block()
     cases = prompt_cases(args.tokens, args.block_tokens)
     rows = measure(cases, args.rounds, quiet_s=args.quiet_s, warm=2)
     report.add(f"A prompt of {args.tokens} tokens in blocks of {args.block_tokens}", rows)
-    learning = Case("learning", filling.fill, args.blocks, "M blocks/s", prepare=filling.renew)
-    rows = measure([learning], min(args.rounds, 5), quiet_s=args.quiet_s)
+    rows = measure(filling.cases(), min(args.rounds, 5), quiet_s=args.quiet_s)
     report.add(
         f"A directory of {args.blocks} blocks of {SOURCES} sources, {EVENT_BLOCKS} an event",
         [*rows, Row.figure("memory a block", each, "B")],
