@@ -100,6 +100,9 @@ def times(value: Times) -> engine_pb2.RequestTimes:
         computed_tokens=value.computed_tokens,
         blocks_published=value.blocks_published,
         pull_failures=value.pull_failures,
+        read_us=value.read_us,
+        exposed_us=value.exposed_us,
+        publish_us=value.publish_us,
     )
 
 

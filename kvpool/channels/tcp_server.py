@@ -26,6 +26,8 @@ from kvpool.core.errors import Unavailable
 
 log = logging.getLogger(__name__)
 
+#: After a failed accept (no file descriptors, say) the next one would fail at once.
+ACCEPT_REST_S = 0.1
 #: Beyond these a connection is answered OVERLOADED and closed.
 CONNECTIONS_MAX = 256
 SESSION_CONNECTIONS_MAX = 32
@@ -139,6 +141,7 @@ class TcpDataServer:
                 f"can't listen on {host}:{port} for data: {error.strerror}", hint="choose another --data-listen"
             ) from error
         self.address = f"{host}:{self._listener.getsockname()[1]}"
+        self._closed = threading.Event()
         self._thread = threading.Thread(target=self._accept, name="tcp-accept", daemon=True)
         self._thread.start()
 
@@ -159,6 +162,7 @@ class TcpDataServer:
         with self._lock:
             self._closing = True
             connections = list(self._connections)
+        self._closed.set()
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -184,7 +188,7 @@ class TcpDataServer:
                 if self._closing:
                     return
                 log.warning("tcp: accept failed: %s", error)
-                if self._listener.fileno() < 0:
+                if self._listener.fileno() < 0 or self._closed.wait(ACCEPT_REST_S):
                     return
                 continue
             connection = Connection(sock, next(self._numbers))

@@ -220,6 +220,11 @@ def worker(
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Same tokens whatever the batching and the placement.")
     ] = False,
+    hbm_staging: Annotated[
+        str, typer.Option("--hbm-staging", help="Memory through which others pull from this worker's cache; 0 = none.")
+    ] = "0",
+    segment_dir: Annotated[Path, typer.Option("--segment-dir", help="Folder for that memory.")] = Path("/dev/shm"),
+    metrics_port: MetricsPort = 0,
     block_hash: Annotated[
         str, typer.Option("--block-hash", help="xxh3_128/1, or sha256/1 where several tenants share the cluster.")
     ] = "xxh3_128/1",
@@ -232,6 +237,8 @@ def worker(
         model=model, scheduler=scheduler, node=node, listen=listen, instance_id=id, role=role, served_name=served_name,
         kv_tokens=kv_tokens, block_tokens=block_tokens, chunk_tokens=chunk_tokens, batch_max=batch_max, threads=threads,
         dtype=dtype, device=device, deterministic=deterministic, block_hash=block_hash, credential=credential,
+        hbm_staging_bytes=0 if hbm_staging == "0" else output.parse_size(hbm_staging), segment_dir=str(segment_dir),
+        metrics_port=metrics_port,
     )  # fmt: skip
 
     def run(ready: Any) -> None:

@@ -222,7 +222,11 @@ class BlockSourceServicer(ReadingServicer):
 
     def _check_ssd_for(self, group: GroupSpec) -> None:
         """Objects are not changed while the disk is out of reach: an older one there would come back with it."""
-        if self._ssd_failure and group is OBJECTS_GROUP:
+        if group is not OBJECTS_GROUP:
+            return
+        if isinstance(self._below, SsdTier):
+            self._below.check_objects()
+        if self._ssd_failure:
             raise NoSsd(
                 f"objects can't be changed while the SSD is out of reach: {self._ssd_failure}",
                 hint="repair it, or start the node with another, empty --ssd-dir",

@@ -176,12 +176,12 @@ class ReadingCalls(SourceCalls):
         leased: Bools = np.fromiter(reply.found, dtype=np.bool_, count=len(keys))
         if not reply.lease_id:
             return
-        section_count = self._group(request.namespace, request.group).section_count
-        stored = qualify(keys, request.group, request.shard)
-        blocks = wire.descriptors_from_proto(reply.blocks, stored, section_count).take(leased)
         mine = rows[leased]
         corrupt = np.zeros(len(mine), dtype=np.bool_)
         try:
+            section_count = self._group(request.namespace, request.group).section_count
+            stored = qualify(keys, request.group, request.shard)
+            blocks = wire.descriptors_from_proto(reply.blocks, stored, section_count).take(leased)
             memory, places = provide(mine, blocks.sizes)
             left_s = max(request.ttl_s - (time.monotonic() - begin_s), 0.001)
             good = session.channel.read(

@@ -215,6 +215,6 @@ class SessionKeeper:
             if offer.kind == "shm":
                 try:
                     shared = SharedIndex.open(offer.parameters)
-                except KvpoolError as error:
+                except (KvpoolError, OSError) as error:
                     log.warning("%s: the index of %s can't be read here: %s", self._client, source_id, error)
         return channel, shared

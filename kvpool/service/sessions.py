@@ -122,12 +122,17 @@ class Sessions:
     async def _end(self, session: Session) -> None:
         self._driver.end_waits(session.id)
         reservations = self._grants.close_session(session.id)
-        for server in self._data_servers:
-            server.close_session(session.id)
-        drained = await self._drained(reservations)
-        gone = drained and (session.proof is None or session.proof.gone())
-        with self._driver.turn() as now:
-            self._driver.core.close_session(session.id, now, writer_gone=gone)
+        gone = False
+        try:
+            for server in self._data_servers:
+                server.close_session(session.id)
+            drained = await self._drained(reservations)
+            gone = drained and (session.proof is None or session.proof.gone())
+        except Exception:
+            log.exception("session %d: its writes could not be ended; its slots wait", session.id)
+        finally:
+            with self._driver.turn() as now:
+                self._driver.core.close_session(session.id, now, writer_gone=gone)
         if not gone:
             self._orphans[session.id] = _Orphan(session.proof, session.place, reservations)
         elif session.place is not None:
@@ -140,24 +145,31 @@ class Sessions:
 
     async def _adopt_orphans(self) -> None:
         """Frees the slots of ended sessions once their writers have proven to be gone."""
-        inherited = True
+        self._inherited = True
         while True:
-            if inherited and self._writers.all_inherited_gone():
-                inherited = False
-                with self._driver.turn() as now:
-                    freed = self._driver.core.release_inherited(now)
-                if freed:
-                    log.info("the writers of the process before are gone, their %d slots are free again", freed)
+            try:
+                self._adopt_once()
+            except Exception:
+                # A file system that fails now must not keep slots back for good.
+                log.exception("looking for writers that are gone failed; it is tried again")
             await asyncio.sleep(PROOF_INTERVAL_S)
-            for session_id, orphan in list(self._orphans.items()):
-                if self._grants.busy(orphan.reservations) or not (orphan.proof is None or orphan.proof.gone()):
-                    continue
-                del self._orphans[session_id]
-                if orphan.place is not None:
-                    self._writers.strike(orphan.place)
-                log.info("session %d: its writer is gone, its slots are free again", session_id)
-                with self._driver.turn() as now:
-                    self._driver.core.writer_gone(session_id, now)
+
+    def _adopt_once(self) -> None:
+        if self._inherited and self._writers.all_inherited_gone():
+            self._inherited = False
+            with self._driver.turn() as now:
+                freed = self._driver.core.release_inherited(now)
+            if freed:
+                log.info("the writers of the process before are gone, their %d slots are free again", freed)
+        for session_id, orphan in list(self._orphans.items()):
+            if self._grants.busy(orphan.reservations) or not (orphan.proof is None or orphan.proof.gone()):
+                continue
+            del self._orphans[session_id]
+            if orphan.place is not None:
+                self._writers.strike(orphan.place)
+            log.info("session %d: its writer is gone, its slots are free again", session_id)
+            with self._driver.turn() as now:
+                self._driver.core.writer_gone(session_id, now)
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)

@@ -84,6 +84,8 @@ class SsdTier:
         self._no_removal = asyncio.Event()
         self._no_removal.set()
         self._promoting: dict[bytes, _Promotion] = {}
+        #: Why an object on the disk may come back though it is hidden now; empty: none can. See `check_objects`.
+        self._undead = ""
         self._tasks: set[asyncio.Task[None]] = set()
         self._demoting: asyncio.Task[None] | None = None
 
@@ -125,6 +127,11 @@ class SsdTier:
         facts = self._store.describe(keys)
         mine: NDArray[np.bool_] = (facts.namespace_ids == np.frombuffer(namespace_id, dtype=np.uint8)).all(axis=1)
         return facts.present & mine
+
+    def check_objects(self) -> None:
+        """Raises: NoSsd while an object that can't be read now might come back later, older than one put meanwhile."""
+        if self._undead:
+            raise NoSsd(f"objects can't be changed: {self._undead}", hint="look after the disk, then restart the node")
 
     async def promote(self, namespace_id: bytes, keys: KeyArray, timeout_s: float) -> Promoted:
         below = ~self._core.lookup(namespace_id, keys)
@@ -184,6 +191,7 @@ class SsdTier:
             mine = keys[self.contains(namespace_id, keys)]
             removed = len(mine) if not len(mine) or self._store.remove(mine).all() else None
         if removed is None:
+            self._undead = "a removal could not be noted on the SSD"
             raise NoSsd(
                 "the removal could not be noted on the SSD",
                 hint="see the SSD in kvctl inspect and the node's log: its disk is failing",
@@ -284,6 +292,8 @@ class SsdTier:
             ]
             read = await in_thread(self._store.read, slots.keys, targets)
             good = np.flatnonzero(read.good)
+            if any(names) and not read.good.all():
+                self._undead = "an object on the SSD could not be read"
             indices = np.repeat(mine[good], sections).astype(np.uint32)
             numbers = np.tile(np.arange(sections, dtype=np.uint32), len(good))
             with self._driver.turn() as now:
@@ -343,21 +353,16 @@ class SsdTier:
 
     async def _write(self, cold: ColdBlocks) -> bool:
         leases: list[int] = []
-        with self._driver.turn() as now:
-            # Held while the disk reads from them; one lease for each namespace.
-            for namespace_id in dict.fromkeys(cold.namespace_ids):
-                rows = [i for i, other in enumerate(cold.namespace_ids) if other == namespace_id]
-                leased = self._core.lease(
-                    self._session,
-                    namespace_id,
-                    cold.keys[rows],
-                    LEASE_US,
-                    now,
-                    fidelity_min=Fidelity.INT8,
-                    counted=False,
-                )
-                leases.append(leased.lease)
         try:
+            with self._driver.turn() as now:
+                # Held while the disk reads from them; one lease for each namespace.
+                for namespace_id in dict.fromkeys(cold.namespace_ids):
+                    rows = [i for i, other in enumerate(cold.namespace_ids) if other == namespace_id]
+                    leased = self._core.lease(
+                        self._session, namespace_id, cold.keys[rows], LEASE_US, now, fidelity_min=Fidelity.INT8,
+                        counted=False,
+                    )  # fmt: skip
+                    leases.append(leased.lease)
             batch = self._batch(cold)
             acknowledged = await in_thread(self._store.append, batch)
         finally:

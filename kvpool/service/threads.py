@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -15,5 +16,8 @@ async def in_thread(call: Callable[..., Result], *args: object) -> Result:
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:
-        await asyncio.wait([future])
+        while not future.done():
+            # Cancelled again: it changes nothing for the thread.
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([future])
         raise

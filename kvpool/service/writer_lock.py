@@ -145,13 +145,27 @@ class WriterTable:
         return not self._inherited
 
     def _is_gone(self, place: int, path: str) -> bool:
-        if Path(path).exists():
-            proof = WriterProof.open(path)
-            if proof is not None:
-                proof.close()
-                return False
+        if writer_may_live(Path(path)):
+            return False
         self.strike(place)
         return True
+
+
+def writer_may_live(path: Path) -> bool:
+    """Whether somebody holds this lock, or that can't be told: a writer is only taken for gone where that is proven."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        # Its owner removes it when it lets go. A folder that is not there proves nothing: it may be mounted elsewhere.
+        return not path.parent.is_dir()
+    except (OSError, ValueError):
+        return True
+    try:
+        return not _take(fd)
+    except OSError:
+        return True
+    finally:
+        os.close(fd)
 
 
 def remove_orphans(folder: Path | None = None) -> None:

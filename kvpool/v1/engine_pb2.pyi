@@ -136,7 +136,7 @@ class RequestEvent(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., error: _Optional[str] = ..., times: _Optional[_Union[RequestTimes, _Mapping]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top2_gaps: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class RequestTimes(_message.Message):
-    __slots__ = ("queue_us", "pull_us", "prefill_us", "cached_tokens_hbm", "cached_tokens_pool", "bytes_pulled", "computed_tokens", "blocks_published", "pull_failures")
+    __slots__ = ("queue_us", "pull_us", "prefill_us", "cached_tokens_hbm", "cached_tokens_pool", "bytes_pulled", "computed_tokens", "blocks_published", "pull_failures", "read_us", "exposed_us", "publish_us")
     QUEUE_US_FIELD_NUMBER: _ClassVar[int]
     PULL_US_FIELD_NUMBER: _ClassVar[int]
     PREFILL_US_FIELD_NUMBER: _ClassVar[int]
@@ -146,6 +146,9 @@ class RequestTimes(_message.Message):
     COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_PUBLISHED_FIELD_NUMBER: _ClassVar[int]
     PULL_FAILURES_FIELD_NUMBER: _ClassVar[int]
+    READ_US_FIELD_NUMBER: _ClassVar[int]
+    EXPOSED_US_FIELD_NUMBER: _ClassVar[int]
+    PUBLISH_US_FIELD_NUMBER: _ClassVar[int]
     queue_us: int
     pull_us: int
     prefill_us: int
@@ -155,7 +158,10 @@ class RequestTimes(_message.Message):
     computed_tokens: int
     blocks_published: int
     pull_failures: int
-    def __init__(self, queue_us: _Optional[int] = ..., pull_us: _Optional[int] = ..., prefill_us: _Optional[int] = ..., cached_tokens_hbm: _Optional[int] = ..., cached_tokens_pool: _Optional[int] = ..., bytes_pulled: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., blocks_published: _Optional[int] = ..., pull_failures: _Optional[int] = ...) -> None: ...
+    read_us: int
+    exposed_us: int
+    publish_us: int
+    def __init__(self, queue_us: _Optional[int] = ..., pull_us: _Optional[int] = ..., prefill_us: _Optional[int] = ..., cached_tokens_hbm: _Optional[int] = ..., cached_tokens_pool: _Optional[int] = ..., bytes_pulled: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., blocks_published: _Optional[int] = ..., pull_failures: _Optional[int] = ..., read_us: _Optional[int] = ..., exposed_us: _Optional[int] = ..., publish_us: _Optional[int] = ...) -> None: ...
 
 class EngineEvents(_message.Message):
     __slots__ = ("events",)

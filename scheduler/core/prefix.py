@@ -180,7 +180,8 @@ class Prefix:
             chosen: tuple[Source, Run] | None = None
             for source, run in coverage.readable:
                 end = run.first + run.count
-                if not run.first <= at < end:
+                # What an instance has in its own cache it need not pull: that is `own`, as far as it is of use.
+                if not run.first <= at < end or source.attached.instance_id == instance.id:
                     continue
                 source_id = source.attached.source_id
                 if source_id not in links:

@@ -366,5 +366,16 @@ class Generation:
         metrics.e2e.labels(model).observe(self._last_token_at - self._arrived_at)
         metrics.prompt_tokens.labels(model).inc(len(self.spec.prompt))
         metrics.cached_tokens.labels(model).inc(self.cached_tokens)
+        share = self._exposed_share()
+        if share is not None:
+            metrics.exposed.labels(model).observe(share)
         if self.tokens > 1:
             metrics.tpot.labels(model).observe((self._last_token_at - self._first_token_at) / (self.tokens - 1))
+
+    def _exposed_share(self) -> float | None:
+        """Of the time that moving this request's KV from prefill to decode took, the share that decode waited for."""
+        times = self._attempts[-1].times
+        if Leg.PREFILL not in times or Leg.DECODE not in times:
+            return None
+        whole_us = times[Leg.PREFILL].publish_us + times[Leg.DECODE].read_us
+        return min(1.0, times[Leg.DECODE].exposed_us / whole_us) if whole_us else None

@@ -7,6 +7,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 _LATENCY = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 _TOKEN_LATENCY = (0.001, 0.002, 0.004, 0.008, 0.015, 0.03, 0.06, 0.12, 0.25, 0.5, 1, 2, 4)
+_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 _PREFIX = "kvpool_gateway_"
 
 
@@ -31,6 +32,9 @@ class Metrics:
         self.itl = histogram("itl_seconds", "Between tokens that came one after the other", _TOKEN_LATENCY)
         self.tpot = histogram("tpot_seconds", "Time per output token after the first, a request", _TOKEN_LATENCY)
         self.e2e = histogram("e2e_seconds", "From a request's arrival to its last token", _LATENCY)
+        self.exposed = histogram(
+            "exposed_transfer_ratio", "Split requests: KV transfer that decode waited for, over all of it", _SHARES
+        )
         self.requests = counter("requests_total", "Requests that ended, by how", "model", "outcome")
         self.rejected = counter(
             "rejected_total", "HTTP requests answered with an error, by status and code", "status", "code"

@@ -289,7 +289,7 @@ BUGS = (
     Bug("removals do not wait for promotions", _promotion_after_removal, seeds_max=400, ssd=True),
     Bug("removals by prefix forget the memory", _removal_forgets_memory),
     Bug("lossy copies for readers who want exact ones", _lossy_for_exact),
-    Bug("connections write without a right", _rights_outlive_their_reservation, seeds_max=150),
+    Bug("connections write without a right", _rights_outlive_their_reservation, seeds_max=300),
     Bug("quotas are forgotten", _quotas_forgotten, seeds_max=100),
     Bug("waits never end", _waits_never_expire),
     Bug("the directory passes over gaps", _gaps_ignored),

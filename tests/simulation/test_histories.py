@@ -11,7 +11,7 @@ import pytest
 
 from tests.simulation.world import Plan, run_history
 
-HISTORIES = int(os.environ.get("KVPOOL_HISTORIES", "1500"))
+HISTORIES = int(os.environ.get("KVPOOL_HISTORIES", "1000"))
 FIRST_SEED = int(os.environ.get("KVPOOL_SEED", "1"))
 #: Histories that one task of a worker plays.
 CHUNK = 50

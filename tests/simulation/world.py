@@ -42,7 +42,7 @@ class Plan:
     """What a seed may not decide. steps: actions of all clients and operators together. check_every: turns of a core
     between two checks of its invariants; 0 = never."""
 
-    steps: int = 60
+    steps: int = 40
     check_every: int = 40
     trace: bool = False
     ssd: bool | None = None

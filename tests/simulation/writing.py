@@ -141,8 +141,9 @@ class _Writer:
 
     async def _send(self, row: int) -> bool:
         """Over a connection, which a thread of the node serves. False: it did not come through."""
-        link = self._link
-        await self._world.pause()
+        link, rng = self._link, self._world.rng
+        # It may come when nobody waits for it any more.
+        await self._world.pause(3.0 if rng.random() < 0.1 else 0.05)
         if link.lost or link.node.life is not link.life or self._world.is_cut(link.client.name, link.node.name):
             return False
         return bool(await link.life.call(self._receive(row)))

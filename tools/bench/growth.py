@@ -34,6 +34,8 @@ BATCH, PROMPT = 4096, 32
 TTL_US = 60_000_000
 #: Blocks of the largest unit of a segment: with whole units just so many fit.
 WHOLE_UNITS = 1024
+#: With fewer blocks, memory that was freed before hides what they take.
+PRIVATE_BLOCKS_MIN = 500_000
 
 
 class Source:
@@ -116,8 +118,9 @@ def measure_one(blocks: int, eviction: str, rounds: int) -> dict[str, list[float
             if number:
                 seconds[name].append(took_s)
     assert core.counts().blocks == blocks, core.counts()
+    own = {"private B": [private / blocks]} if blocks >= PRIVATE_BLOCKS_MIN else {}
     return {
-        "shared B": [shared / blocks], "private B": [private / blocks], "filling": [filled_s / blocks], **seconds,
+        "shared B": [shared / blocks], **own, "filling": [filled_s / blocks], **seconds,
     }  # fmt: skip
 
 
@@ -149,8 +152,9 @@ SHOWN: dict[str, tuple[str, str, Callable[[float], float]]] = {
 
 def rows_of(found: dict[str, list[float]]) -> list[Row]:
     rows = []
-    for key, (name, unit, shown) in SHOWN.items():
-        values = sorted(shown(value) for value in found[key])
+    for key, values_found in found.items():
+        name, unit, shown = SHOWN[key]
+        values = sorted(shown(value) for value in values_found)
         rows.append(Row(name, unit, statistics.median(values), values[0], values[-1], len(values)))
     return rows
 

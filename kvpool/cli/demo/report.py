@@ -49,6 +49,11 @@ def build(
         for e in explanations
         if e.get("outcome", {}).get("ttft_us")
     ]
+    shares = [
+        min(1.0, o["decode"]["exposed_us"] / whole)
+        for o in outcomes
+        if (whole := o.get("prefill", {}).get("publish_us", 0) + o.get("decode", {}).get("read_us", 0))
+    ]
     where: dict[str, set[str]] = {}
     for turn, placement in zip(ours, placements, strict=True):
         where.setdefault(turn.conversation, set()).update(placement[p]["instance_id"] for p in ("prefill", "decode"))
@@ -59,6 +64,7 @@ def build(
         "prefix_hit_ratio": hit_ratio(ours),
         "hit_ratio_turn2plus": hit_ratio([t for t in ours if t.turn > 0]),
         "bytes_pulled": pulled,
+        "exposed_transfer_median": round(statistics.median(shares), 3) if shares else None,
         "split_requests": sum(p["split"] for p in placements),
         "colocated_requests": sum(not p["split"] for p in placements),
         "conversations_that_moved": sum(len(workers) > 1 for workers in where.values()),

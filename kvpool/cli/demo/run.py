@@ -162,9 +162,14 @@ def _show(result: dict[str, Any], out: Path) -> None:
             "requests": f"{result['requests']}: {kinds}",
             "moved between workers": f"{result['conversations_that_moved']} conversations",
             "pulled from the pool": output.size(result["bytes_pulled"]),
+            "of that waited for by decode": _share(result["exposed_transfer_median"]),
             "TTFT prediction error": f"{100 * (result['ttft_prediction_error_median'] or 0):.0f} % (median)",
             "still held": ", ".join(f"{v} {k}" for k, v in result["leaks"].items()),
             "time": f"{result['wall_s']:.0f} s",
             "report": str(out),
         },
     )
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.0f} % (median of split requests)"

@@ -178,8 +178,8 @@ def chosen_nodes(scheduler: str, node: str, credential: str) -> Iterator[list[No
 
 def _nodes_of(cluster: Cluster, node: str) -> list[Node]:
     sources = [s["source"] for s in cluster.sources() if s["source"]["address"]]
-    # The SSD of a node is a source of its own in the directory, at the same address.
-    known = {s["address"]: s["source_id"] for s in sources if s["tier"] != "ssd"}
+    # The SSD of a node is a source of its own in the directory, at the same address; a worker's HBM is no node.
+    known = {s["address"]: s["source_id"] for s in sources if s["tier"] == "dram"}
     chosen = {address: name for address, name in known.items() if node in ("", name)}
     if not chosen:
         names = ", ".join(sorted(known.values())) or "none"
