@@ -291,7 +291,9 @@ class ClusterClient:
                 ttl_s=part_s, promote_s=min(request.promote_s, part_s / 2), claim=claim,
             )  # fmt: skip
             outcome = member.read_claimed(part, lambda chosen, sizes: provide(rows[chosen], sizes))
-            state.note(member.place.source_id, rows, outcome)
+            # Noted before the rows may be given to the next node, or, by `GivenUp`, not at all.
+            with claim.touching():
+                state.note(member.place.source_id, rows, outcome)
 
         try:
             self._calls.run(

@@ -176,7 +176,12 @@ class NodeServer:
         )  # fmt: skip
         tier = SsdTier(store, self.driver, self.segment.data, demote_from=config.ssd_demote_from)
         self._cleanup.push_async_callback(tier.close)
-        await tier.startup()
+        try:
+            await tier.startup()
+        except NoSsd as error:
+            log.error("no SSD tier: %s (%s)", error, error.hint)
+            self._ssd_failure = str(error)
+            return None
         return tier
 
     async def _serve(self) -> None:

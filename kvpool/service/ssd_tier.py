@@ -188,8 +188,11 @@ class SsdTier:
         if keys is None:
             removed = self._store.remove_namespace(namespace_id)
         else:
-            mine = keys[self.contains(namespace_id, keys)]
-            removed = len(mine) if not len(mine) or self._store.remove(mine).all() else None
+            mine = self.contains(namespace_id, keys)
+            # Of objects also those that can't be read or are on their way out: after a crash they would be back. Their
+            # keys are of their namespace alone; a block's key may stand in another one, whose block is to stay.
+            buried = keys if self._core.group(namespace_id, 0, 0) is OBJECTS_GROUP else keys[mine]
+            removed = int(mine.sum()) if not len(buried) or self._store.remove(buried).all() else None
         if removed is None:
             self._undead = "a removal could not be noted on the SSD"
             raise NoSsd(

@@ -185,6 +185,9 @@ class RequestTimes:
     computed_tokens: int = 0
     blocks_published: int = 0
     pull_failures: int = 0
+    read_us: int = 0
+    exposed_us: int = 0
+    publish_us: int = 0
 
 
 @dataclass(frozen=True, slots=True)

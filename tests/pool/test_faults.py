@@ -227,7 +227,7 @@ def test_waits_of_an_ended_session_end(start_node: Start, connect: Connect) -> N
 def test_metrics(start_node: Start, connect: Connect) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    client = connect(start_node(metrics_port=port, id="metered"))
+    client = connect(start_node(metrics_port=port, id="metered"), channels=("tcp",))
     namespace = client.register(namespace_spec())
     keys, data = random_blocks(3, [9])
     client.put(namespace, keys, data)

@@ -26,6 +26,8 @@ from kvpool.client import PoolClient
 
 #: glibc copies past the cache only from its threshold on, which blocks do not reach; this lets them.
 TUNABLES = "glibc.cpu.x86_non_temporal_threshold=1048576"
+#: What is copied before it is hashed: a part of what the second cache of a core holds.
+PIECE_BYTES = 256 << 10
 Bytes2D = NDArray[np.uint8]
 
 
@@ -67,12 +69,16 @@ def copy_rows(source: Bytes2D, target: Bytes2D) -> None:
 
 
 def copy_and_hash_rows(source: Bytes2D, target: Bytes2D) -> None:
-    """Hashes each section right after its block was copied, as far as it is in the cache still."""
+    """Copies and hashes in turn, in pieces that are still in the cache when they are hashed; a digest a section."""
     step = max(1, source.shape[1] // SECTION_COUNT)
     for one, other in zip(source, target, strict=True):
-        np.copyto(other, one)
-        for at in range(0, len(other), step):
-            xxhash.xxh3_64_intdigest(other[at : at + step], seed=at)
+        for section in range(0, len(other), step):
+            digest = xxhash.xxh3_64(seed=section)
+            for at in range(section, section + step, PIECE_BYTES):
+                piece = slice(at, min(at + PIECE_BYTES, section + step))
+                np.copyto(other[piece], one[piece])
+                digest.update(other[piece])
+            digest.intdigest()
 
 
 class Client:
