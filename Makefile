@@ -13,6 +13,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@# An extra whose own metadata would bring torch's CUDA build; without it its tests skip themselves.
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt nixl-cu12 \
+		|| echo "nixl-cu12 can't be installed here: the tests of the nixl channel are skipped"
 	@$(BIN)/python -m kvpool.core.kernels
 	@touch $@
 
@@ -29,7 +32,8 @@ lint: setup
 	@$(BIN)/lint-imports --cache-dir .import_linter_cache
 
 bench: setup
-	@for b in hash_match blocks placements gateway; do $(BIN)/python tools/bench/$$b.py || exit 1; done
+	@for b in hash_match copying same_host lookups growth footprint tcp remote ssd placements gateway; do \
+		echo "== $$b"; $(BIN)/python tools/bench/$$b.py || exit 1; done
 
 proto: setup
 	@$(BIN)/python tools/generate_proto.py
