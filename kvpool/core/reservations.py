@@ -70,6 +70,7 @@ class Reservation:
     lineage: Lineage
     state: ReservationState = ReservationState.LIVE
     quarantined: Entries = field(default_factory=lambda: _NOBODY)
+    last_pong: int = 0  # of its session when it expired
     pending: NDArray[np.bool_] = field(init=False)
     _masks: NDArray[np.uint32] = field(init=False)  # sections committed, a bit each
     _digests: NDArray[np.uint64] = field(init=False)
@@ -131,6 +132,7 @@ class Reservations:
     def __init__(self) -> None:
         self._reservations: dict[ReservationId, Reservation] = {}
         self._finished: dict[ReservationId, None] = {}  # oldest first
+        self._expired: dict[ReservationId, None] = {}  # oldest first
         self._finished_rows = 0
         self._next = 1
         self.live = 0
@@ -162,6 +164,11 @@ class Reservations:
     def of_session(self, session: SessionId) -> list[ReservationId]:
         return [n for n, r in self._reservations.items() if r.session == session]
 
+    def expired_before(self, session: SessionId, pong: int) -> list[ReservationId]:
+        """Reservations of a session that had expired when this pong was sent, oldest first."""
+        expired = ((number, self._reservations[number]) for number in self._expired)
+        return [number for number, r in expired if r.session == session and r.last_pong < pong]
+
     def finish(self, number: ReservationId) -> None:
         """Each block is complete: kept only to answer a repeated commit."""
         found = self._reservations[number]
@@ -185,13 +192,18 @@ class Reservations:
         if found.state is ReservationState.FINISHED:
             del self._finished[number]
             self._finished_rows -= len(found.rows)
+        self._expired.pop(number, None)
         return found.quarantined
 
-    def quarantine(self, number: ReservationId) -> None:
-        """Keeps the slots of a dropped reservation from being used until its writer has stopped."""
+    def quarantine(self, number: ReservationId, last_pong: int) -> None:
+        """Keeps the slots of a dropped reservation from being used until its writer has stopped.
+
+        Args: last_pong: number of the last pong that its session was sent.
+        """
         found = self._reservations[number]
         found.state, found.quarantined = ReservationState.EXPIRED, found.pending_entries
-        found.pending[:] = False
+        found.last_pong = last_pong
+        self._expired[number] = None
         self.live -= 1
 
     def quarantined_entries(self) -> Entries:
@@ -205,6 +217,8 @@ class Reservations:
         states = [r.state for r in self._reservations.values()]
         assert states.count(ReservationState.LIVE) == self.live
         assert states.count(ReservationState.FINISHED) == len(self._finished)
+        expired = [n for n, r in self._reservations.items() if r.state is ReservationState.EXPIRED]
+        assert sorted(self._expired) == sorted(expired)
         assert self._finished_rows == sum(len(self._reservations[n].rows) for n in self._finished)
         for r in self._reservations.values():
             assert r.pending.any() == (r.state is ReservationState.LIVE)

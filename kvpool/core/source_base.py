@@ -6,6 +6,7 @@ See `source` for the whole. Pure: every call takes the time.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +65,7 @@ class SourceBase:
         self.reservations = Reservations()
         self.waits = Waits()
         self.sessions: dict[SessionId, str] = {}
+        self._pongs: dict[SessionId, int] = {}  # number of the last one, by session
         self.draining = False
         self.catalog_changed = False
         self.hits = self.misses = 0  # blocks asked for by lease
@@ -119,6 +121,7 @@ class SourceBase:
         session = SessionId(self._next_session)
         self._next_session += 1
         self.sessions[session] = client
+        self._pongs[session] = 0
         return session
 
     def ping(self, session: SessionId, now_us: int) -> None:
@@ -126,10 +129,33 @@ class SourceBase:
         if session not in self.sessions:
             raise UnknownSession(f"no session {session}", hint="the connection was lost; open a new session")
 
+    def next_pong(self, session: SessionId) -> int:
+        """Number of a pong that is about to be sent. Raises: UnknownSession."""
+        self.ping(session, 0)
+        self._pongs[session] += 1
+        return self._pongs[session]
+
+    def written_no_more(self, session: SessionId, seen: int, writing: Collection[int]) -> list[ReservationId]:
+        """Expired reservations that the session's client has stopped to write: for `abort`, as if it had called it.
+
+        None of its writes begins after its reservation's expiry. So what had expired when a pong was sent, and is not
+        being written when that pong has come, is not written any more.
+
+        Args:
+            seen: number of a pong that the client has; 0 = it does not say what it writes.
+            writing: reservations that it was writing, at a time after that pong came.
+        Raises: UnknownSession; BadArgument for a pong that was never sent.
+        """
+        self.ping(session, 0)
+        if seen > self._pongs[session]:
+            raise BadArgument(f"pong {seen} of session {session} was never sent")
+        return [n for n in self.reservations.expired_before(session, seen) if n not in writing]
+
     def close_session(self, session: SessionId, now_us: int, *, writer_gone: bool) -> None:
         """Ends what a session holds. Its slots go to quarantine unless its writer is proven gone. Idempotent."""
         if self.sessions.pop(session, None) is None:
             return
+        del self._pongs[session]
         self._held.end_session(session)
         for wait in self.waits.of_session(session):
             self._expiries.cancel(Expiry.WAIT, wait)
@@ -205,7 +231,7 @@ class SourceBase:
         self._expiries.cancel(Expiry.RESERVATION, reservation)
         if quarantine:
             self.store.quarantine(entries)
-            self.reservations.quarantine(reservation)
+            self.reservations.quarantine(reservation, self._pongs.get(found.session, 0))
         else:
             self.store.discard(entries)
             self.reservations.remove(reservation)

@@ -21,6 +21,7 @@ from kvpool.service import wire
 from kvpool.service.announcer import SourceFacts
 from kvpool.service.grants import Grants
 from kvpool.service.lower_tier import LowerTier
+from kvpool.service.removals import removals_of
 from kvpool.service.sessions import Session, Sessions
 from kvpool.service.source_driver import SourceDriver
 from kvpool.service.source_reading import ReadingServicer, check_text, names_of
@@ -90,9 +91,8 @@ class BlockSourceServicer(ReadingServicer):
         why = "its stream ended"
         try:
             yield self._pong(session)
-            async for _ in _pings(reads, self._ping_interval_s):
-                with self._driver.turn() as now:
-                    self._core.ping(session.id, now)
+            async for ping in _pings(reads, self._ping_interval_s):
+                self._sessions.pinged(session, ping.seen, ping.writing)
                 yield self._pong(session)
         except TimeoutError:
             why = f"{PINGS_MISSED_MAX} pings are missing"
@@ -102,8 +102,9 @@ class BlockSourceServicer(ReadingServicer):
 
     def _pong(self, session: Session) -> pb.SessionPong:
         return pb.SessionPong(
-            session_id=session.id, epoch=self._facts.epoch, ping_interval_ms=round(self._ping_interval_s * 1000)
-        )
+            session_id=session.id, epoch=self._facts.epoch, ping_interval_ms=round(self._ping_interval_s * 1000),
+            number=self._core.next_pong(session.id),
+        )  # fmt: skip
 
     async def OpenChannel(self, request: pb.OpenChannelRequest, context: object) -> pb.OpenChannelReply:
         session = self._sessions.get(request.session_id)
@@ -192,6 +193,10 @@ class BlockSourceServicer(ReadingServicer):
 
         def remove() -> int:
             with self._driver.turn() as now:
+                if group is OBJECTS_GROUP:
+                    removals_of(self._core).note(
+                        request.namespace_id, None if request.all or prefix else keys, b"" if request.all else prefix
+                    )
                 if request.all:
                     return self._core.remove_namespace(request.namespace_id, now)
                 if prefix:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from kvpool.channels.base import Offer, Opener
 from kvpool.channels.failover import FailoverChannel
 from kvpool.channels.links import Links
 from kvpool.channels.shared_index import SharedIndex
-from kvpool.core.errors import KvpoolError, Unavailable
+from kvpool.core.errors import KvpoolError, ReservationExpired, Unavailable
 from kvpool.core.ids import NamespaceId
 from kvpool.service import wire
 from kvpool.service.host import host_id
@@ -34,6 +35,44 @@ BACKOFF_MIN_S, BACKOFF_MAX_S = 0.1, 1.0
 CLOSE_TIMEOUT_S = 5.0
 
 
+class WritesUnderWay:
+    """Which reservations of a session are being written, as its pings tell the source. Thread-safe.
+
+    The source frees an expired reservation once a ping does not name it that answers a pong sent after the expiry. That
+    is sound because no write begins after the expiry: one that began before is named from before the pong came.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seen = 0
+        self._writers: dict[int, int] = {}  # by reservation
+
+    @contextlib.contextmanager
+    def during(self, reservation: int, expires_s: float) -> Iterator[None]:
+        """Around one write. Raises: ReservationExpired if the reservation's time, monotonic seconds, is over."""
+        with self._lock:
+            # Under the lock, so that no ping that does not name it can be newer than this look at the clock.
+            if time.monotonic() >= expires_s:
+                raise ReservationExpired(f"reservation {reservation} has expired", hint="abort it and reserve again")
+            self._writers[reservation] = self._writers.get(reservation, 0) + 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._writers[reservation] -= 1
+                if not self._writers[reservation]:
+                    del self._writers[reservation]
+
+    def saw(self, pong: int) -> None:
+        """A pong has come; 0 = from a source that does not number them."""
+        with self._lock:
+            self._seen = pong
+
+    def ping(self) -> pb.SessionPing:
+        with self._lock:
+            return pb.SessionPing(seen=self._seen, writing=list(self._writers))
+
+
 @dataclass
 class Session:
     """A live session; once `lost`, nothing may be written in its name."""
@@ -46,6 +85,7 @@ class Session:
     shared: SharedIndex | None  # the source's own index, where it is on this host
     numbers: dict[NamespaceId, int]  # by which the source's index names namespaces
     lock: WriterLock | None
+    writes: WritesUnderWay
     lost: bool = False
 
 
@@ -139,7 +179,7 @@ class SessionKeeper:
     def _live_once(self) -> None:
         """Opens a session and stays in it until it ends."""
         wake = threading.Event()
-        lock = self._writer_lock()
+        lock, writes = self._writer_lock(), WritesUnderWay()
         grpc_channel = make_channel(self.address, credential=self._credential)
         session: Session | None = None
         try:
@@ -147,7 +187,7 @@ class SessionKeeper:
             # Fails fast, with a deadline, where the stream below would wait for a first answer without one.
             info = stub.GetSourceInfo(pb.GetSourceInfoRequest(), timeout=self._timeout_s)
             interval_s = [1.0]
-            call = stub.OpenSession(self._pings(wake, interval_s, lock))
+            call = stub.OpenSession(self._pings(wake, interval_s, lock, writes))
             with self._changed:
                 self._cut = call
                 if self._stopping.is_set():
@@ -156,17 +196,21 @@ class SessionKeeper:
             watchdog.daemon = True
             watchdog.start()
             first = next(call)
+            writes.saw(first.number)
             interval_s[0] = max(first.ping_interval_ms, 10) / 1000
             numbers = self._on_open(stub)
             channel, shared = self._open_channels(stub, first.session_id, info.source_id)
             watchdog.cancel()
-            session = Session(first.session_id, first.epoch, info.source_id, stub, channel, shared, numbers, lock)
+            session = Session(
+                first.session_id, first.epoch, info.source_id, stub, channel, shared, numbers, lock, writes
+            )  # fmt: skip
             with self._changed:
                 self._session, self._error = session, None
                 self.sessions_opened += 1
                 self._changed.notify_all()
             # No deadline here: the channel's keepalive ends the stream of a source that is gone or stuck.
-            for _ in call:
+            for pong in call:
+                writes.saw(pong.number)
                 self._report_links(session, grpc_channel)
         except StopIteration:
             raise Unavailable(f"{self.address} opened no session") from None
@@ -199,11 +243,13 @@ class SessionKeeper:
             return WriterLock()
         return None
 
-    def _pings(self, wake: threading.Event, interval_s: list[float], lock: WriterLock | None) -> Iterator[Any]:
+    def _pings(
+        self, wake: threading.Event, interval_s: list[float], lock: WriterLock | None, writes: WritesUnderWay
+    ) -> Iterator[pb.SessionPing]:
         path = str(lock.path) if lock is not None else ""
         yield pb.SessionPing(hello=pb.SessionPing.Hello(client=self._client, host_id=host_id(), writer_lock=path))
         while not wake.wait(interval_s[0]):
-            yield pb.SessionPing()
+            yield writes.ping()
 
     def _open_channels(self, stub: Any, session_id: int, source_id: str) -> tuple[FailoverChannel, SharedIndex | None]:
         request = pb.OpenChannelRequest(session_id=session_id, host_id=host_id(), channels=list(self._openers))

@@ -29,12 +29,13 @@ class Hold:
 @dataclass(frozen=True, eq=False)
 class Reservation:
     """Slots to write. `status` is RESERVED, EXISTS, BEING_WRITTEN, NO_SPACE or OVER_QUOTA for each key; `slots` run
-    beside them."""
+    beside them. `expires_s`: monotonic time, never later than the source's; no write begins after it."""
 
     id: int  # 0: no key was reserved
     status: NDArray[np.uint8]
     slots: Descriptors
     session: Session
+    expires_s: float
 
 
 @dataclass(frozen=True, eq=False)

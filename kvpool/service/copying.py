@@ -2,13 +2,16 @@
 
 Idempotent: what is here already counts as done, so that a copy that ended early is simply begun again. A block that is
 moved leaves its origin only after its commit here.
+
+An object that is removed or put again meanwhile, here or there, is not copied: a lease keeps it readable for the copy,
+but its name is no longer its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,24 +20,25 @@ from numpy.typing import NDArray
 
 from kvpool.channels.links import Links
 from kvpool.core.arrays import Descriptors
-from kvpool.core.errors import BadArgument, KvpoolError, NoSpace, Unavailable, UnknownNamespace
-from kvpool.core.ids import Fidelity, KeyArray, NamespaceId, SessionId, Tier, qualify
+from kvpool.core.errors import BadArgument, NoSpace, Unavailable, UnknownNamespace, UnknownReservation
+from kvpool.core.ids import Fidelity, KeyArray, NamespaceId, SessionId
 from kvpool.core.index import NO_ENTRY
 from kvpool.core.namespace import GroupSpec, NamespaceSpec
 from kvpool.core.results import ReserveStatus
 from kvpool.core.source import SourceCore
-from kvpool.service import rpc, wire
+from kvpool.service import wire
 from kvpool.service.client_session import Session
+from kvpool.service.copy_origin import Alike, Origin
+from kvpool.service.lower_tier import LowerTier
 from kvpool.service.operations import Operation
-from kvpool.service.source_calls import SourceCalls
+from kvpool.service.removals import removals_of
 from kvpool.service.verifying import parts
 from kvpool.v1 import block_source_pb2 as pb
-from kvpool.v1 import common_pb2, source_admin_pb2, source_admin_pb2_grpc
+from kvpool.v1 import source_admin_pb2
 
 log = logging.getLogger(__name__)
 
 BATCH_BLOCKS_MAX, BATCH_BYTES_MAX = 1024, 64 << 20
-PAGE = 4096
 #: A batch that fails for its link is tried again so often.
 ATTEMPTS_MAX = 3
 #: Batches in a row that find no room at all; after these nothing fits any more.
@@ -44,96 +48,54 @@ BATCH_TIMEOUT_S, BYTES_PER_S_MIN = 10.0, 8 << 20
 _TTL_S_MAX = 600.0
 
 
-@dataclass(frozen=True)
-class _Alike:
-    """What blocks of one lease and one reservation have in common."""
+@dataclass(frozen=True, eq=False)
+class _Leased:
+    """Blocks that are leased at the origin, and what a copy needs to take them.
 
-    namespace_id: bytes
-    group: int  # of the namespace: one with these sections; keys are stored with group and shard folded in
-    tenant: str
-    fidelity: int
-    tier: int
+    names: one a block, empty unless they are objects.
+    mark: of the removals here, from before the lease.
+    """
 
+    alike: Alike
+    session: Session
+    lease: int
+    blocks: Descriptors
+    names: list[str]
+    timeout_s: float
+    mark: int
 
-class Origin(SourceCalls):
-    """The other source, seen as a source sees it: keys are as they are stored."""
-
-    def __init__(self, address: str, *, client: str, credential: str, links: Links) -> None:
-        # Of channels whose reads are over when they return: they go straight into slots.
-        super().__init__(address, client=client, credential=credential, channels=("shm", "tcp"), links=links)
-        self._admin_channel = rpc.make_channel(address, credential=credential)
-        self._admin: Any = source_admin_pb2_grpc.SourceAdminStub(self._admin_channel)
-
-    def close(self) -> None:
-        super().close()
-        self._admin_channel.close()
-
-    def namespaces(self) -> list[source_admin_pb2.NamespaceInfo]:
-        """All namespaces known there, with what they hold."""
-        request = source_admin_pb2.ListNamespacesRequest()
-        return list(self._call(lambda _, t: self._admin.ListNamespaces(request, timeout=t)).namespaces)
-
-    def pages(self, namespace_id: bytes) -> Iterator[list[pb.BlockInfo]]:
-        """Readable blocks of a namespace (empty: of all), a page at a time."""
-        cursor = 0
-        while True:
-            request = pb.ListBlocksRequest(cursor=cursor, limit=PAGE, namespace_id=namespace_id)
-            reply = self._call(lambda s, t, r=request: s.stub.ListBlocks(r, timeout=t))  # type: ignore[misc]
-            yield [block for block in reply.blocks if block.state == "readable"]
-            cursor = reply.next_cursor
-            if not cursor:
-                return
-
-    def describe(self, keys: KeyArray) -> Iterator[list[pb.BlockInfo]]:
-        """Those of `keys` that are readable, a page at a time."""
-        for first in range(0, len(keys), PAGE):
-            request = pb.ListBlocksRequest(keys=keys[first : first + PAGE].tobytes())
-            reply = self._call(lambda s, t, r=request: s.stub.ListBlocks(r, timeout=t))  # type: ignore[misc]
-            yield [block for block in reply.blocks if block.state == "readable"]
-
-    def lease(self, alike: _Alike, keys: KeyArray, ttl_s: float) -> tuple[Session, pb.LeaseReply]:
-        """A read right in whatever fidelity it is stored; what is on the SSD alone is brought up for it."""
-
-        def call(session: Session, timeout_s: float) -> tuple[Session, pb.LeaseReply]:
-            ttl_ms = int(ttl_s * 1000)
-            promote_ms = int(timeout_s * 1000) if alike.tier == Tier.SSD else 0
-            request = pb.LeaseRequest(
-                session_id=session.id, namespace_id=alike.namespace_id, keys=_key_list(alike.group, keys),
-                ttl_ms=ttl_ms, fidelity_min=common_pb2.FIDELITY_INT8, promote_ms=promote_ms,
-            )  # fmt: skip
-            return session, session.stub.Lease(request, timeout=2 * timeout_s)
-
-        return self._call(call)
-
-    def release(self, session: Session, lease: int, alike: _Alike, corrupt: KeyArray) -> None:
-        """Gives a lease back, and tells which blocks failed their digest. Should it fail, the lease expires."""
-        request = pb.ReleaseRequest(session_id=session.id, lease_ids=[lease])
-        if len(corrupt):
-            request.namespace_id = alike.namespace_id
-            request.corrupt.CopyFrom(_key_list(alike.group, corrupt))
-        try:
-            self._call(lambda s, t: s.stub.Release(request, timeout=t), session=session)
-        except KvpoolError as error:
-            log.info("a lease on %s was not given back: %s", self.address, error)
-
-    def drop(self, alike: _Alike, keys: KeyArray) -> None:
-        """Removes blocks there, after they were moved."""
-        request = pb.RemoveRequest(namespace_id=alike.namespace_id, keys=_key_list(alike.group, keys))
-        self._call(lambda s, t: s.stub.Remove(request, timeout=t))
+    @property
+    def objects(self) -> bool:
+        return bool(self.names and self.names[0])
 
 
-def _key_list(group: int, stored: KeyArray) -> common_pb2.KeyList:
-    """Stored keys as a call about shard 0 of a group must name them; `qualify` is its own inverse."""
-    return common_pb2.KeyList(group=group, keys=qualify(np.ascontiguousarray(stored), group, 0).tobytes())
+class _Committed:
+    """What a commit made readable here; belongs to the loop until the turn is over. int64 rows of the leased blocks."""
+
+    def __init__(self) -> None:
+        self.rows = np.empty(0, dtype=np.int64)
+        self._entries = np.empty(0, dtype=np.int32)
+        self._generations = np.empty(0, dtype=np.uint32)
+
+    def note(self, core: SourceCore, keys: KeyArray, rows: NDArray[np.int64]) -> None:
+        self.rows, self._entries = rows, core.index.lookup(keys[rows])
+        self._generations = core.arrays.generations[self._entries].copy()
+
+    def not_replaced(self, core: SourceCore, keys: KeyArray) -> NDArray[np.int64]:
+        """The rows under whose keys nothing else came since: these blocks still, or nothing in memory."""
+        entries = core.index.lookup(keys[self.rows])
+        same = (entries == self._entries) & (core.arrays.generations[self._entries] == self._generations)
+        rows: NDArray[np.int64] = self.rows[same | (entries == NO_ENTRY)]
+        return rows
 
 
 def copy_blocks(
     operation: Operation, request: source_admin_pb2.CopyRequest, data: NDArray[np.uint8], own_id: str,
-    credential: str, links: Links,
+    credential: str, links: Links, lower: LowerTier | None = None,
 ) -> None:  # fmt: skip
     """Pulls what `request` names.
 
-    Args: data: uint8, the data of this source's own segment.
+    Args: data: uint8, the data of this source's own segment; lower: its tier below.
     Raises: Unavailable if the origin does not answer; NoSpace if nothing fits any more.
     """
     keys = wire.keys_from_proto(request.keys)
@@ -144,7 +106,7 @@ def copy_blocks(
         if origin.source_id == own_id:
             raise BadArgument(f"{request.from_address} is this source itself")
         with operation.session(f"copy from {origin.source_id}") as session:
-            _Copy(operation, origin, session, data, request.move).run(request.namespace_id, keys)
+            _Copy(operation, origin, session, data, request.move, lower).run(request.namespace_id, keys)
     except Unavailable as error:
         raise Unavailable(
             f"the source at {request.from_address} failed: {error}", hint="begin again: what arrived stays"
@@ -157,10 +119,11 @@ class _Copy:
     """One copy under way."""
 
     def __init__(
-        self, operation: Operation, origin: Origin, session: SessionId, data: NDArray[np.uint8], move: bool
-    ) -> None:
+        self, operation: Operation, origin: Origin, session: SessionId, data: NDArray[np.uint8], move: bool,
+        lower: LowerTier | None,
+    ) -> None:  # fmt: skip
         self._operation, self._counts, self._origin = operation, operation.counts, origin
-        self._session, self._data, self._move = session, data, move
+        self._session, self._data, self._move, self._lower = session, data, move, lower
         self._specs: dict[bytes, NamespaceSpec] = {}
         self._refused = 0
 
@@ -188,21 +151,21 @@ class _Copy:
             self._operation.turn(lambda core, _, s=spec: core.register_namespace(s))  # type: ignore[misc]
         return sum(info.blocks for info in chosen)
 
-    def _alike(self, page: list[pb.BlockInfo]) -> dict[_Alike, list[pb.BlockInfo]]:
+    def _alike(self, page: list[pb.BlockInfo]) -> dict[Alike, list[pb.BlockInfo]]:
         """Blocks by what one call must have in common."""
-        found: dict[_Alike, list[pb.BlockInfo]] = defaultdict(list)
+        found: dict[Alike, list[pb.BlockInfo]] = defaultdict(list)
         for block in page:
             spec = self._specs.get(block.namespace_id)
             group = None if spec is None else wire.group_like(spec, block)
             if group is None:
                 self._counts.failed(1, "some blocks are of no known namespace or group")
                 continue
-            found[_Alike(block.namespace_id, group, block.tenant, block.fidelity, block.tier)].append(block)
+            found[Alike(block.namespace_id, group, block.tenant, block.fidelity, block.tier)].append(block)
         return found
 
     # ------------------------------------------------------------ one batch
 
-    def _pull(self, alike: _Alike, batch: list[pb.BlockInfo]) -> None:
+    def _pull(self, alike: Alike, batch: list[pb.BlockInfo]) -> None:
         for attempt in range(1, ATTEMPTS_MAX + 1):
             try:
                 self._pull_once(alike, batch)
@@ -213,16 +176,17 @@ class _Copy:
                 log.info("copy from %s, attempt %d: %s", self._origin.address, attempt, error)
                 self._operation.pause(0.2 * attempt)
 
-    def _pull_once(self, alike: _Alike, batch: list[pb.BlockInfo]) -> None:
+    def _pull_once(self, alike: Alike, batch: list[pb.BlockInfo]) -> None:
         keys = np.frombuffer(b"".join(b.key for b in batch), dtype=np.uint8).reshape(-1, 16)
         timeout_s = min(BATCH_TIMEOUT_S + sum(b.size for b in batch) / BYTES_PER_S_MIN, _TTL_S_MAX / 2)
+        # Before the lease: what is removed from here on stays readable under it, but must not come back.
+        mark = self._operation.turn(lambda core, _: removals_of(core).mark())
         session, reply = self._origin.lease(alike, keys, 2 * timeout_s)
         found = np.fromiter(reply.found, dtype=np.bool_, count=len(keys))
         self._counts.failed(int((~found).sum()), "some blocks were gone before they could be read")
         if not reply.lease_id:
             return
         corrupt = keys[:0]
-        done = keys[:0]
         try:
             # Digests come from the origin's own index: what arrives is what was committed there, or is not kept.
             sections = _section_count(self._specs[alike.namespace_id], alike.group)
@@ -230,26 +194,24 @@ class _Copy:
             fits = blocks.sizes <= len(self._data)
             self._counts.failed(int((~fits).sum()), "some objects are larger than all memory here")
             kept = np.flatnonzero(found)[fits].tolist()
-            blocks, names = blocks.take(fits), [batch[row].name for row in kept]
-            done, corrupt = self._take(alike, session, reply.lease_id, blocks, names, timeout_s)
+            names = [batch[row].name for row in kept]
+            leased = _Leased(alike, session, reply.lease_id, blocks.take(fits), names, timeout_s, mark)
+            done, corrupt = self._take(leased)
+            if self._move and len(done):
+                self._origin.drop(alike, done)
         finally:
             self._origin.release(session, reply.lease_id, alike, corrupt)
-        if self._move and len(done):
-            self._origin.drop(alike, done)
 
-    def _take(
-        self, alike: _Alike, session: Session, lease: int, blocks: Descriptors, names: list[str], timeout_s: float
-    ) -> tuple[KeyArray, KeyArray]:
+    def _take(self, leased: _Leased) -> tuple[KeyArray, KeyArray]:
         """Reserves, reads and commits leased blocks.
 
-        Returns: the keys that are here now, and those whose bytes are bad.
+        Returns: the keys that are here now as they are at the origin, and those whose bytes are bad.
         """
+        blocks = leased.blocks
         if not len(blocks):
             return blocks.keys, blocks.keys
         try:
-            reserved = self._operation.turn(
-                lambda core, now: _reserve(core, self._session, alike, blocks, names, 2 * timeout_s, now)
-            )
+            reserved = self._operation.turn(lambda core, now: _reserve(core, self._session, leased, now))
         except NoSpace as error:
             self._counts.failed(len(blocks), str(error))
             self._refused += 1
@@ -262,22 +224,65 @@ class _Copy:
         rows = np.flatnonzero(equal)
         if len(rows):
             there = blocks.take(rows)
-            equal[rows] = self._operation.turn(lambda core, _: _equal_here(core, there, objects=bool(names[0])))
+            equal[rows] = self._operation.turn(lambda core, _: _equal_here(core, there, objects=leased.objects))
         mine = np.flatnonzero(status == ReserveStatus.RESERVED)
         self._note_left_out(status, equal)
-        good = np.zeros(len(mine), dtype=np.bool_)
+        good, committed = np.zeros(len(mine), dtype=np.bool_), _Committed()
         try:
             if len(mine):
                 targets = _targets(self._data, reserved.slots.take(mine))
-                good = session.channel.read(lease, blocks.take(mine), targets, deadline_s=timeout_s, verify=True)
-                self._operation.turn(lambda core, now: _commit(core, self._session, reserved, blocks, mine[good], now))
+                good = leased.session.channel.read(
+                    leased.lease, blocks.take(mine), targets, deadline_s=leased.timeout_s, verify=True
+                )
+                self._operation.turn(
+                    lambda core, now: _commit(core, self._session, reserved, leased, mine[good], now, committed)
+                )
+            same = self._look_again(leased, committed)
+        except BaseException:
+            # Also where only the answer of the commit was late: it is carried out before this.
+            if leased.objects:
+                self._take_back(leased, committed, np.zeros(len(blocks), dtype=np.bool_))
+            raise
         finally:
-            if len(mine) and not good.all():
-                self._operation.turn(lambda core, now: core.abort(self._session, reserved.reservation, now))
-        self._count(blocks, mine[good], int(equal.sum()), int((~good).sum()))
+            if len(mine) and len(committed.rows) < len(mine):
+                with contextlib.suppress(UnknownReservation):  # a late commit may have finished it
+                    self._operation.turn(lambda core, now: core.abort(self._session, reserved.reservation, now))
+        arrived = committed.rows[same[committed.rows]]
+        self._counts.failed(int(good.sum()) - len(arrived), "some objects were removed meanwhile")
+        self._count(blocks, arrived, int(equal.sum()), int((~good).sum()))
         here = equal
-        here[mine[good]] = True
-        return blocks.keys[here], blocks.keys[mine[~good]]
+        here[arrived] = True
+        return blocks.keys[here & same], blocks.keys[mine[~good]]
+
+    def _look_again(self, leased: _Leased, committed: _Committed) -> NDArray[np.bool_]:
+        """Which leased blocks the origin still has as they were leased; others that were committed are removed here.
+
+        While they were on their way here, a removal at the origin could not reach them.
+        """
+        if not leased.objects:
+            return np.ones(len(leased.blocks), dtype=np.bool_)
+        same = self._origin.unchanged(leased.alike, leased.blocks, leased.timeout_s)
+        self._take_back(leased, committed, same)
+        return same
+
+    def _take_back(self, leased: _Leased, committed: _Committed, same: NDArray[np.bool_]) -> None:
+        """Removes here what was committed and is not the `same`, unless something else came under its name since."""
+        keys = leased.blocks.keys
+        namespace_id = leased.alike.namespace_id
+
+        def remove(core: SourceCore, now: int) -> NDArray[np.int64]:
+            gone = committed.not_replaced(core, keys)
+            gone = gone[~same[gone]]
+            core.remove(namespace_id, keys[gone], now)
+            return gone
+
+        def remove_promoted(core: SourceCore) -> int:
+            there = leased.blocks.take(gone)
+            return core.remove(namespace_id, there.keys[_equal_here(core, there, objects=True)], 0)
+
+        gone = self._operation.turn(remove)
+        if self._lower is not None and len(gone):
+            self._operation.remove_below(self._lower, namespace_id, keys[gone], remove_promoted)
 
     def _note_left_out(self, status: NDArray[np.uint8], equal: NDArray[np.bool_]) -> None:
         """Counts what was neither reserved nor is here already."""
@@ -301,29 +306,33 @@ def _section_count(spec: NamespaceSpec, group: int) -> int:
     return 1 if spec.is_objects else spec.groups[group].section_count
 
 
-def _reserve(
-    core: SourceCore, session: SessionId, alike: _Alike, blocks: Descriptors, names: list[str], ttl_s: float, now: int
-) -> Any:
+def _reserve(core: SourceCore, session: SessionId, leased: _Leased, now: int) -> Any:
     """Slots of the sizes that the origin's blocks have, under the same names and for the same tenant."""
+    alike, blocks, objects = leased.alike, leased.blocks, leased.objects
     group: GroupSpec = core.group(alike.namespace_id, alike.group, 0)
-    objects = bool(names and names[0])
     sized = objects or alike.fidelity != Fidelity.EXACT
     return core.reserve(
-        session, NamespaceId(alike.namespace_id), group, blocks.keys, int(ttl_s * 1e6), now,
+        session, NamespaceId(alike.namespace_id), group, blocks.keys, int(2e6 * leased.timeout_s), now,
         fidelity=Fidelity(alike.fidelity), sizes=np.asarray(blocks.sizes, dtype=np.uint64) if sized else None,
-        names=[name.encode() for name in names] if objects else None, tenant=alike.tenant,
+        names=[name.encode() for name in leased.names] if objects else None, tenant=alike.tenant,
     )  # fmt: skip
 
 
 def _commit(
-    core: SourceCore, session: SessionId, reserved: Any, blocks: Descriptors, rows: NDArray[np.int64], now: int
-) -> None:
-    """Commits whole blocks with the digests that their origin gave."""
+    core: SourceCore, session: SessionId, reserved: Any, leased: _Leased, rows: NDArray[np.int64], now: int,
+    committed: _Committed,
+) -> None:  # fmt: skip
+    """Commits whole blocks with the digests that their origin gave, but no object that was removed here meanwhile."""
+    blocks = leased.blocks
+    if leased.objects:
+        names = [leased.names[row].encode() for row in rows.tolist()]
+        rows = rows[~removals_of(core).since(leased.mark, leased.alike.namespace_id, blocks.keys[rows], names)]
     sections = blocks.digests.shape[1]
     indices = np.repeat(rows, sections).astype(np.uint32)
     numbers = np.tile(np.arange(sections, dtype=np.uint32), len(rows))
     digests = np.ascontiguousarray(blocks.digests[rows]).ravel()
     core.commit(session, reserved.reservation, indices, numbers, digests, now)
+    committed.note(core, blocks.keys, rows)
 
 
 def _targets(data: NDArray[np.uint8], slots: Descriptors) -> list[NDArray[np.uint8]]:

@@ -10,15 +10,16 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from kvpool.core.errors import KvpoolError, Overloaded, Unavailable
-from kvpool.core.ids import SessionId
+from kvpool.core.ids import KeyArray, SessionId
 from kvpool.core.source import SourceCore
+from kvpool.service.lower_tier import LowerTier
 from kvpool.service.source_driver import SourceDriver
 from kvpool.v1 import source_admin_pb2 as pb
 
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 OPERATIONS_MAX = 8
 PROGRESS_INTERVAL_S = 1.0
 TURN_TIMEOUT_S = 10.0
+REMOVE_TIMEOUT_S = 60.0
 #: An operation that was asked to stop ends within the deadline of its current batch, or is left behind.
 STOP_TIMEOUT_S = 15.0
 
@@ -88,11 +90,31 @@ class Operation:
                 self._driver.save_catalog()
                 return result
 
-        coroutine = run()
+        return self._in_loop(run(), TURN_TIMEOUT_S)
+
+    def remove_below(
+        self, lower: LowerTier, namespace_id: bytes, keys: KeyArray, remove_above: Callable[[SourceCore], int]
+    ) -> None:
+        """Removes keys from the tier below, and then, in the same turn, what of them came up meanwhile.
+
+        Raises: KvpoolError if it can't be had; Unavailable if it takes too long.
+        """
+
+        def above() -> int:
+            with self._driver.turn():
+                return remove_above(self._driver.core)
+
+        async def run() -> int:
+            return await lower.remove(namespace_id, keys, b"", above)
+
+        self._in_loop(run(), REMOVE_TIMEOUT_S)
+
+    def _in_loop(self, coroutine: Coroutine[Any, Any, Result], timeout_s: float) -> Result:
+        """What a coroutine returns; one that is late goes on by itself. Those of one thread begin in order."""
         try:
-            return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(TURN_TIMEOUT_S)
+            return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout_s)
         except FutureTimeout:
-            raise Unavailable(f"the source took no call for {TURN_TIMEOUT_S:.0f} s") from None
+            raise Unavailable(f"the source took no call for {timeout_s:.0f} s") from None
         except RuntimeError as error:  # how asyncio says that its loop is closed
             coroutine.close()
             raise Unavailable("the source stops") from error

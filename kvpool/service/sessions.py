@@ -92,6 +92,18 @@ class Sessions:
             raise UnknownSession(f"no session {session_id}", hint="it ended, or the source restarted: open another")
         return session
 
+    def pinged(self, session: Session, seen: int, writing: Sequence[int]) -> None:
+        """Hears a ping; frees expired reservations that the client, as it says, is not writing any more.
+
+        Args: see `SourceCore.written_no_more`. Raises: UnknownSession, BadArgument.
+        """
+        with self._driver.turn() as now:
+            self._driver.core.ping(session.id, now)
+            for reservation in self._driver.core.written_no_more(session.id, seen, frozenset(writing)):
+                # A data thread that is still at it: the next ping looks again.
+                if not self._grants.busy([reservation]):
+                    self._driver.core.abort(session.id, reservation, now)
+
     def end_soon(self, session: Session, why: str) -> None:
         """Ends a session; what it holds is freed as soon as that is safe. Calls in its name fail from now on."""
         if self._live.pop(session.id, None) is not None:

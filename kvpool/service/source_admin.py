@@ -21,7 +21,8 @@ from kvpool.service.draining import drain_source
 from kvpool.service.operations import Operation, Operations
 from kvpool.service.sessions import Sessions
 from kvpool.service.source_driver import SourceDriver
-from kvpool.service.verifying import Verified, verify_source
+from kvpool.service.ssd_tier import SsdTier
+from kvpool.service.verifying import verify_source
 from kvpool.v1 import source_admin_pb2 as pb
 from kvpool.v1 import source_admin_pb2_grpc
 
@@ -43,7 +44,7 @@ class SourceAdminServicer(source_admin_pb2_grpc.SourceAdminServicer):
         own_address: under which other sources reach this one; asked for when it is needed, since a server learns its
             port late.
         credential: that this source shows to others, and asks of them.
-        lower: the tier below, for verification.
+        lower: the tier below: verified too, and what a copy takes back is removed from it.
         links: what this process measures of its own links to other sources; copies use it.
     """
 
@@ -56,7 +57,7 @@ class SourceAdminServicer(source_admin_pb2_grpc.SourceAdminServicer):
         own_address: Callable[[], str],
         *,
         credential: str = "",
-        lower: Verified | None = None,
+        lower: SsdTier | None = None,
         links: Links | None = None,
     ) -> None:
         self._driver, self._core, self._sessions = driver, driver.core, sessions
@@ -95,7 +96,9 @@ class SourceAdminServicer(source_admin_pb2_grpc.SourceAdminServicer):
             raise BadArgument("from_address must name a source")
 
         def work(operation: Operation) -> None:
-            copy_blocks(operation, request, self._data, self._facts.source_id, self._credential, self._links)
+            copy_blocks(
+                operation, request, self._data, self._facts.source_id, self._credential, self._links, self._lower
+            )
 
         async for progress in self._run(f"copy from {request.from_address}", work):
             yield progress

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -194,9 +195,11 @@ class SourceCalls:
                 ttl_ms=ms(ttl_s), hold=wire_hold, tenant=tenant, names=names, fidelity=int(fidelity),
                 sizes=[] if sizes is None else sizes.tolist(),
             )  # fmt: skip
+            # Before the source hears of it, so that it is over here when it is over there.
+            expires_s = time.monotonic() + request.ttl_ms / 1000
             reply = session.stub.Reserve(request, timeout=timeout_s)
             slots = wire.descriptors_from_proto(reply.slots, qualify(keys, group, shard), section_count)
-            return Reservation(reply.reservation_id, wire.array(reply.status, np.uint8), slots, session)
+            return Reservation(reply.reservation_id, wire.array(reply.status, np.uint8), slots, session, expires_s)
 
         return self._call(call)
 
@@ -215,7 +218,7 @@ class SourceCalls:
             indices: which keys of the reservation.
             rows: row of `blocks` for each of `indices`; None = row i.
         Returns: digests uint64 (len(indices), sections) for `commit`.
-        Raises: ChannelError, Unavailable.
+        Raises: ChannelError, Unavailable; ReservationExpired if its time is over already.
         """
         session = reservation.session
         # The lock tells the source that this process may still be writing, also when the session is lost meanwhile.
@@ -223,9 +226,10 @@ class SourceCalls:
             raise Unavailable("the session of this reservation has ended")
         try:
             slots = reservation.slots.take(np.asarray(indices, dtype=np.int64))
-            digests = session.channel.write(
-                reservation.id, slots, blocks, rows, deadline_s=deadline_s or self._timeout_s
-            )
+            with session.writes.during(reservation.id, reservation.expires_s):
+                digests = session.channel.write(
+                    reservation.id, slots, blocks, rows, deadline_s=deadline_s or self._timeout_s
+                )
         except ChannelError:
             self._count(channel_errors=1)
             raise

@@ -28,7 +28,7 @@ class SourceInfo(_message.Message):
     def __init__(self, source_id: _Optional[str] = ..., epoch: _Optional[int] = ..., tier: _Optional[_Union[_common_pb2.Tier, str]] = ..., host_id: _Optional[str] = ..., version: _Optional[str] = ..., hashes: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class SessionPing(_message.Message):
-    __slots__ = ("hello",)
+    __slots__ = ("hello", "seen", "writing")
     class Hello(_message.Message):
         __slots__ = ("client", "host_id", "writer_lock")
         CLIENT_FIELD_NUMBER: _ClassVar[int]
@@ -39,18 +39,24 @@ class SessionPing(_message.Message):
         writer_lock: str
         def __init__(self, client: _Optional[str] = ..., host_id: _Optional[str] = ..., writer_lock: _Optional[str] = ...) -> None: ...
     HELLO_FIELD_NUMBER: _ClassVar[int]
+    SEEN_FIELD_NUMBER: _ClassVar[int]
+    WRITING_FIELD_NUMBER: _ClassVar[int]
     hello: SessionPing.Hello
-    def __init__(self, hello: _Optional[_Union[SessionPing.Hello, _Mapping]] = ...) -> None: ...
+    seen: int
+    writing: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, hello: _Optional[_Union[SessionPing.Hello, _Mapping]] = ..., seen: _Optional[int] = ..., writing: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class SessionPong(_message.Message):
-    __slots__ = ("session_id", "epoch", "ping_interval_ms")
+    __slots__ = ("session_id", "epoch", "ping_interval_ms", "number")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     PING_INTERVAL_MS_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
     session_id: int
     epoch: int
     ping_interval_ms: int
-    def __init__(self, session_id: _Optional[int] = ..., epoch: _Optional[int] = ..., ping_interval_ms: _Optional[int] = ...) -> None: ...
+    number: int
+    def __init__(self, session_id: _Optional[int] = ..., epoch: _Optional[int] = ..., ping_interval_ms: _Optional[int] = ..., number: _Optional[int] = ...) -> None: ...
 
 class RegisterNamespaceRequest(_message.Message):
     __slots__ = ("namespace",)

@@ -128,7 +128,8 @@ class BlockSourceServicer(object):
 
     def OpenSession(self, request_iterator, context):
         """The life line of a client. Whatever the client holds belongs to its session; when the stream ends, leases, pins
-        and reservations of the session end too. The first message is `hello`, all later ones are empty pings.
+        and reservations of the session end too. The first message is `hello`, all later ones are pings. They say what the
+        client is writing, so that a reservation whose reply or abort was lost does not keep its slots for ever.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -72,6 +72,11 @@ def copy_and_hash_rows(source: Bytes2D, target: Bytes2D) -> None:
     """Copies and hashes in turn, in pieces that are still in the cache when they are hashed; a digest a section."""
     step = max(1, source.shape[1] // SECTION_COUNT)
     for one, other in zip(source, target, strict=True):
+        if len(other) <= PIECE_BYTES:
+            np.copyto(other, one)
+            for section in range(0, len(other), step):
+                xxhash.xxh3_64_intdigest(other[section : section + step], seed=section)
+            continue
         for section in range(0, len(other), step):
             digest = xxhash.xxh3_64(seed=section)
             for at in range(section, section + step, PIECE_BYTES):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -29,8 +30,8 @@ class NodeProcess:
     def __init__(
         self, memory_bytes: int, *flags: str, entry_bytes_min: int = 16 << 10, folder: str = "/dev/shm"
     ) -> None:
-        command = [sys.executable, "-c", _LAUNCHER, str(entry_bytes_min), "--id", "bench", "--listen", "127.0.0.1:0"]
-        command += ["--memory-bytes", str(memory_bytes), "--segment-dir", folder, *flags]
+        command = [sys.executable, "-c", _LAUNCHER, str(entry_bytes_min), "--id", f"bench-{os.getpid()}"]
+        command += ["--listen", "127.0.0.1:0", "--memory-bytes", str(memory_bytes), "--segment-dir", folder, *flags]
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - until `close`
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._log)
         assert self.process.stdout is not None

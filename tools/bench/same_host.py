@@ -10,6 +10,8 @@ python tools/bench/same_host.py [--json FILE] [--mib 256] [--clients 1,2,4,8,16]
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from copies import Client, Memcpy, Process, run_together
@@ -18,10 +20,13 @@ from node import NodeProcess
 from peers.running import Peer, add_peer_arguments, peers_wanted
 
 from kvpool.client import PoolClient
+from kvpool.core.ids import NamespaceId
 
 SIZES = (4 << 10, 64 << 10, 2 << 20, 64 << 20)
 OBJECT_SIZES = (1, 1 << 10, 64 << 10, 1 << 20, 64 << 20)
 CLIENT_BLOCK_BYTES = 2 << 20
+#: Calls of a run that are timed one after the other.
+SINGLES = 20
 COPIES = ("memcpy, in one piece", "memcpy, block by block", "memcpy, block by block, tuned",
           "memcpy, block by block, 2 threads, tuned")  # fmt: skip
 HASHED = ("memcpy, then xxhash", "memcpy, then xxhash, tuned", "memcpy, then xxhash, 2 threads, tuned")
@@ -119,9 +124,10 @@ def measure_objects(args: Namespace, address: str) -> list[Row]:
 
 
 def _object_cases(
-    client: PoolClient, domain: bytes, size: int, names: list[str], batch: list[np.ndarray], out: list[np.ndarray]
+    client: PoolClient, domain: NamespaceId, size: int, names: list[str], batch: list[np.ndarray], out: list[np.ndarray]
 ) -> list[Case]:
-    one, label, total = f"one/{size}", size_name(size), size * len(names)
+    label, total = size_name(size), size * len(names)
+    singles = [f"one/{size}/{index}" for index in range(SINGLES if size <= 1 << 20 else 1)]
 
     def put(chosen: list[str]) -> None:
         assert client.put_objects(domain, chosen, batch[: len(chosen)]).stored.all()
@@ -130,9 +136,16 @@ def _object_cases(
         got = client.get_objects(domain, chosen, out[: len(chosen)])
         assert all(value is not None for value in got.values)
 
+    def each(call: Callable[[list[str]], None]) -> None:
+        for name in singles:
+            call([name])
+
+    def remove(chosen: list[str]) -> None:
+        client.remove_objects(domain, chosen)
+
     cases = [
-        Case(f"{label}: put one", lambda: put([one]), 1, "us", prepare=lambda: client.remove_objects(domain, [one])),
-        Case(f"{label}: get one", lambda: get([one]), 1, "us"),
+        Case(f"{label}: put one", partial(each, put), len(singles), "us", prepare=partial(remove, singles)),
+        Case(f"{label}: get one", partial(each, get), len(singles), "us"),
     ]
     if len(names) > 1:
         unit, amount = ("GB/s", total) if size >= 64 << 10 else ("k/s", len(names))
