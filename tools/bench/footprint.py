@@ -29,21 +29,20 @@ class Footprint:
     """Bytes of a process's memory, by who else has it."""
 
     segment: int  # mapped from the shared segment
-    private: int  # anonymous memory, and pages of files that no other process has
-    libraries: int  # pages of files that others have too, or could
+    anonymous: int  # in no file, so its own
+    libraries: int  # pages of files, which every process that maps the same ones shares
 
 
 def footprint(process: int) -> Footprint:
     """From /proc/PID/smaps."""
-    segment = private = libraries = 0
+    segment = anonymous = libraries = 0
     for name, sizes in _mappings(Path(f"/proc/{process}/smaps").read_text()):
         if name.endswith(".segment"):
             segment += sizes["Rss"]
             continue
-        own = sizes["Private_Clean"] + sizes["Private_Dirty"]
-        private += own
-        libraries += sizes["Rss"] - own
-    return Footprint(segment, private, libraries)
+        anonymous += sizes["Anonymous"]
+        libraries += sizes["Rss"] - sizes["Anonymous"]
+    return Footprint(segment, anonymous, libraries)
 
 
 def _mappings(text: str) -> Iterator[tuple[str, dict[str, int]]]:
@@ -62,12 +61,12 @@ def _mappings(text: str) -> Iterator[tuple[str, dict[str, int]]]:
 
 def rows(title: str, found: Footprint, count: int) -> list[Row]:
     mib = 1 << 20
-    share = AIM_BYTES / found.private
+    share = AIM_BYTES / found.anonymous
     return [
-        Row.figure(f"{title}: its own memory", found.private / mib, "MiB", limit="200 MiB", ratio=share),
-        Row.figure(f"{title}: pages of libraries, shared", found.libraries / mib, "MiB"),
+        Row.figure(f"{title}: anonymous memory", found.anonymous / mib, "MiB", limit="200 MiB", ratio=share),
+        Row.figure(f"{title}: pages of libraries", found.libraries / mib, "MiB"),
         Row.figure(f"{title}: segment mapped", found.segment / mib, "MiB"),
-        *([Row.figure(f"{title}: its own, each", found.private / count, "B")] if count else []),
+        *([Row.figure(f"{title}: anonymous, each", found.anonymous / count, "B")] if count else []),
     ]
 
 
