@@ -43,6 +43,7 @@ from kvpool.service.client_types import (
     Reservation,
     Waited,
 )  # fmt: skip
+from kvpool.service.client_writes import WritingCalls
 from kvpool.service.source_calls import DEFAULT_CHANNELS, Keys, key_list
 from kvpool.v1 import block_source_pb2 as pb
 
@@ -55,7 +56,7 @@ __all__ = [
 Buffer = bytes | bytearray | memoryview | NDArray[np.generic]
 
 
-class PoolClient(ReadingCalls):
+class PoolClient(ReadingCalls, WritingCalls):
     """Whole operations on one source: blocks by key, objects by name; the calls they are made of are inherited."""
 
     def __init__(

@@ -204,6 +204,7 @@ class Reservations:
         found.state, found.quarantined = ReservationState.EXPIRED, found.pending_entries
         found.last_pong = last_pong
         self._expired[number] = None
+        found.pending[:] = False
         self.live -= 1
 
     def quarantined_entries(self) -> Entries:

@@ -190,7 +190,8 @@ class BlockStore:
         """Takes note of what readers of the shared memory have read. Returns how many blocks that were."""
         marks = self.arrays.touches
         whole = len(marks) // 8 * 8
-        words = np.flatnonzero(marks[:whole].view(np.uint64))
+        # Of a copy: readers set marks meanwhile, and numpy refuses to search what changes under its hands.
+        words = np.flatnonzero(marks[:whole].view(np.uint64).copy())
         marked = (words[:, None] * 8 + np.arange(8)).ravel()
         marked = np.concatenate([marked, np.arange(whole, len(marks))])
         marked = marked[marks[marked] != 0].astype(np.int32)

@@ -98,7 +98,6 @@ class Sessions:
         Args: see `SourceCore.written_no_more`. Raises: UnknownSession, BadArgument.
         """
         with self._driver.turn() as now:
-            self._driver.core.ping(session.id, now)
             for reservation in self._driver.core.written_no_more(session.id, seen, frozenset(writing)):
                 # A data thread that is still at it: the next ping looks again.
                 if not self._grants.busy([reservation]):

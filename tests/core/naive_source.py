@@ -80,6 +80,7 @@ class NaiveSource:
         self.blocks: dict[bytes, Block] = {}
         self.order: list[Block] = []  # readable, least recently used first
         self.reservations: dict[int, Reservation] = {}
+        self.pongs: dict[int, list[list[int]]] = {}  # by session: what had expired when each of them was sent
         self.leases: dict[int, Held] = {}
         self.pins: dict[int, Held] = {}
         self.handoffs: dict[str, Handoff] = {}
@@ -222,6 +223,21 @@ class NaiveSource:
         del self.reservations[number]
         return dropped
 
+    def pong(self, session: int) -> int:
+        if session not in self.sessions:
+            raise Refused("UnknownSession")
+        sent = self.pongs.setdefault(session, [])
+        sent.append([n for n, r in self.reservations.items() if r.session == session and r.expired])
+        return len(sent)
+
+    def written_no_more(self, session: int, seen: int, writing: list[int]) -> list[int]:
+        if session not in self.sessions:
+            raise Refused("UnknownSession")
+        sent = self.pongs.get(session, [])
+        if seen > len(sent):
+            raise Refused("BadArgument")
+        return sorted(n for n in (sent[seen - 1] if seen else []) if n in self.reservations and n not in writing)
+
     def writer_gone(self, session: int) -> int:
         mine = [n for n, r in self.reservations.items() if r.session == session and r.expired]
         return sum(len(self.reservations.pop(n).quarantined) for n in mine)
@@ -317,7 +333,16 @@ class NaiveSource:
         for block in self.blocks.values():
             block.leases = block.pins = 0
             block.on_lower = False
-        for group in (self.sessions, self.reservations, self.leases, self.pins, self.handoffs, self.waits, self.news):
+        for group in (
+            self.sessions,
+            self.pongs,
+            self.reservations,
+            self.leases,
+            self.pins,
+            self.handoffs,
+            self.waits,
+            self.news,
+        ):
             group.clear()  # type: ignore[attr-defined]
         self.ended.clear()
         self.changes.clear()

@@ -61,6 +61,38 @@ def test_a_copy_is_told_with_its_fidelity() -> None:
     ]
 
 
+def test_slots_of_an_expired_reservation_are_free_once_a_ping_does_not_name_it() -> None:
+    w = Writer()
+    group = w.core.group(w.namespace, 0, 0)
+    stranger = w.core.open_session("stranger", 0)
+    lost, slow = (
+        w.core.reserve(w.session, w.namespace, group, keys(*numbers), SECOND, 0).reservation
+        for numbers in ((1, 2), (3, 4, 5))
+    )
+    assert w.core.next_pong(w.session) == 1
+    assert w.core.written_no_more(w.session, 1, []) == [], "neither has expired: it may yet be written"
+    w.core.tick(SECOND)
+    assert w.core.counts().quarantined == 5
+    assert w.core.written_no_more(w.session, 1, []) == [], "what that pong answers was sent before they expired"
+    assert (w.core.next_pong(w.session), w.core.next_pong(stranger)) == (2, 1)
+    assert w.core.written_no_more(w.session, 0, []) == [], "this client does not say what it writes"
+    assert w.core.written_no_more(w.session, 1, []) == [], "has not seen that pong"
+    assert w.core.written_no_more(stranger, 1, []) == []
+    assert w.core.written_no_more(w.session, 2, [slow]) == [lost]
+    assert w.core.written_no_more(w.session, 2, []) == [lost, slow]
+    with pytest.raises(BadArgument):
+        w.core.written_no_more(w.session, 3, [])
+    with pytest.raises(UnknownSession):
+        w.core.written_no_more(SessionId(99), 0, [])
+    w.core.abort(w.session, lost, SECOND)
+    w.core.check_invariants()
+    assert w.core.counts().quarantined == 3
+    assert w.core.written_no_more(w.session, 2, []) == [slow]
+    w.core.close_session(w.session, SECOND, writer_gone=False)
+    assert w.core.counts().quarantined == 3, "a session that ended pings no more: as before, its writer must be gone"
+    w.core.check_invariants()
+
+
 def test_a_namespace_reads_only_its_own_blocks() -> None:
     w = Writer()
     other = w.core.register_namespace(spec("other"))

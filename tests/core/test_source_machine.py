@@ -285,6 +285,27 @@ class SourceMachine(RuleBasedStateMachine):
         owner = known.session if known and session % 8 else self.sessions[session % len(self.sessions)]
         self.both(lambda: self.core.abort(owner, reservation, self.now), lambda: self.model.abort(owner, reservation))
 
+    @rule(pick=pick)
+    @precondition(lambda self: self.sessions)
+    def pong(self, pick: int) -> None:
+        session = self.sessions[pick % len(self.sessions)]
+        self.both(lambda: self.core.next_pong(session), lambda: self.model.pong(session))
+
+    @rule(pick=pick, missed=st.integers(-1, 2), writing=st.lists(pick, max_size=2))
+    @precondition(lambda self: self.sessions)
+    def ping(self, pick: int, missed: int, writing: list[int]) -> None:
+        """A client says what it writes; it has seen all pongs but the last few, or one that was never sent."""
+        session = self.sessions[pick % len(self.sessions)]
+        seen = max(0, len(self.model.pongs.get(session, [])) - missed)
+        named = [self.reservations[n % len(self.reservations)] for n in writing if self.reservations]
+        over = self.both(
+            lambda: sorted(self.core.written_no_more(session, seen, named)),
+            lambda: self.model.written_no_more(session, seen, named),
+        )
+        for reservation in over or []:
+            self.core.abort(session, reservation, self.now)
+            self.model.abort(session, reservation)
+
     def in_one_namespace(self, pick: int, indices: list[int]) -> tuple[bytes, list[bytes]]:
         objects = pick % 3 == 0
         keys = [KEYS[i] for i in indices if (i >= KEY_COUNT) == objects]

@@ -152,7 +152,7 @@ def test_stopped_node_is_suspect_and_comes_back(cluster: Running, prompts: Cut, 
     pid = cluster.local.process("node").pid
     os.kill(pid, signal.SIGSTOP)
     try:
-        nodes = lambda: [s for s in cluster.control.sources() if s["source"]["tier"] == "DRAM"]  # noqa: E731
+        nodes = lambda: [s for s in cluster.control.sources() if s["source"]["tier"] == "dram"]  # noqa: E731
         node_states = lambda: [s["state"] for s in nodes()]  # noqa: E731
         eventually(lambda: node_states() == ["suspect"], "the node is suspect", 10)
         fresh = prompts(50, 200)

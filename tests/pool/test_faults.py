@@ -7,19 +7,22 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from kvpool.channels import tcp_wire as wire
 from kvpool.channels.base import Channel
+from kvpool.channels.shm import ShmChannel
 from kvpool.channels.tcp import TcpChannel
 from kvpool.client import PoolClient
-from kvpool.core.errors import KvpoolError, NoSpace, Unavailable
+from kvpool.core.errors import KvpoolError, NoSpace, ReservationExpired, Unavailable
 from kvpool.service.node import main
 from kvpool.service.source_calls import OPENERS
 from kvpool.service.writer_lock import PREFIX, lock_folder
@@ -106,7 +109,7 @@ def test_stopped_node_loses_nothing(start_node: Start, connect: Connect) -> None
 
 
 def test_expired_reservation_is_quarantined_until_acknowledged(start_node: Start, connect: Connect) -> None:
-    node = start_node()
+    node = start_node(ping_interval_s=60.0)  # so that no ping acknowledges it
     client = connect(node)
     namespace = client.register(namespace_spec())
     keys, data = random_blocks(3, [3])
@@ -118,6 +121,81 @@ def test_expired_reservation_is_quarantined_until_acknowledged(start_node: Start
     assert client.put(namespace, keys, data).stored.all(), "the keys are free, only the slots are not"
     client.abort(reservation)
     assert client.stats().quarantined == 0
+
+
+@pytest.mark.parametrize("channel", ["shm", "tcp"])
+def test_slots_come_back_when_the_reply_to_the_reservation_is_lost(
+    start_node: Start, connect: Connect, channel: str
+) -> None:
+    """Nobody can give back what nobody knows of; nor can anybody write there, and the client's pings say so."""
+    node = start_node(ping_interval_s=0.3)
+    client, other = connect(node, channels=(channel,)), connect(node)
+    namespace = client.register(namespace_spec())
+    keys, data = random_blocks(20, [8])
+    forgotten = client.reserve(namespace, keys, ttl_s=0.3)
+    assert eventually(lambda: other.stats().expired == 1)
+    assert eventually(lambda: other.stats().quarantined == 0), other.stats()
+    assert other.stats().bytes_used == 0 and held(other.stats()) == {"sessions": 2}
+    # Whoever knew of it after all finds it expired, whatever he does.
+    with pytest.raises(ReservationExpired):
+        client.write(forgotten, np.arange(20), data)
+    with pytest.raises(ReservationExpired):
+        client.commit(forgotten, np.arange(20), np.zeros((20, 4), np.uint64))
+    assert client.abort(forgotten) == 0
+    assert client.put(namespace, keys, data).stored.all()
+    assert client.counters.sessions == 1
+
+
+def test_slots_stay_in_quarantine_while_they_are_written(
+    start_node: Start, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write that takes longer than its reservation lives is named in each ping until it has ended."""
+    begun, go_on, opener = threading.Event(), threading.Event(), OPENERS["shm"]
+
+    class SlowChannel(ShmChannel):
+        def write(self, *args: Any, **options: Any) -> Any:
+            begun.set()
+            assert go_on.wait(60)
+            return super().write(*args, **options)
+
+    monkeypatch.setitem(OPENERS, "shm", SlowChannel.open)
+    node = start_node(ping_interval_s=0.3)
+    client = connect(node, channels=("shm",))
+    monkeypatch.setitem(OPENERS, "shm", opener)
+    other = connect(node)
+    namespace = client.register(namespace_spec())
+    other.register(namespace_spec())
+    keys, data = random_blocks(3, [9])
+    reservation = client.reserve(namespace, keys, ttl_s=2.0)
+    errors: list[KvpoolError] = []
+
+    def write() -> None:
+        try:
+            client.write(reservation, np.arange(3), data, deadline_s=60.0)
+        except KvpoolError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        assert begun.wait(20)
+        assert eventually(lambda: other.stats().quarantined == 3)
+        # Expires later and comes back: so there was a ping that could have freed the first one too.
+        client.reserve(namespace, random_blocks(5, [10])[0], ttl_s=0.1)
+        assert eventually(lambda: other.stats().expired == 2)
+        assert eventually(lambda: other.stats().quarantined == 3)
+        fresh = random_blocks(3, [9, 1])[1]
+        assert other.put(namespace, keys, fresh).stored.all()
+        assert other.stats().quarantined == 3
+    finally:
+        go_on.set()
+        thread.join(20)
+    assert not errors
+    assert eventually(lambda: other.stats().quarantined == 0)
+    out = np.zeros_like(fresh)
+    assert other.get(namespace, keys, out).found.all() and np.array_equal(out, fresh)
+    with pytest.raises(ReservationExpired):
+        client.write(reservation, np.arange(3), data)
 
 
 def test_abort_waits_for_a_tcp_write_under_way(start_node: Start, connect: Connect) -> None:
