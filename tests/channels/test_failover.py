@@ -117,7 +117,7 @@ def test_offers_that_do_not_open(two: Two) -> None:
     with pytest.raises(Unavailable, match=r"near.*far") as caught:
         FailoverChannel.open("node", two.offers(), two.openers(), two.links)
     assert caught.value.hint
-    with pytest.raises(Unavailable, match="none is offered"):
+    with pytest.raises(Unavailable, match="none of those asked for is offered"):
         FailoverChannel.open("node", [Offer("pigeon", {})], two.openers(), two.links)
 
 
