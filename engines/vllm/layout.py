@@ -1,0 +1,167 @@
+"""Whose blocks an engine can share, and where a block's bytes lie in its cache: read from vLLM's own configuration.
+
+vLLM's blocks are opaque to the pool: whole blocks are moved, nobody looks inside. So whatever changes the bytes or
+their order within a block is part of the namespace, and another engine finds nothing rather than something wrong.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import vllm
+from vllm.config import VllmConfig
+from vllm.v1.core import kv_cache_utils
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
+)
+
+from engines.vllm.fingerprint import folder_digest
+from engines.vllm.prefixes import GroupShape
+from engines.vllm.settings import ConnectorSettings
+from kvpool.core.errors import Unsupported
+from kvpool.core.namespace import GroupKind, GroupSpec, NamespaceSpec
+
+#: Part of every namespace: changed when this module's idea of a block's bytes changes.
+LAYOUT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLayout:
+    """An engine's groups as the pool knows them."""
+
+    spec: NamespaceSpec
+    shapes: tuple[GroupShape, ...]
+    #: vLLM's number of each group, and the layers that have bytes of their own, in the order of a block's bytes.
+    vllm_groups: tuple[int, ...]
+    layers: tuple[tuple[str, ...], ...]
+    hash_tokens: int
+    shard: int  # of this rank
+    shard_count: int
+
+
+def engine_layout(config: VllmConfig, cache: KVCacheConfig, settings: ConnectorSettings) -> EngineLayout:
+    """Raises: Unsupported for caches whose blocks can't be named by hashes, or of kinds not known here."""
+    parallel = config.parallel_config
+    if parallel.pipeline_parallel_size > 1:
+        raise Unsupported("pipeline parallelism is not supported by the kvpool connector yet")
+    if parallel.decode_context_parallel_size > 1 or getattr(parallel, "prefill_context_parallel_size", 1) > 1:
+        raise Unsupported("context parallelism is not supported by the kvpool connector yet")
+    degree = parallel.tensor_parallel_size
+    shared = {layer for group in cache.kv_cache_groups for layer in group.layer_names}
+    own = [layer for tensor in cache.kv_cache_tensors for layer in tensor.layers if layer in shared]
+    specs: list[GroupSpec] = []
+    shapes: list[GroupShape] = []
+    layers: list[tuple[str, ...]] = []
+    kinds: list[str] = []
+    hash_tokens = cache.hash_block_size or config.cache_config.block_size
+    for number in cache.prefix_cacheable_group_ids:
+        group = cache.kv_cache_groups[number]
+        names = tuple(layer for layer in own if layer in group.layer_names)
+        pool_group = len(specs)
+        kind, window = _kind(group.kv_cache_spec)
+        if group.kv_cache_spec.block_size % hash_tokens:
+            raise Unsupported(f"blocks of {group.kv_cache_spec.block_size} tokens, hashed by {hash_tokens}")
+        page_bytes = sum(_page_bytes(group.kv_cache_spec, layer) for layer in names)
+        specs.append(
+            GroupSpec(
+                id=pool_group,
+                kind=kind,
+                layers=tuple(range(len(names))),
+                block_tokens=group.kv_cache_spec.block_size,
+                shard_count=degree,
+                section_count=1,
+                block_bytes=page_bytes,
+                window_tokens=window,
+            )
+        )
+        shapes.append(GroupShape(pool_group, group.kv_cache_spec.block_size, window))
+        layers.append(names)
+        kinds.append(repr([(layer, repr(_layer_spec(group.kv_cache_spec, layer))) for layer in names]))
+    if not specs:
+        raise Unsupported("no group of this model's cache can be named by block hashes")
+    spec = NamespaceSpec(
+        model=model_identity(config, settings),
+        revision="",
+        dtype=str(config.model_config.dtype),
+        backend=f"vllm {vllm.__version__} {torch.device(config.device_config.device_type).type} {platform.machine()}",
+        layout=" ".join(
+            (
+                f"vllm/{LAYOUT_VERSION} {cache.kv_cache_layout} tp{degree}",
+                _hashing(config, hash_tokens),
+                ";".join(kinds),
+            )
+        ),
+        hash="sha256/1",
+        groups=tuple(specs),
+    )
+    spec.validate()
+    return EngineLayout(
+        spec=spec,
+        shapes=tuple(shapes),
+        vllm_groups=tuple(cache.prefix_cacheable_group_ids),
+        layers=tuple(layers),
+        hash_tokens=hash_tokens,
+        shard=parallel.rank % degree,
+        shard_count=degree,
+    )
+
+
+def model_identity(config: VllmConfig, settings: ConnectorSettings) -> str:
+    """What tells this model's blocks from those of any other: a setting, or a digest of its files."""
+    model = config.model_config
+    if settings.model_id:
+        return settings.model_id
+    folder = Path(model.model)
+    digest = folder_digest(folder)
+    if digest:
+        return f"{folder.resolve().name}@{digest[:32]}"
+    return f"{model.model}@{model.revision or 'main'}"
+
+
+def _hashing(config: VllmConfig, hash_tokens: int) -> str:
+    """How vLLM names blocks. Where its hashes begin with a seed of each process, nothing is shared."""
+    algorithm = config.cache_config.prefix_caching_hash_algo
+    text = f"{algorithm}:{hash_tokens}:{kv_cache_utils.get_none_hash_seed()}"
+    if algorithm == "sha256":  # of a pickle, whose form is that of one Python
+        text += f":py{sys.version_info.major}.{sys.version_info.minor}"
+    return text
+
+
+def _kind(spec: KVCacheSpec) -> tuple[GroupKind, int]:
+    """Kind of a group, and its window in tokens (0 = none). Raises: Unsupported."""
+    if isinstance(spec, UniformTypeKVCacheSpecs):
+        kinds = sorted({_kind(inner) for inner in spec.kv_cache_specs.values()})
+        if len(kinds) == 1:
+            return kinds[0]
+        raise Unsupported("a group of layers with different windows")
+    if isinstance(spec, SlidingWindowSpec):
+        return GroupKind.WINDOW, spec.sliding_window + spec.extra_retained_tokens
+    if isinstance(spec, MLAAttentionSpec):
+        return GroupKind.MLA, 0
+    if isinstance(spec, FullAttentionSpec):
+        return GroupKind.FULL, 0
+    raise Unsupported(f"caches of kind {type(spec).__name__} are not supported by the kvpool connector yet")
+
+
+def _layer_spec(spec: KVCacheSpec, layer: str) -> KVCacheSpec:
+    return spec.kv_cache_specs[layer] if isinstance(spec, UniformTypeKVCacheSpecs) else spec
+
+
+def _page_bytes(spec: KVCacheSpec, layer: str) -> int:
+    return int(_layer_spec(spec, layer).page_size_bytes)
+
+
+def extra_config(config: VllmConfig) -> Mapping[str, Any]:
+    transfer = config.kv_transfer_config
+    return {} if transfer is None else transfer.kv_connector_extra_config

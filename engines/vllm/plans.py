@@ -1,0 +1,49 @@
+"""What vLLM's scheduler side tells its workers each step, and what they count. Plain data that pickles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class GroupBlocks:
+    """Blocks of one group of layers: packed 16-byte keys, and the engine's block for each."""
+
+    group: int  # as the pool numbers it
+    keys: bytes
+    block_ids: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.block_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """Blocks of one request to be loaded, or to be stored."""
+
+    request_id: str
+    blocks: tuple[GroupBlocks, ...]
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """All that one step loads, and what the workers are to store, by the number of the step that computed it."""
+
+    number: int = 0
+    idle: bool = False  # nothing is computed in this step
+    loads: list[Transfer] = field(default_factory=list)
+    saves: dict[int, list[Transfer]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Counts:
+    """Since they were last taken."""
+
+    blocks_loaded: int = 0
+    blocks_failed: int = 0
+    blocks_saved: int = 0
+    blocks_unsaved: int = 0
+    bytes_loaded: int = 0
+    bytes_saved: int = 0
+    load_us: int = 0
+    save_us: int = 0

@@ -1,0 +1,53 @@
+"""Settings of the connector, and what tells one model from another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engines.vllm.fingerprint import folder_digest
+from engines.vllm.settings import NODE_DEFAULT, ConnectorSettings
+from kvpool.core.errors import BadArgument
+
+
+def test_defaults_and_environment() -> None:
+    assert ConnectorSettings.of({}, {}).node == NODE_DEFAULT
+    assert ConnectorSettings.of({}, {"KVPOOL_NODE": "h:1", "KVPOOL_CREDENTIAL": "c"}).credential == "c"
+    given = ConnectorSettings.of({"node": "n:2", "load_timeout_s": 3, "save": False}, {"KVPOOL_NODE": "h:1"})
+    assert (given.node, given.load_timeout_s, given.save) == ("n:2", 3.0, False)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"nod": "h:1"}, "unknown settings: nod"),
+        ({"node": 7701}, "node must be of type str"),
+        ({"save": "yes"}, "save must be of type bool"),
+        ({"lookup_timeout_ms": True}, "lookup_timeout_ms must be of type int"),
+        ({"load_timeout_s": True}, "load_timeout_s must be of type float"),
+        ({"load_timeout_s": 0}, "load_timeout_s must be above 0"),
+        ({"node": "nowhere"}, "node must be host:port"),
+        ({"node": ":7701"}, "node must be host:port"),
+    ],
+)
+def test_wrong_settings(extra: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadArgument, match=message):
+        ConnectorSettings.of(extra, {})
+
+
+def test_models_are_told_apart(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder in (one, other):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(bytes(1 << 20))
+    assert folder_digest(one) == folder_digest(other) != ""
+    with (other / "model.safetensors").open("r+b") as file:
+        file.seek(1 << 19)
+        file.write(b"\1")
+    assert folder_digest(one) != folder_digest(other)
+    (other / "model.safetensors").write_bytes(bytes((1 << 20) + 1))
+    assert folder_digest(one) != folder_digest(other)
+    assert folder_digest(tmp_path / "none") == folder_digest(tmp_path) == ""
