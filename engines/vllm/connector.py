@@ -11,6 +11,7 @@ and plans what each step loads and stores; the workers' carry the plans out.
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
+from engines.vllm import handoffs
 from engines.vllm.layout import engine_layout, extra_config
 from engines.vllm.plans import StepPlan
 from engines.vllm.saving import SavePipeline
@@ -95,6 +97,7 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):
         #: Request -> tokens that vLLM had itself when it was matched last.
         self._matched: dict[str, int] = {}
         self._requests: dict[str, Request] = {}
+        self._handoffs = handoffs.HandoffWaits(self._settings.handoff_wait_s)
         if transfer.kv_load_failure_policy != "recompute":
             log.warning(
                 'kvpool: kv_load_failure_policy is %r: a block lost on the way fails its request; set "recompute"',
@@ -176,7 +179,16 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):
         self._matched[request.request_id] = num_computed_tokens
         if not self._loads or request.skip_reading_prefix_cache:
             return 0, False
-        return self._tracker.match(request.block_hashes, request.num_tokens, num_computed_tokens), False
+        expected = min(handoffs.tokens_of(request.kv_transfer_params), self._tracker.reach(request.num_tokens))
+        now_s = time.monotonic()
+        if expected > num_computed_tokens and not self._handoffs.looks(request.request_id, now_s):
+            return None, False
+        tokens = self._tracker.match(request.block_hashes, request.num_tokens, num_computed_tokens)
+        if num_computed_tokens + tokens < expected and self._link.is_up:
+            if self._handoffs.lacks(request.request_id, now_s):
+                return None, False
+            log.warning("kvpool: the blocks of request %s did not come in time", request.request_id)
+        return tokens, False
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         assert self._tracker is not None
@@ -231,9 +243,12 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         assert self._tracker is not None
-        self._tracker.forget(request.request_id)
+        stored = self._tracker.forget(request.request_id)
+        self._handoffs.forget(request.request_id)
         self._matched.pop(request.request_id, None)
         self._requests.pop(request.request_id, None)
+        if stored and handoffs.asks(request.kv_transfer_params):
+            return False, {handoffs.TOKENS: stored}
         return False, None
 
     def _lookup(self, group: int, keys: NDArray[np.uint8]) -> NDArray[np.bool_]:

@@ -23,8 +23,8 @@ class ConnectorSettings:
     model_id: what identifies the model's weights in the pool. Default: a digest of its files.
     load, save: whether blocks are read from the pool and stored there.
     lookup_timeout_ms: how long vLLM's scheduler may wait for an answer about a prompt.
+    handoff_wait_s: how long a request waits for blocks that another engine has announced to be on their way.
     load_timeout_s: how long a load may take before what is missing is computed.
-    staging_mib: host memory for blocks on their way into the pool; what finds no room is not stored.
     """
 
     node: str = ""
@@ -37,7 +37,7 @@ class ConnectorSettings:
     save: bool = True
     lookup_timeout_ms: int = 100
     load_timeout_s: float = 10.0
-    staging_mib: int = 256
+    handoff_wait_s: float = 1.0
 
     @classmethod
     def of(cls, extra_config: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> ConnectorSettings:
@@ -64,7 +64,7 @@ class ConnectorSettings:
         host, colon, port = self.node.rpartition(":")
         if not (host and colon and port.isdigit()):
             raise BadArgument(f"node must be host:port, not {self.node!r}")
-        for name in ("lookup_timeout_ms", "load_timeout_s", "staging_mib"):
+        for name in ("lookup_timeout_ms", "load_timeout_s", "handoff_wait_s"):
             if not getattr(self, name) > 0:
                 raise BadArgument(f"{name} must be above 0, not {getattr(self, name)!r}")
 

@@ -44,6 +44,10 @@ class RequestTracker:
 
     # ------------------------------------------------------------ matching
 
+    def reach(self, prompt_tokens: int) -> int:
+        """What of a prompt can come from the pool at most: whole blocks, and at least one token is left to compute."""
+        return (prompt_tokens - 1) // self._step_tokens * self._step_tokens
+
     def match(self, hashes: Sequence[bytes], prompt_tokens: int, computed_tokens: int) -> int:
         """Tokens beyond `computed_tokens` that the pool has; at least one token of the prompt is left to compute.
 
@@ -111,10 +115,13 @@ class RequestTracker:
         tracked.stored_tokens = reach
         return Transfer(request_id, blocks) if blocks else None
 
-    def forget(self, request_id: str) -> None:
-        """A request has ended."""
-        if self._requests.pop(request_id, None) is not None:
-            self._loads = [transfer for transfer in self._loads if transfer.request_id != request_id]
+    def forget(self, request_id: str) -> int:
+        """A request has ended. Returns: how many of its tokens are in the pool or on their way there."""
+        tracked = self._requests.pop(request_id, None)
+        if tracked is None:
+            return 0
+        self._loads = [transfer for transfer in self._loads if transfer.request_id != request_id]
+        return tracked.stored_tokens
 
     def take_loads(self) -> list[Transfer]:
         """What the coming step loads."""
