@@ -1,0 +1,198 @@
+"""Real processes for the tests: vLLM's own OpenAI server on the CPU, and a pool node. Stopped by PID, logs kept."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MODEL = Path(__file__).parent.parent / "models" / "tiny-llama"
+BLOCK_TOKENS = 32
+START_S, STOP_S, REPLY_S = 240.0, 30.0, 120.0
+
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_SERVER_DEV_MODE": "1",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@dataclass
+class Process:
+    """One process and where it writes."""
+
+    popen: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
+        if self.popen.poll() is None:
+            self.popen.send_signal(how)
+        try:
+            self.popen.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            self.popen.kill()
+            self.popen.wait(STOP_S)
+
+    def wait_a_little(self) -> None:
+        """Until it ends, which it should not, or a moment has passed."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.popen.wait(0.2)
+
+    def must_run(self) -> None:
+        assert self.popen.poll() is None, f"ended with {self.popen.returncode}:\n{self.text[-4000:]}"
+
+
+def start(arguments: Sequence[str], log: Path, environment: dict[str, str] | None = None) -> Process:
+    with log.open("ab") as out:
+        popen = subprocess.Popen(
+            arguments, stdout=out, stderr=out, env={**os.environ, **(environment or {})}, start_new_session=True
+        )
+    return Process(popen, log)
+
+
+class Node:
+    """A pool node without a scheduler of its own; may be killed and started again at the same address."""
+
+    def __init__(self, folder: Path, memory: str = "256MiB") -> None:
+        self.port = free_port()
+        self._folder, self._memory = folder, memory
+        self.process = self.start()
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def start(self) -> Process:
+        script = Path(sys.executable).parent / "kvpool"
+        self.process = start(
+            [str(script), "node", "--id", f"node-{self.port}", "--listen", self.address, "--memory", self._memory],
+            self._folder / f"node-{self.port}.log",
+        )
+        deadline_s = time.monotonic() + START_S
+        while not self._answers():
+            self.process.must_run()
+            assert time.monotonic() < deadline_s, self.process.text[-2000:]
+            self.process.wait_a_little()
+        return self.process
+
+    def _answers(self) -> bool:
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), 0.2):
+                return True
+        except OSError:
+            return False
+
+
+class Engine:
+    """vLLM's server, with or without the connector."""
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        connector: dict[str, Any] | None = None,
+        arguments: Sequence[str] = (),
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        self.name, self.port = name, free_port()
+        command = [
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server",
+            "--model", str(MODEL), "--served-model-name", "tiny",
+            "--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32", "--enforce-eager",
+            "--max-model-len", "2048", "--block-size", str(BLOCK_TOKENS), "--enable-prompt-tokens-details", *arguments,
+        ]  # fmt: skip
+        if connector is not None:
+            command += ["--kv-transfer-config", json.dumps(connector)]
+        self.process = start(command, folder / f"{name}.log", {**ENVIRONMENT, **(environment or {})})
+
+    def wait(self) -> Engine:
+        deadline_s = time.monotonic() + START_S
+        while True:
+            self.process.must_run()
+            assert time.monotonic() < deadline_s, self.process.text[-4000:]
+            try:
+                with urllib.request.urlopen(f"{self.url}/health", timeout=2):
+                    return self
+            except (OSError, urllib.error.URLError):
+                self.process.wait_a_little()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def post(self, path: str, body: dict[str, Any], timeout_s: float = REPLY_S) -> dict[str, Any]:
+        request = urllib.request.Request(
+            f"{self.url}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=timeout_s) as reply:
+            data = reply.read()
+        return json.loads(data) if data else {}
+
+    def complete(self, prompt: Sequence[int], max_tokens: int = 16, **fields: Any) -> Completion:
+        body = {
+            "model": "tiny", "prompt": list(prompt), "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True,
+            "return_token_ids": True, **fields,
+        }  # fmt: skip
+        reply = self.post("/v1/completions", body)
+        details = reply["usage"].get("prompt_tokens_details") or {}
+        return Completion(
+            tuple(reply["choices"][0]["token_ids"]), details.get("cached_tokens") or 0, reply.get("kv_transfer_params")
+        )
+
+    def metric(self, name: str) -> float:
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as reply:
+            lines = reply.read().decode().splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name}{{"))
+
+    def stop(self) -> None:
+        self.process.stop()
+
+
+@dataclass(frozen=True)
+class Completion:
+    tokens: tuple[int, ...]
+    cached_tokens: int
+    kv_transfer_params: dict[str, Any] | None
+
+
+def connector(node: Node, **extra: Any) -> dict[str, Any]:
+    return {
+        "kv_connector": "KVPoolConnector", "kv_connector_module_path": "engines.vllm.connector", "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute", "kv_connector_extra_config": {"node": node.address, **extra},
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def running(*processes: Engine | Node) -> Iterator[None]:
+    try:
+        for engine in processes:
+            if isinstance(engine, Engine):
+                engine.wait()
+        yield
+    finally:
+        for process in processes:
+            process.process.stop()
