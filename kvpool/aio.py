@@ -16,8 +16,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 from kvpool.client import PoolClient, Reservation, Waited
 from kvpool.cluster import ClusterClient
 from kvpool.core.errors import Overloaded
-from kvpool.service.client_session import Session
-from kvpool.service.client_types import Bools, Counters
+from kvpool.service.client_types import Bools, Counters, News
 
 __all__ = ["AsyncClusterClient", "AsyncPoolClient"]
 
@@ -98,26 +97,6 @@ def _held(
     return call
 
 
-class _News(Iterator[Waited]):
-    """News of a wait, and a way to end it from another thread."""
-
-    def __init__(self, stream: Any, news: Iterator[Waited]) -> None:
-        self._stream, self._news = stream, news
-
-    def __next__(self) -> Waited:
-        return next(self._news)
-
-    def cancel(self) -> None:
-        self._stream.cancel()
-
-
-class _Sync(PoolClient):
-    """A client whose waits can be ended while a thread is in them."""
-
-    def _news(self, session: Session, stream: Any) -> _News:
-        return _News(stream, super()._news(session, stream))
-
-
 def _abort(client: PoolClient, reservation: Reservation) -> None:
     if reservation.id:
         client.abort(reservation)
@@ -131,8 +110,9 @@ class AsyncPoolClient(_Threaded):
 
     def __init__(self, address: str, *, threads: int = THREADS, **options: Any) -> None:
         super().__init__(threads)
-        self.sync = _Sync(address, **options)
-        self._waits: set[_News] = set()
+        self.sync = PoolClient(address, **options)
+        self._waits: set[News] = set()
+        self._waiting = 0
         self._wait_threads = ThreadPoolExecutor(max_workers=WAITS_MAX, thread_name_prefix="async-wait")
 
     async def __aenter__(self) -> Self:
@@ -144,7 +124,7 @@ class AsyncPoolClient(_Threaded):
     async def close(self) -> None:
         """Ends the session, and with it all that it holds; calls under way fail."""
         for news in list(self._waits):
-            news.cancel()
+            news.close()
         await asyncio.get_running_loop().run_in_executor(None, self.sync.close)
         self._threads.shutdown(wait=False)
         self._wait_threads.shutdown(wait=False)
@@ -178,7 +158,9 @@ class AsyncPoolClient(_Threaded):
     reserve = _held(PoolClient.reserve, _abort)
     write = _verb(PoolClient.write)
     commit = _verb(PoolClient.commit)
+    write_sections = _verb(PoolClient.write_sections)
     commit_sections = _verb(PoolClient.commit_sections)
+    read_sections = _verb(PoolClient.read_sections)
     abort = _verb(PoolClient.abort)
     unpin = _verb(PoolClient.unpin)
     list_blocks = _listing(PoolClient.list_blocks)
@@ -198,18 +180,22 @@ class AsyncPoolClient(_Threaded):
 
         Raises: Overloaded at the bound of waits; Unavailable when the source is lost.
         """
-        if len(self._waits) >= WAITS_MAX:
+        if self._waiting >= WAITS_MAX:
             raise Overloaded(f"{WAITS_MAX} waits are under way", hint="wait for more keys at once")
-        news = await self._run(lambda: self.sync.wait(*args, **kwargs), lambda begun: begun.cancel())  # type: ignore[attr-defined]
-        assert isinstance(news, _News)
-        self._waits.add(news)
-        loop = asyncio.get_running_loop()
+        # Before anything is awaited, so that no more can begin than there are threads for.
+        self._waiting += 1
         try:
-            while (item := await loop.run_in_executor(self._wait_threads, next, news, None)) is not None:
-                yield item
+            news = await self._run(lambda: self.sync.wait(*args, **kwargs), lambda begun: begun.close())
+            self._waits.add(news)
+            loop = asyncio.get_running_loop()
+            try:
+                while (item := await loop.run_in_executor(self._wait_threads, next, news, None)) is not None:
+                    yield item
+            finally:
+                self._waits.discard(news)
+                news.close()
         finally:
-            self._waits.discard(news)
-            news.cancel()
+            self._waiting -= 1
 
 
 class AsyncClusterClient(_Threaded):

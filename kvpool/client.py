@@ -23,7 +23,8 @@ from kvpool.core.hashing import object_key
 from kvpool.core.ids import Fidelity, NamespaceId
 from kvpool.core.namespace import NamespaceSpec
 from kvpool.service.client_lossy import LossyBlocks, LossyRead
-from kvpool.service.client_reads import RELEASES_MAX, ReadingCalls, ReadRequest, rows_of
+from kvpool.service.client_reads import RELEASES_MAX, ReadRequest, as_rows, rows_of
+from kvpool.service.client_sections import SectionCalls
 from kvpool.service.client_types import (
     ABANDONED,
     BEING_WRITTEN,
@@ -41,22 +42,23 @@ from kvpool.service.client_types import (
     ObjectsResult,
     PutResult,
     Reservation,
+    SectionsResult,
     Waited,
 )  # fmt: skip
-from kvpool.service.client_writes import WritingCalls
-from kvpool.service.source_calls import DEFAULT_CHANNELS, Keys, key_list
+from kvpool.service.source_calls import DEFAULT_CHANNELS, Keys, check_keys, key_list
 from kvpool.v1 import block_source_pb2 as pb
 
 __all__ = [
     "ABANDONED", "BEING_WRITTEN", "COMMITTED", "DEADLINE", "EXISTS", "NO_SPACE", "OVER_QUOTA", "RESERVED", "SECTION",
-    "Counters", "GetResult", "Hold", "ObjectsResult", "PoolClient", "PutResult", "Reservation", "Waited",
+    "Counters", "GetResult", "Hold", "ObjectsResult", "PoolClient", "PutResult", "Reservation",
+    "SectionsResult", "Waited",
 ]  # fmt: skip
 
 #: What an object may be given as: anything with the buffer interface.
 Buffer = bytes | bytearray | memoryview | NDArray[np.generic]
 
 
-class PoolClient(ReadingCalls, WritingCalls):
+class PoolClient(SectionCalls):
     """Whole operations on one source: blocks by key, objects by name; the calls they are made of are inherited."""
 
     def __init__(
@@ -105,11 +107,12 @@ class PoolClient(ReadingCalls, WritingCalls):
         Raises: Unsupported if blocks of this group have no int8 form.
         """
         begin_s = time.monotonic()
-        own = np.arange(len(keys), dtype=np.int64) if rows is None else rows
+        check_keys(keys)
+        own = np.arange(len(keys), dtype=np.int64) if rows is None else as_rows(rows, len(keys))
         common = Common(group, shard, parent, tenant, hold, ttl_s)
         if fidelity is Fidelity.EXACT:
             return self._put(namespace, keys, blocks, own, common, begin_s)
-        codec = LossyBlocks(self._specs[namespace], self._group(namespace, group))
+        codec = self._codec(namespace, group)
         encoded, within = codec.encode(blocks, own)
         sizes = np.full(int(within.sum()), codec.stored_bytes, dtype=np.uint64)
         places = np.flatnonzero(within)
@@ -154,7 +157,7 @@ class PoolClient(ReadingCalls, WritingCalls):
         if fidelity_min is Fidelity.EXACT:
             outcome = self._read(request, rows_of(out, rows, len(keys)))
         else:
-            lossy = LossyRead(LossyBlocks(self._specs[namespace], self._group(namespace, group)), out, rows, len(keys))
+            lossy = LossyRead(self._codec(namespace, group), out, rows, len(keys))
             outcome = self._read(request, lossy.provide)
             lossy.finish(outcome)
         return GetResult(
@@ -195,7 +198,7 @@ class PoolClient(ReadingCalls, WritingCalls):
         begin_s = time.monotonic()
         if len(names) != len(values):
             raise BadArgument(f"{len(names)} names do not name {len(values)} objects")
-        arrays = [_as_bytes(name, value) for name, value in zip(names, values, strict=True)]
+        arrays = [as_bytes(name, value) for name, value in zip(names, values, strict=True)]
         sizes = np.fromiter((len(array) for array in arrays), dtype=np.uint64, count=len(arrays))
         try:
             reservation = self.reserve(
@@ -252,6 +255,10 @@ class PoolClient(ReadingCalls, WritingCalls):
 
     # ------------------------------------------------------------ parts
 
+    def _codec(self, namespace: NamespaceId, group: int) -> LossyBlocks:
+        spec = self._group(namespace, group)
+        return LossyBlocks(self._specs[namespace], spec)
+
     def _put(
         self,
         namespace: NamespaceId,
@@ -306,7 +313,7 @@ def object_keys(namespace: NamespaceId, names: Sequence[str]) -> Keys:
     return np.frombuffer(packed, dtype=np.uint8).reshape(-1, 16)
 
 
-def _as_bytes(name: str, value: Buffer) -> NDArray[np.uint8]:
+def as_bytes(name: str, value: Buffer) -> NDArray[np.uint8]:
     """Raises: BadArgument for what has no contiguous bytes, or none at all."""
     try:
         array = value if isinstance(value, np.ndarray) else np.frombuffer(value, dtype=np.uint8)

@@ -125,9 +125,9 @@ class Dispatcher:
             return
         self._post(lambda: self._submit(stream, submit))
 
-    def first_token(self, first: engine_pb2.FirstToken) -> None:
+    def first_token(self, stream: Stream, first: engine_pb2.FirstToken) -> None:
         known_s = time.monotonic()  # here, not when the step under way is over
-        self._post(lambda: self._first_token(first, known_s))
+        self._post(lambda: self._first_token(stream, first, known_s))
 
     def abort(self, stream: Stream, request_id: str) -> None:
         self._post(lambda: self._abort(stream, request_id))
@@ -257,9 +257,9 @@ class Dispatcher:
         """Address to publish to."""
         return submit.publish_to if ":" in submit.publish_to else self._config.node
 
-    def _first_token(self, first: engine_pb2.FirstToken, known_s: float) -> None:
+    def _first_token(self, stream: Stream, first: engine_pb2.FirstToken, known_s: float) -> None:
         record = self._records.get(first.request_id)
-        if record is None:
+        if record is None or record.stream is not stream:
             return
         try:
             self._engine.first_token(first.request_id, first.token_id)

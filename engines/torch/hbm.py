@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -57,6 +58,38 @@ class _CudaEvent:
         return True
 
 
+class StagingAreas:
+    """A bounded number of host areas. One that is given back is somebody else's only after the last copy from or to it:
+    callers that close, or fail, do not wait for theirs."""
+
+    def __init__(self, areas: Sequence[torch.Tensor]) -> None:
+        self._free: list[tuple[torch.Tensor, CopyEvent]] = [(area, Done()) for area in areas]
+        self._changed = threading.Condition()
+
+    def take(self, timeout_s: float = _STAGING_WAIT_S) -> torch.Tensor:
+        """An area that no copy touches any more. Raises: DeadlineExceeded."""
+        end_s = time.monotonic() + timeout_s
+        with self._changed:
+            while True:
+                for place, (area, last) in enumerate(self._free):
+                    if last.wait(0.0):
+                        del self._free[place]
+                        return area
+                left_s = end_s - time.monotonic()
+                if left_s <= 0:
+                    raise DeadlineExceeded(
+                        "no staging area became free", hint="is the device stuck? see its driver's log"
+                    )
+                # Copies end without a word, areas that are given back are announced.
+                self._changed.wait(min(left_s, _POLL_S) if self._free else left_s)
+
+    def give(self, area: torch.Tensor, last: CopyEvent) -> None:
+        """Args: last: the end of the last copy that was begun with it."""
+        with self._changed:
+            self._free.append((area, last))
+            self._changed.notify()
+
+
 class CudaBlocks:
     """A cache on a CUDA device. Copies run beside computing, after what was launched before them."""
 
@@ -70,29 +103,38 @@ class CudaBlocks:
         self._stream = torch.cuda.Stream(device=cache.device)
         self._compute = torch.cuda.current_stream(cache.device)
         shape = (self.batch_blocks_max, flat.shape[1])
-        self._areas = [torch.empty(shape, dtype=cache.dtype, pin_memory=True) for _ in range(_STAGING_COUNT)]
-        self._by_address = {area.data_ptr(): area for area in self._areas}
-        self._free = threading.Condition()
+        areas = [torch.empty(shape, dtype=cache.dtype, pin_memory=True) for _ in range(_STAGING_COUNT)]
+        self._by_address = {area.data_ptr(): area for area in areas}
+        self._last: dict[int, CopyEvent] = {}  # of the areas in use, by address
+        self._areas = StagingAreas(areas)
 
     def gather(self, blocks: NDArray[np.int64]) -> Staging:
-        area = self._take()
-        self._stream.wait_stream(self._compute)
-        with torch.cuda.stream(self._stream):
-            index = torch.from_numpy(np.ascontiguousarray(blocks)).to(self._device)
-            area[: len(blocks)].copy_(self._flat.index_select(0, index), non_blocking=True)
-        return self._staging(area, len(blocks), self._record())
+        area = self._areas.take()
+        try:
+            self._stream.wait_stream(self._compute)
+            with torch.cuda.stream(self._stream):
+                index = torch.from_numpy(np.ascontiguousarray(blocks)).to(self._device)
+                area[: len(blocks)].copy_(self._flat.index_select(0, index), non_blocking=True)
+            event = self._record()
+        except BaseException:
+            # No memory on the device, mostly: without this, each time would cost an area.
+            self._areas.give(area, self._record())
+            raise
+        return self._staging(area, len(blocks), event)
 
     def receive(self, blocks: NDArray[np.int64]) -> Staging:
-        return self._staging(self._take(), len(blocks), Done())
+        return self._staging(self._areas.take(), len(blocks), Done())
 
     def scatter(self, staging: Staging, blocks: NDArray[np.int64], indices: NDArray[np.int64]) -> CopyEvent:
-        area = self._by_address[staging.data.ctypes.data]
+        address = staging.data.ctypes.data
+        area = self._by_address[address]
         self._stream.wait_stream(self._compute)
         with torch.cuda.stream(self._stream):
             rows = torch.from_numpy(np.ascontiguousarray(staging.rows[indices]))
             target = torch.from_numpy(np.ascontiguousarray(blocks[indices])).to(self._device)
             self._flat.index_copy_(0, target, area[rows].to(self._device))
-        return self._record()
+        self._last[address] = event = self._record()
+        return event
 
     def _record(self) -> _CudaEvent:
         event = torch.cuda.Event()
@@ -100,19 +142,11 @@ class CudaBlocks:
         return _CudaEvent(event)
 
     def _staging(self, area: torch.Tensor, count: int, event: CopyEvent) -> Staging:
+        address = area.data_ptr()
+        self._last[address] = event
         data = area.view(torch.uint8).numpy()
-        return Staging(data, np.arange(count, dtype=np.int64), event, lambda: self._give(area))
-
-    def _take(self) -> torch.Tensor:
-        with self._free:
-            if not self._free.wait_for(lambda: bool(self._areas), _STAGING_WAIT_S):
-                raise DeadlineExceeded("no staging area became free")
-            return self._areas.pop()
-
-    def _give(self, area: torch.Tensor) -> None:
-        with self._free:
-            self._areas.append(area)
-            self._free.notify()
+        rows = np.arange(count, dtype=np.int64)
+        return Staging(data, rows, event, lambda: self._areas.give(area, self._last.pop(address)))
 
 
 def block_memory(cache: torch.Tensor) -> BlockMemory:

@@ -17,6 +17,7 @@ import grpc.aio
 from engines.torch.counters import Counters
 from engines.torch.hbm_tier import CachedBlocks, HbmTier
 from kvpool.channels.tcp_server import TcpDataServer
+from kvpool.channels.tls import TlsConfig
 from kvpool.core.arrays import SourceArrays
 from kvpool.core.errors import BadArgument, KvpoolError, NamespaceMismatch, Unsupported
 from kvpool.core.namespace import NamespaceSpec
@@ -51,6 +52,7 @@ class StagingConfig:
     segment_dir: str
     host: str  # to listen on for data
     public_host: str  # under which others reach it
+    tls: TlsConfig | None = None  # of the tcp channel
 
 
 class ReadOnlyServicer(BlockSourceServicer):
@@ -148,7 +150,7 @@ class HbmSource:
             )
         entries = 2 * count  # slots in quarantine count too
         segment = Segment.create(
-            Path(config.segment_dir),
+            Path(config.segment_dir).absolute(),  # clients are told it
             re.sub(r"[^A-Za-z0-9._-]", "_", self._facts.source_id),
             data_bytes=config.size_bytes,
             index_bytes=SourceArrays.bytes_needed(entries),
@@ -162,7 +164,7 @@ class HbmSource:
         grants = Grants()
         driver = SourceDriver(core, grants)
         self._cleanup.callback(driver.stop)
-        server = TcpDataServer(segment.data, grants, config.host, 0)
+        server = TcpDataServer(segment.data, grants, config.host, 0, tls_config=config.tls)
         self._cleanup.callback(server.close)
         tier = HbmTier(self._spec, driver, segment.data, self._cached, self._memory, self._counters)
         self._cleanup.push_async_callback(tier.close)

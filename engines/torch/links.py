@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from kvpool.channels.tls import TlsConfig
 from kvpool.client import PoolClient
 from kvpool.core.errors import DeadlineExceeded, Unavailable
 from kvpool.core.namespace import NamespaceSpec
@@ -33,9 +34,9 @@ class LinkSample:
 class Links:
     """One client for each source, opened when first needed; the least recently used one makes room for a new one."""
 
-    def __init__(self, namespace: NamespaceSpec, *, client: str, credential: str) -> None:
+    def __init__(self, namespace: NamespaceSpec, *, client: str, credential: str, tls: TlsConfig | None = None) -> None:
         self.spec, self.namespace = namespace, namespace.id()
-        self._name, self._credential = client, credential
+        self._name, self._credential, self._tls = client, credential, tls
         self._clients: OrderedDict[str, PoolClient] = OrderedDict()
         self._busy: dict[str, int] = {}
         self._registered: set[PoolClient] = set()
@@ -100,7 +101,7 @@ class Links:
         with self._lock:
             client = self._clients.get(address)
             if client is None:
-                client = PoolClient(address, client=self._name, credential=self._credential)
+                client = PoolClient(address, client=self._name, credential=self._credential, tls=self._tls)
                 self._clients[address] = client
                 closing = self._surplus()
             self._clients.move_to_end(address)

@@ -55,7 +55,9 @@ def serve_metrics(
     try:
         server, thread = start_http_server(port, addr="0.0.0.0", registry=registry)
     except OSError as error:
-        raise Unavailable(f"can't serve metrics on port {port}: {error.strerror}") from error
+        raise Unavailable(
+            f"can't serve metrics on port {port}: {error.strerror}", hint="choose another one with --metrics-port"
+        ) from error
 
     def stop() -> None:
         server.shutdown()

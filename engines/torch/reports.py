@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import grpc
 import numpy as np
 
+from kvpool.channels.tls import TlsConfig
 from kvpool.core.changes import BlockChange, ChangeKind
 from kvpool.core.errors import KvpoolError
 from kvpool.core.ids import KEY_BYTES, Fidelity
 from kvpool.service.announcer import Announcer, Snapshot, SourceFacts
 from kvpool.service.rpc import from_rpc_error, make_channel
+from kvpool.service.scheduler_list import Rotation
 from kvpool.v1 import engine_pb2, scheduler_pb2, scheduler_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -26,6 +29,9 @@ INTERVAL_DEFAULT_S = 0.5
 #: News are reported at once, but not more often than this.
 INTERVAL_MIN_S = 0.02
 BACKOFF_MIN_S, BACKOFF_MAX_S = 0.1, 1.0
+CONNECT_TIMEOUT_S = 3.0
+#: A scheduler that speaks every second and is silent for this long hangs: the next one is tried.
+SILENT_S = 10.0
 
 
 class SchedulerLink:
@@ -43,10 +49,13 @@ class SchedulerLink:
         info: Callable[[], engine_pb2.EngineInfo],
         report: Callable[[], scheduler_pb2.InstanceReport],
         credential: str = "",
+        tls: TlsConfig | None = None,
     ) -> None:
-        self._address, self._credential = address, credential
+        self._schedulers, self._credential, self._tls = Rotation(address), credential, tls
         self._info, self._report = info, report
         self._interval_s = INTERVAL_DEFAULT_S
+        self._heard_s, self._beats = 0.0, False
+        self._rejoining = False
         self._closing = threading.Event()
         self._joined = threading.Event()
         self._call: grpc.Future | None = None
@@ -68,7 +77,11 @@ class SchedulerLink:
         self._news.set()
 
     def rejoin(self) -> None:
-        """The facts have changed: ends this connection and begins another."""
+        """The facts have changed: ends this connection and begins another, to the same scheduler."""
+        self._rejoining = True
+        self._cut()
+
+    def _cut(self) -> None:
         call = self._call
         if call is not None:
             call.cancel()
@@ -84,22 +97,28 @@ class SchedulerLink:
         backoff_s = BACKOFF_MIN_S
         while not self._closing.is_set():
             try:
-                with make_channel(self._address, credential=self._credential) as channel:
+                with make_channel(self._schedulers.address, credential=self._credential, tls=self._tls) as channel:
+                    grpc.channel_ready_future(channel).result(CONNECT_TIMEOUT_S)
                     self._join(channel)
             except grpc.RpcError as error:
-                why = from_rpc_error(error, self._address)
+                why = from_rpc_error(error, self._schedulers.address)
                 log.log(logging.INFO if self.joined else logging.DEBUG, "life line to the scheduler: %s", why)
+            except grpc.FutureTimeoutError:
+                log.debug("the scheduler at %s does not answer", self._schedulers.address)
             except Exception:
                 # A bug of ours must not end the life line for good: say so, and begin again.
                 log.exception("the life line to the scheduler failed")
             if self._joined.is_set():
                 self._joined.clear()
                 backoff_s = BACKOFF_MIN_S
-            self._closing.wait(backoff_s)
-            backoff_s = min(backoff_s * 2, BACKOFF_MAX_S)
+            rejoining, self._rejoining = self._rejoining, False
+            if rejoining or self._schedulers.next():
+                self._closing.wait(backoff_s)
+                backoff_s = min(backoff_s * 2, BACKOFF_MAX_S)
 
     def _join(self, channel: grpc.Channel) -> None:
         ended = threading.Event()
+        self._heard_s, self._beats = time.monotonic(), False
         call = scheduler_pb2_grpc.SchedulerStub(channel).Join(self._messages(ended))
         self._call = call
         try:
@@ -107,8 +126,11 @@ class SchedulerLink:
                 return
             for message in call:
                 self._joined.set()
+                self._heard_s = time.monotonic()
                 if message.report_interval_ms:
                     self._interval_s = message.report_interval_ms / 1000
+                else:
+                    self._beats = True  # it only shows that it is there
         finally:
             ended.set()
             self._news.set()
@@ -122,6 +144,10 @@ class SchedulerLink:
             if ended.is_set() or self._closing.is_set():
                 return
             self._news.clear()
+            if self._beats and time.monotonic() - self._heard_s > SILENT_S:
+                log.warning("the scheduler at %s has been silent for %.0f s", self._schedulers.address, SILENT_S)
+                self._cut()
+                return
             yield scheduler_pb2.InstanceMessage(report=self._report())
             if ended.wait(INTERVAL_MIN_S):
                 return
@@ -130,12 +156,17 @@ class SchedulerLink:
 class HbmAnnouncements:
     """What the engine's cache holds, mirrored for the directory: the engine's own tables belong to its thread."""
 
-    def __init__(self, address: str, facts: SourceFacts, *, block_bytes: int, credential: str = "") -> None:
+    def __init__(
+        self, address: str, facts: SourceFacts, *, block_bytes: int, credential: str = "",
+        tls: TlsConfig | None = None,
+    ) -> None:  # fmt: skip
         self._lock = threading.Lock()
         self._keys: dict[bytes, None] = {}
         self._number = 0
         self._block_bytes = block_bytes
-        self._announcer = Announcer(address, facts, snapshot=self._snapshot, usage=self._usage, credential=credential)
+        self._announcer = Announcer(
+            address, facts, snapshot=self._snapshot, usage=self._usage, credential=credential, tls=tls
+        )
 
     def start(self) -> None:
         self._announcer.start()

@@ -11,6 +11,7 @@ from typing import Protocol
 import grpc
 import grpc.aio
 
+from kvpool.channels.tls import TlsConfig
 from kvpool.core.errors import Overloaded, Unavailable
 from kvpool.service import rpc
 from kvpool.v1 import engine_pb2, engine_pb2_grpc
@@ -67,7 +68,7 @@ class Commands(Protocol):
 
     def submit(self, stream: Stream, submit: engine_pb2.Submit) -> None: ...
 
-    def first_token(self, first: engine_pb2.FirstToken) -> None: ...
+    def first_token(self, stream: Stream, first: engine_pb2.FirstToken) -> None: ...
 
     def abort(self, stream: Stream, request_id: str) -> None: ...
 
@@ -127,7 +128,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
                 if kind == "submit":
                     self._commands.submit(stream, command.submit)
                 elif kind == "first_token":
-                    self._commands.first_token(command.first_token)
+                    self._commands.first_token(stream, command.first_token)
                 elif kind == "abort":
                     self._commands.abort(stream, command.abort.request_id)
                 elif kind == "hello":
@@ -152,10 +153,11 @@ class EngineServer:
     """Runs the service in a thread. `start` returns once it listens."""
 
     def __init__(
-        self, commands: Commands, listen: str, *, credential: str = "", companion: Companion | None = None
-    ) -> None:
+        self, commands: Commands, listen: str, *, credential: str = "", companion: Companion | None = None,
+        tls: TlsConfig | None = None,
+    ) -> None:  # fmt: skip
         self._servicer, self._companion = EngineServicer(commands), companion
-        self._listen, self._credential = listen, credential
+        self._listen, self._credential, self._tls = listen, credential, tls
         self._ready = threading.Event()
         self._failure: Exception | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -191,7 +193,9 @@ class EngineServer:
     async def _serve(self) -> None:
         assert self._stopping is not None
         try:
-            server, self.port = await rpc.serve(self._listen, self._register, credential=self._credential)
+            server, self.port = await rpc.serve(
+                self._listen, self._register, credential=self._credential, tls=self._tls
+            )
         except Exception as error:  # handed to the thread that waits in `start`
             self._failure = error
             self._ready.set()

@@ -27,6 +27,7 @@ from engines.torch.service import EngineServer, Stream
 from engines.torch.warming import warm_up
 from engines.torch.wire import report
 from kvpool import __version__
+from kvpool.channels.tls import TlsConfig
 from kvpool.core.errors import BadArgument
 from kvpool.core.ids import Role, Tier
 from kvpool.core.namespace import HASHES
@@ -66,11 +67,16 @@ class WorkerConfig:
     block_hash: str = HASHES[0]  # "sha256/1" where several tenants share a cluster: it resists made-up collisions
     warm_up: bool = True  # compute made-up prompts before serving: no first request waits for compilers
     credential: str = ""
+    tls: TlsConfig | None = None  # of all that it serves and calls
     handoff_grace_s: float = 1.0  # DECODE: how long blocks may still appear after the first token
     pull_s_max: float = 300.0  # DECODE: how long to wait for blocks at most; then they are computed
     publish_jobs_max: int = 1024  # batches of blocks that wait to be published; more are given up
     hbm_staging_bytes: int = 0  # of host memory, through which others pull blocks of this HBM; 0 = they can't
     metrics_port: int = 0  # of Prometheus metrics over HTTP; 0 = none
+    gpu: str = ""  # hardware, for plans and costs; empty = not said
+    tp: int = 1  # GPUs that serve this copy of the model
+    price_per_hour: float = 0.0  # of all of them, for plans
+    role_changeable: bool = False  # another role may be given to it when a plan says so
     segment_dir: str = "/dev/shm"  # where that memory lies; where there is no room the HBM is no source
 
     def engine(self) -> EngineConfig:
@@ -110,7 +116,9 @@ class EngineWorker:
         self.engine = Engine(self.model, config.engine())
         self._memory = memory(self.engine.cache)
         self._counters = Counters()
-        self._links = Links(self.engine.namespace, client=config.instance_id, credential=config.credential)
+        self._links = Links(
+            self.engine.namespace, client=config.instance_id, credential=config.credential, tls=config.tls
+        )
         self._dispatcher = Dispatcher(
             self.engine,
             self._memory,
@@ -126,7 +134,9 @@ class EngineWorker:
             on_news=self._on_news,
         )
         self._source = self._make_source() if config.hbm_staging_bytes else None
-        self._server = EngineServer(self, config.listen, credential=config.credential, companion=self._source)
+        self._server = EngineServer(
+            self, config.listen, credential=config.credential, companion=self._source, tls=config.tls
+        )
         self._watch: NodeWatch | None = None
         self._link: SchedulerLink | None = None
         self._hbm: HbmAnnouncements | None = None
@@ -155,11 +165,13 @@ class EngineWorker:
                 self._source_facts(self.address if self._source is not None and self._source.serving else ""),
                 block_bytes=self._memory.block_bytes,
                 credential=self.config.credential,
+                tls=self.config.tls,
             )
             self._hbm.start()
             self._link = SchedulerLink(
-                self.config.scheduler, info=self.info, report=self._report, credential=self.config.credential
-            )
+                self.config.scheduler, info=self.info, report=self._report, credential=self.config.credential,
+                tls=self.config.tls,
+            )  # fmt: skip
             self._link.start()
         log.info("%s serves %s on %s", self.config.instance_id, self.model.name, self.address)
 
@@ -235,6 +247,10 @@ class EngineWorker:
             chunk_tokens=config.chunk_tokens,
             deterministic=config.deterministic,
             version=__version__,
+            gpu=config.gpu,
+            tp=config.tp,
+            price_per_hour=config.price_per_hour,
+            role_changeable=config.role_changeable,
         )
 
     @property
@@ -247,7 +263,7 @@ class EngineWorker:
         return HbmSource(
             self.engine.namespace,
             self._source_facts(),
-            StagingConfig(config.hbm_staging_bytes, config.segment_dir, host, self._public_host),
+            StagingConfig(config.hbm_staging_bytes, config.segment_dir, host, self._public_host, config.tls),
             cached=self._dispatcher,
             memory=self._memory,
             counters=self._counters,
@@ -280,8 +296,8 @@ class EngineWorker:
     def submit(self, stream: Stream, submit: engine_pb2.Submit) -> None:
         self._dispatcher.submit(stream, submit)
 
-    def first_token(self, first: engine_pb2.FirstToken) -> None:
-        self._dispatcher.first_token(first)
+    def first_token(self, stream: Stream, first: engine_pb2.FirstToken) -> None:
+        self._dispatcher.first_token(stream, first)
 
     def abort(self, stream: Stream, request_id: str) -> None:
         self._dispatcher.abort(stream, request_id)

@@ -37,6 +37,8 @@ GREETING_TIMEOUT_S = 5.0
 GROUP_TIMEOUT_S = 10.0
 #: A pair without requests for this long is ended; the client makes another when it needs one.
 IDLE_TIMEOUT_S = 300.0
+#: After a failed accept (no file descriptors, say) the next one would fail at once.
+ACCEPT_REST_S = 0.1
 RANK = 0
 
 
@@ -96,7 +98,7 @@ class CollectiveServer:
         self._lock = threading.Lock()
         self._ended = threading.Condition(self._lock)
         self._pairs: list[Pair] = []
-        self._closing = False
+        self._closed = threading.Event()
         try:
             self._listener = socket.create_server((host, port), backlog=16)
         except OSError as error:
@@ -123,7 +125,7 @@ class CollectiveServer:
     def close(self, timeout_s: float = 10.0) -> bool:
         """Ends all pairs. False if a thread was still at work after `timeout_s`."""
         with self._lock:
-            self._closing = True
+            self._closed.set()
             pairs = list(self._pairs)
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
@@ -137,14 +139,19 @@ class CollectiveServer:
     # ------------------------------------------------------------ threads
 
     def _accept(self) -> None:
+        failed = False
         while True:
             try:
                 sock, _ = self._listener.accept()
             except OSError as error:
-                if self._closing or self._listener.fileno() < 0:
+                if self._closed.is_set() or self._listener.fileno() < 0:
                     return
-                log.warning("collective: accept failed: %s", error)
+                if not failed:
+                    log.warning("collective: no client can be taken now: %s", error)
+                failed = True
+                self._closed.wait(ACCEPT_REST_S)
                 continue
+            failed = False
             pair = Pair(Control(sock, "collective"))
             if self._admit(pair):
                 threading.Thread(target=self._serve, args=(pair,), name="collective-pair", daemon=True).start()
@@ -156,7 +163,7 @@ class CollectiveServer:
     def _admit(self, pair: Pair) -> bool:
         """Makes room for a pair if there is none and another is idle."""
         with self._lock:
-            if self._closing:
+            if self._closed.is_set():
                 return False
             if len(self._pairs) >= self._max:
                 idle = [other for other in self._pairs if not other.busy]

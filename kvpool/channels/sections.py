@@ -19,13 +19,16 @@ from numpy.typing import NDArray
 from kvpool.channels.base import ChannelError
 from kvpool.core.arrays import Descriptors
 from kvpool.core.errors import BadArgument
-from kvpool.core.ids import KeyArray
+from kvpool.core.hashing import section_seed
+from kvpool.core.ids import KEY_BYTES, KeyArray
 from kvpool.core.kernels import copying
 
 U64 = NDArray[np.uint64]
 
 #: The clock is looked at between slices of a batch, and between blocks that are larger.
 SLICE_BYTES: Final = 32 << 20
+#: What the number of a section is multiplied by in its seed.
+_SECTION_SEED: Final = section_seed(bytes(16), 1)
 #: A batch from this size on is worth a second thread.
 SPLIT_BYTES_MIN: Final = 4 << 20
 
@@ -43,6 +46,24 @@ def block_keys(blocks: Descriptors) -> list[bytes]:
     """Keys as bytes, one object each."""
     packed = blocks.keys.tobytes()
     return [packed[i : i + 16] for i in range(0, len(packed), 16)]
+
+
+def sections_as_blocks(blocks: Descriptors, sections: NDArray[np.int64]) -> Descriptors:
+    """One section of each block as a block of its own, so that channels move sections as they move blocks.
+
+    The seed of a section's digest is that of the first one with its number mixed into the key.
+
+    Args: sections: int64 (blocks), each below the number of sections.
+    Raises: BadArgument if the sections do not divide the blocks.
+    """
+    count, numbers = blocks.digests.shape[1], sections.astype(np.uint64)
+    _section_counts(blocks.sizes, count)
+    steps = blocks.sizes.astype(np.uint64) // np.uint64(count)
+    words = np.ascontiguousarray(blocks.keys).view(np.uint64).reshape(-1, 2).copy()
+    words[:, 0] ^= numbers * np.uint64(_SECTION_SEED)
+    digests = blocks.digests[np.arange(len(blocks)), sections].reshape(-1, 1)
+    keys = words.view(np.uint8).reshape(-1, KEY_BYTES)
+    return Descriptors(keys, blocks.offsets + numbers * steps, steps, blocks.generations, digests)
 
 
 # ---------------------------------------------------------------- batches

@@ -35,10 +35,28 @@ class TlsConfig:
     verify_clients: bool = False
     server_name: str = ""
 
+    @classmethod
+    def of_files(cls, cert: str, key: str, ca: str) -> TlsConfig | None:
+        """Settings of a process from its flags, for what it serves and what it calls; None without any of them.
+
+        With an authority, what it serves takes clients with a certificate of that authority only.
+
+        Raises: BadArgument if one flag lacks another.
+        """
+        if not (cert or key or ca):
+            return None
+        if bool(cert) != bool(key):
+            given, lacking = ("--tls-cert", "--tls-key") if cert else ("--tls-key", "--tls-cert")
+            raise BadArgument(f"{given} needs {lacking}", hint="a certificate goes with its key: give both PEM files")
+        own = (Path(cert), Path(key)) if cert else (None, None)
+        return cls(*own, Path(ca) if ca else None, verify_clients=bool(cert and ca))
+
     def server_context(self) -> ssl.SSLContext:
         """Raises: BadArgument if the files don't make one."""
         if self.cert is None or self.key is None:
-            raise BadArgument("a source that speaks TLS needs a certificate and its key", hint="give cert and key")
+            raise BadArgument(
+                "a process that serves TLS needs a certificate and its key", hint="give --tls-cert and --tls-key too"
+            )
         if self.verify_clients and self.ca is None:
             raise BadArgument("nobody is named whose client certificates count", hint="give ca, or no verify_clients")
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

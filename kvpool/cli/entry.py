@@ -15,6 +15,8 @@ def _start(module: str) -> None:
         print(f"error: the command line needs {error.name!r}", file=sys.stderr)
         print("  hint: pip install 'kvpool[server]' (and 'kvpool[torch]' to run workers)", file=sys.stderr)
         raise SystemExit(1) from None
+    except KeyboardInterrupt:  # while everything is still being imported
+        raise SystemExit(130) from None
     main()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import threading
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from kvpool.channels.tls import TlsConfig
+from kvpool.cli.flags import tls_environment
 from kvpool.cli.processes import Interrupted, Process, ProcessFailed, Supervisor
 
 READY_TIMEOUT_S = 120.0
@@ -53,7 +56,26 @@ class LocalOptions:
     deterministic: bool = False
     journal: str = ""
     credential: str = ""
+    tls: TlsConfig | None = None
     gateways: int = 1
+    ssd_dir: str = ""
+    ssd_bytes: int = 0
+    hbm_staging_bytes: int = 0
+    metrics_port: int = 0
+
+
+def metrics_ports(options: LocalOptions) -> list[int]:
+    """Ports of /metrics: the scheduler's, the node's, those of prefill and then of decode workers; none without."""
+    count = 2 + options.prefill + options.decode
+    return list(range(options.metrics_port, options.metrics_port + count)) if options.metrics_port else []
+
+
+def node_name(options: LocalOptions) -> str:
+    """Of its own for each cluster of a machine; with an SSD always the same, to find the blocks again."""
+    if not options.ssd_dir:
+        return f"{NODE_PREFIX}{os.getpid()}"
+    folder = hashlib.sha256(str(Path(options.ssd_dir).absolute()).encode()).hexdigest()
+    return f"{NODE_PREFIX}ssd-{folder[:6]}"
 
 
 class LocalCluster:
@@ -62,7 +84,7 @@ class LocalCluster:
     def __init__(self, options: LocalOptions, log_folder: Path) -> None:
         self.options = options
         env = {"KVPOOL_CREDENTIAL": options.credential} if options.credential else {}
-        self.supervisor = Supervisor(log_folder, env)
+        self.supervisor = Supervisor(log_folder, env | tls_environment(options.tls))
 
     def start(self, progress: Callable[[str], None] = lambda _: None, stop: threading.Event | None = None) -> None:
         """Starts all roles and waits until each serves.
@@ -98,15 +120,26 @@ class LocalCluster:
         """Groups of processes: each group starts together once the one before it serves."""
         o, start = self.options, self.supervisor.start
         scheduler = ["scheduler", "--listen", f"{o.host}:{o.scheduler_port}"]
-        yield [start("scheduler", [*scheduler, *(["--journal", o.journal] if o.journal else [])])]
-        # Two clusters of one machine must not want the same segment.
-        node = ["node", "--id", f"{NODE_PREFIX}{os.getpid()}", "--listen", f"{o.host}:0"]
-        node += ["--scheduler", self.scheduler_address]
+        ports = iter(metrics_ports(o))
+        metrics = {}
+        for name in ("scheduler", "node", *(name for name, _ in self._roles())):
+            port = next(ports, None)
+            metrics[name] = ["--metrics-port", str(port)] if port is not None else []
+        scheduler += [*(["--journal", o.journal] if o.journal else []), *metrics["scheduler"]]
+        yield [start("scheduler", scheduler)]
+        node = ["node", "--id", node_name(o), "--listen", f"{o.host}:0", "--data-listen", f"{o.host}:0"]
+        node += ["--scheduler", self.scheduler_address, *metrics["node"]]
+        node += ["--ssd-dir", o.ssd_dir, "--ssd-size", str(o.ssd_bytes)] if o.ssd_dir else []
         yield [start("node", [*node, "--memory", str(o.memory_bytes), "--segment-dir", o.segment_dir])]
-        roles = [(f"prefill-{i}", "prefill") for i in range(o.prefill)]
-        roles += [(f"decode-{i}", "decode") for i in range(o.decode)]
         gateways = [self._gateway(i) for i in range(o.gateways)]
-        yield [*(start(name, self._worker(name, role)) for name, role in roles), *gateways]
+        workers = [start(name, [*self._worker(name, role), *metrics[name]]) for name, role in self._roles()]
+        yield [*workers, *gateways]
+
+    def _roles(self) -> list[tuple[str, str]]:
+        """Workers by name, with their roles."""
+        o = self.options
+        roles = [(f"prefill-{i}", "prefill") for i in range(o.prefill)]
+        return roles + [(f"decode-{i}", "decode") for i in range(o.decode)]
 
     def _gateway(self, index: int) -> Process:
         o = self.options
@@ -133,7 +166,8 @@ class LocalCluster:
             "--id": name, "--role": role, "--listen": f"{o.host}:0", "--scheduler": self.scheduler_address,
             "--node": self.node_address, "--model": o.model, "--served-name": o.served_name, "--kv-tokens": o.kv_tokens,
             "--block-tokens": o.block_tokens, "--chunk-tokens": o.chunk_tokens, "--batch-max": o.batch_max,
-            "--threads": o.threads, "--dtype": o.dtype, "--device": o.device,
+            "--threads": o.threads, "--dtype": o.dtype, "--device": o.device, "--hbm-staging": o.hbm_staging_bytes,
+            "--segment-dir": o.segment_dir,
         }  # fmt: skip
         flags = [text for flag, value in options.items() if value != "" for text in (flag, str(value))]
         return ["worker", *flags, *(["--deterministic"] if o.deterministic else [])]

@@ -7,24 +7,20 @@ import os
 # gRPC's own log lines would stand between ours.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
-import errno
 import importlib.util
 import inspect
 import logging
-import signal
-import socket
 import sys
-import threading
 import tomllib
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
 
 from kvpool.cli import output
-from kvpool.cli.local import LocalCluster, LocalOptions
-from kvpool.cli.processes import Interrupted, ProcessFailed, announce_ready, die_with_parent
+from kvpool.cli.flags import Credential, TlsCa, TlsCert, TlsKey, tls_of
+from kvpool.cli.processes import Interrupted, ProcessFailed, announce_ready, die_with_parent, stop_event
+from kvpool.cli.serving import serve
 from kvpool.core.errors import KvpoolError
 from kvpool.core.kernels.compiling import compile_kernels
 
@@ -38,11 +34,9 @@ app = typer.Typer(
 )
 
 LOG_FORMAT = "%(asctime)s %(levelname).1s %(name)s %(message)s"
-Credential = Annotated[
-    str, typer.Option("--credential", envvar="KVPOOL_CREDENTIAL", help="Shared secret that every call must carry.")
-]
 SchedulerAddress = Annotated[
-    str, typer.Option("--scheduler", envvar="KVPOOL_SCHEDULER", help="Address of the scheduler.")
+    str,
+    typer.Option("--scheduler", envvar="KVPOOL_SCHEDULER", help="Address of the scheduler; of several, with commas."),
 ]
 MetricsPort = Annotated[int, typer.Option("--metrics-port", min=0, max=65535, help="HTTP port of /metrics; 0 = none.")]
 
@@ -129,11 +123,11 @@ def node(
     nixl: Annotated[bool, typer.Option("--nixl", help="Offer the nixl channel (RDMA, NVLink) too.")] = False,
     collective: Annotated[str, typer.Option("--collective", help="Offer the collective channel: gloo or nccl.")] = "",
     collective_listen: Annotated[str, typer.Option("--collective-listen", help="host:port of it.")] = "127.0.0.1:0",
-    tls_cert: Annotated[str, typer.Option("--tls-cert", help="PEM file: TLS on the tcp channel.")] = "",
-    tls_key: Annotated[str, typer.Option("--tls-key", help="PEM file.")] = "",
-    tls_ca: Annotated[str, typer.Option("--tls-ca", help="PEM file of the authority of clients.")] = "",
     metrics_port: MetricsPort = 0,
     credential: Credential = "",
+    tls_cert: TlsCert = "",
+    tls_key: TlsKey = "",
+    tls_ca: TlsCa = "",
 ) -> None:
     """Hold blocks in shared memory and serve them (one a host)."""
     from kvpool.service.node import NodeConfig, run_node
@@ -143,7 +137,7 @@ def node(
         memory_bytes=output.parse_size(memory), segment_dir=str(segment_dir), metrics_port=metrics_port,
         credential=credential, keep_memory=keep_memory, eviction=eviction, ssd_dir=ssd_dir,
         ssd_bytes=output.parse_size(ssd_size) if ssd_dir else 0, nixl=nixl, collective=collective,
-        collective_listen=collective_listen, tls_cert=tls_cert, tls_key=tls_key, tls_ca=tls_ca,
+        collective_listen=collective_listen, tls=tls_of(tls_cert, tls_key, tls_ca, serves=True),
     )  # fmt: skip
     _run("node", lambda ready: run_node(config, on_ready=ready))
 
@@ -156,8 +150,18 @@ def scheduler(
     id: Annotated[str, typer.Option("--id", help="Name of this scheduler.")] = "scheduler-0",
     policy: Annotated[str, typer.Option("--policy", help="Placement policy.")] = "kvpool",
     journal: Annotated[str, typer.Option("--journal", help="Folder for the journal; empty = none.")] = "",
+    redis: Annotated[
+        str,
+        typer.Option(
+            "--redis", envvar="KVPOOL_REDIS", help="URL of the log that several schedulers share; empty = alone."
+        ),
+    ] = "",
+    redis_stream: Annotated[str, typer.Option("--redis-stream", help="Key of that log in Redis.")] = "kvpool:events",
     metrics_port: MetricsPort = 0,
     credential: Credential = "",
+    tls_cert: TlsCert = "",
+    tls_key: TlsKey = "",
+    tls_ca: TlsCa = "",
 ) -> None:
     """Know who holds which block, and place requests."""
     from scheduler.service.server import SchedulerServerConfig, run_scheduler
@@ -165,7 +169,8 @@ def scheduler(
     metrics_listen = f"{listen.rpartition(':')[0]}:{metrics_port}" if metrics_port else ""
     config = SchedulerServerConfig(
         scheduler_id=id, listen=listen, policy=policy, journal_dir=journal, credential=credential,
-        metrics_listen=metrics_listen,
+        metrics_listen=metrics_listen, tls=tls_of(tls_cert, tls_key, tls_ca, serves=True),
+        redis=redis, redis_stream=redis_stream,
     )  # fmt: skip
     _run("scheduler", lambda ready: run_scheduler(config, on_ready=ready))
 
@@ -181,6 +186,9 @@ def gateway(
     ] = 30.0,
     api_keys: Annotated[str, typer.Option("--api-keys", help="File of `name:key` lines that clients must use.")] = "",
     credential: Credential = "",
+    tls_cert: TlsCert = "",
+    tls_key: TlsKey = "",
+    tls_ca: TlsCa = "",
 ) -> None:
     """Serve the OpenAI HTTP API (as many as needed)."""
     from scheduler.gateway.server import GatewayConfig, run_gateway
@@ -193,6 +201,7 @@ def gateway(
         api_keys=api_keys,
         credential=credential,
         drain_timeout_s=drain,
+        tls=tls_of(tls_cert, tls_key, tls_ca),
     )
     _run("gateway", lambda ready: run_gateway(config, on_ready=ready))
 
@@ -225,10 +234,21 @@ def worker(
     ] = "0",
     segment_dir: Annotated[Path, typer.Option("--segment-dir", help="Folder for that memory.")] = Path("/dev/shm"),
     metrics_port: MetricsPort = 0,
+    gpu: Annotated[str, typer.Option("--gpu", help="Hardware, for plans and costs; empty = not said.")] = "",
+    tp: Annotated[int, typer.Option("--tp", min=1, help="GPUs that serve this copy of the model, for plans.")] = 1,
+    price_per_hour: Annotated[
+        float, typer.Option("--price-per-hour", min=0, help="Of all of them, for plans and costs.")
+    ] = 0.0,
+    role_changeable: Annotated[
+        bool, typer.Option("--role-changeable", help="It may be given another role when a plan says so.")
+    ] = False,
     block_hash: Annotated[
         str, typer.Option("--block-hash", help="xxh3_128/1, or sha256/1 where several tenants share the cluster.")
     ] = "xxh3_128/1",
     credential: Credential = "",
+    tls_cert: TlsCert = "",
+    tls_key: TlsKey = "",
+    tls_ca: TlsCa = "",
 ) -> None:
     """Compute: prefill prompts, decode tokens, share KV through the pool (one a device)."""
     from engines.torch.worker import EngineWorker, WorkerConfig
@@ -238,7 +258,8 @@ def worker(
         kv_tokens=kv_tokens, block_tokens=block_tokens, chunk_tokens=chunk_tokens, batch_max=batch_max, threads=threads,
         dtype=dtype, device=device, deterministic=deterministic, block_hash=block_hash, credential=credential,
         hbm_staging_bytes=0 if hbm_staging == "0" else output.parse_size(hbm_staging), segment_dir=str(segment_dir),
-        metrics_port=metrics_port,
+        metrics_port=metrics_port, tls=tls_of(tls_cert, tls_key, tls_ca, serves=True), gpu=gpu, tp=tp,
+        price_per_hour=price_per_hour, role_changeable=role_changeable,
     )  # fmt: skip
 
     def run(ready: Any) -> None:
@@ -248,21 +269,6 @@ def worker(
             stop.wait()
 
     _run("worker", run)
-
-
-def stop_event() -> threading.Event:
-    """Set by SIGTERM or Ctrl-C."""
-    event = threading.Event()
-
-    def handle(_signum: int, _frame: FrameType | None) -> None:
-        if event.is_set():
-            # Asked twice: ends at once, and the children with it.
-            os._exit(130)
-        event.set()
-
-    signal.signal(signal.SIGTERM, handle)
-    signal.signal(signal.SIGINT, handle)
-    return event
 
 
 def _run(role: str, body: Any) -> None:
@@ -276,94 +282,7 @@ def _run(role: str, body: Any) -> None:
         raise typer.Exit(130) from None
 
 
-@app.command()
-def serve(
-    model: Annotated[str, typer.Option("--model", help="Hugging Face folder or hub id.")],
-    prefill: Annotated[int, typer.Option("--prefill", min=0, max=64, help="Prefill workers.")] = 1,
-    decode: Annotated[int, typer.Option("--decode", min=0, max=64, help="Decode workers.")] = 1,
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port of the OpenAI HTTP API.")] = 8000,
-    scheduler_port: Annotated[int, typer.Option("--scheduler-port", min=0, max=65535, help="For kvctl.")] = 7700,
-    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    served_name: Annotated[
-        str, typer.Option("--served-name", help="Model name for clients; empty = the folder's.")
-    ] = "",
-    memory: Annotated[str, typer.Option("--memory", help="DRAM for blocks.")] = "1GiB",
-    segment_dir: Annotated[Path, typer.Option("--segment-dir", help="Folder for the shared memory.")] = Path(
-        "/dev/shm"
-    ),
-    kv_tokens: Annotated[int, typer.Option("--kv-tokens", min=256, help="KV cache of each worker, in tokens.")] = 32768,
-    threads: Annotated[int, typer.Option("--threads", min=0, help="CPU threads a worker.")] = 1,
-    dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
-    deterministic: Annotated[bool, typer.Option("--deterministic", help="Same tokens whatever the batching.")] = False,
-    journal: Annotated[str, typer.Option("--journal", help="Folder for the scheduler's journal.")] = "",
-    logs: Annotated[Path, typer.Option("--logs", help="Folder for the logs of all processes.")] = Path("build/logs"),
-    credential: Credential = "",
-) -> None:
-    """Run everything on this machine: node, scheduler, gateway, workers."""
-    die_with_parent()
-    if decode == 0:
-        output.fail("nothing would decode", hint="give at least --decode 1", code=output.EXIT_USAGE)
-    if Path(model).is_absolute() or model.startswith("."):
-        check_model_folder(Path(model))
-    for flag, number in (("--port", port), ("--scheduler-port", scheduler_port)):
-        check_port(host, number, flag)
-    options = LocalOptions(
-        model=model, served_name=served_name, prefill=prefill, decode=decode, host=host,
-        port=port, scheduler_port=scheduler_port, memory_bytes=output.parse_size(memory), segment_dir=str(segment_dir),
-        kv_tokens=kv_tokens, threads=threads, dtype=dtype, device=device, deterministic=deterministic, journal=journal,
-        credential=credential,
-    )  # fmt: skip
-    stop = stop_event()
-    cluster = LocalCluster(options, logs)
-    try:
-        cluster.start(lambda what: output.console.print(f"[dim]{what}[/]"), stop)
-        output.facts("serving; Ctrl-C ends it", addresses(cluster))
-        announce_ready({"address": cluster.address("gateway"), "scheduler": cluster.scheduler_address})
-        watch(cluster, stop)
-    except Interrupted:
-        raise typer.Exit(130) from None
-    except ProcessFailed as error:
-        output.fail(str(error))
-    finally:
-        output.console.print("[dim]stopping all processes[/]")
-        cluster.stop()
-
-
-def check_port(host: str, port: int, flag: str) -> None:
-    """Before anything is started: a port that is taken is found now, and named by its flag."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            hint = f"choose another port with {flag}" if error.errno == errno.EADDRINUSE else "check --host"
-            output.fail(f"can't listen on {host}:{port}: {error.strerror}", hint=hint)
-
-
-def check_model_folder(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        output.fail(
-            f"no model in {folder}", hint="name a Hugging Face folder, with config.json and weights, or a hub id"
-        )
-
-
-def addresses(cluster: LocalCluster) -> dict[str, str]:
-    return {
-        "OpenAI API": f"{cluster.gateway_url}/v1",
-        "metrics": f"{cluster.gateway_url}/metrics",
-        "look inside": f"kvctl status --scheduler {cluster.scheduler_address}",
-        "logs": str(cluster.supervisor.log_folder),
-    }
-
-
-def watch(cluster: LocalCluster, stop: threading.Event) -> None:
-    """Until `stop`: starts again what ended, and says so."""
-    log = logging.getLogger("kvpool.serve")
-    while not stop.wait(0.5):
-        for process in cluster.supervisor.ended():
-            log.warning("%s ended with code %s; starting it again", process.name, process.popen.returncode)
-            cluster.restart(process.name)
+app.command()(serve)
 
 
 @app.command()

@@ -76,6 +76,8 @@ def reported_errors(address: str, what: str) -> Iterator[None]:
 
 
 def _report(error: KvpoolError, address: str, what: str) -> NoReturn:
+    if isinstance(error, Unavailable) and error.hint != rpc.REACH_HINT:
+        fail(str(error), hint=error.hint, code=EXIT_UNREACHABLE)
     if isinstance(error, Unavailable):
         fail(
             f"no {what} answers at {address}",

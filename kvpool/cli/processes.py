@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 READY_FD = "KVPOOL_READY_FD"
@@ -44,6 +45,21 @@ def die_with_parent() -> None:
     """A supervised process ends with its supervisor, however that ended."""
     if os.environ.pop(_SUPERVISED, None):
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def stop_event() -> threading.Event:
+    """Set by SIGTERM or Ctrl-C."""
+    event = threading.Event()
+
+    def handle(_signum: int, _frame: FrameType | None) -> None:
+        if event.is_set():
+            # Asked twice: ends at once, and the children with it.
+            os._exit(130)
+        event.set()
+
+    signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGINT, handle)
+    return event
 
 
 @dataclass

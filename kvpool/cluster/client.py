@@ -17,14 +17,15 @@ import xxhash
 from numpy.typing import NDArray
 
 from kvpool.channels.base import Memory
-from kvpool.client import Buffer, object_keys
+from kvpool.channels.tls import TlsConfig
+from kvpool.client import Buffer, as_bytes, object_keys
 from kvpool.cluster.members import Claim, ClaimedRequest, GivenUp, Member, Members
 from kvpool.cluster.spreading import Found, Holders, Stored, make_runs
 from kvpool.cluster.together import Together
 from kvpool.core.errors import BadArgument, NoSpace, UnknownNamespace
 from kvpool.core.ids import KeyArray, NamespaceId, Tier
 from kvpool.core.namespace import NamespaceSpec
-from kvpool.service.client_reads import Provider, rows_of
+from kvpool.service.client_reads import Provider, as_rows, rows_of
 from kvpool.service.client_types import BEING_WRITTEN, EXISTS, Bools, Reservation
 from kvpool.service.cluster_types import (
     ClusterGetResult,
@@ -32,7 +33,7 @@ from kvpool.service.cluster_types import (
     ClusterPutResult,
     ClusterRemoveResult,
 )
-from kvpool.service.source_calls import DEFAULT_CHANNELS
+from kvpool.service.source_calls import DEFAULT_CHANNELS, check_keys
 from kvpool.v1 import block_source_pb2 as pb
 
 __all__ = [
@@ -54,6 +55,7 @@ class ClusterClient:
         channels: kinds of data channel to use.
         timeout_s: deadline of calls that take none of their own.
         refresh_s: how old what is known of the nodes may be.
+        tls: where scheduler and nodes speak TLS.
     """
 
     def __init__(
@@ -65,11 +67,13 @@ class ClusterClient:
         channels: Sequence[str] = DEFAULT_CHANNELS,
         timeout_s: float = 5.0,
         refresh_s: float = 2.0,
+        tls: TlsConfig | None = None,
     ) -> None:
         self.scheduler, self._timeout_s = scheduler, timeout_s
         self._members = Members(
-            scheduler, credential=credential, refresh_s=refresh_s, timeout_s=timeout_s, client=client, channels=channels
-        )
+            scheduler, credential=credential, refresh_s=refresh_s, timeout_s=timeout_s, client=client,
+            channels=channels, tls=tls,
+        )  # fmt: skip
         self._specs: dict[NamespaceId, NamespaceSpec] = {}
         self._calls = Together()
         self._seed = xxhash.xxh3_64_intdigest(f"{client} {os.getpid()}".encode())
@@ -126,7 +130,8 @@ class ClusterClient:
 
         Args: blocks, rows, parent, tenant: as `PoolClient.put`. ttl_s: time within which the call ends.
         """
-        own = np.arange(len(keys), dtype=np.int64) if rows is None else np.asarray(rows, dtype=np.int64)
+        check_keys(keys)
+        own = np.arange(len(keys), dtype=np.int64) if rows is None else as_rows(rows, len(keys))
 
         def reserve(member: Member, chosen: NDArray[np.int64], left_s: float) -> Reservation:
             first = int(chosen[0])
@@ -150,7 +155,7 @@ class ClusterClient:
         """Stores objects of any size under string names, as `put` does. A name that exists is left alone."""
         if len(names) != len(values):
             raise BadArgument(f"{len(names)} names do not name {len(values)} objects")
-        arrays = [_as_bytes(value) for value in values]
+        arrays = [as_bytes(name, value) for name, value in zip(names, values, strict=True)]
         sizes = np.fromiter((len(array) for array in arrays), dtype=np.uint64, count=len(arrays))
         keys = object_keys(namespace, names)
 
@@ -168,7 +173,7 @@ class ClusterClient:
         end_s = begin_s + ttl_s
         if replicas < 1:
             raise BadArgument("a block is to have at least one copy")
-        members = [m for m in self._members.current() if m.tier == Tier.DRAM and m.draining_until_s <= begin_s]
+        members = [m for m in self._nodes(self._members.current()) if m.draining_until_s <= begin_s]
         state = Stored(len(keys), [member.place.host_id for member in members])
         runs = make_runs(keys, run_blocks, [member.place for member in members])
 
@@ -218,6 +223,7 @@ class ClusterClient:
         Args: out, rows, promote_s: as `PoolClient.get`. ttl_s: time within which the call ends.
         """
         begin_s = time.monotonic()
+        check_keys(keys)
         request = ClaimedRequest(namespace, keys, group, shard, ttl_s=ttl_s, promote_s=min(promote_s, ttl_s))
         found = self._get(request, rows_of(out, rows, len(keys)), begin_s)
         return ClusterGetResult(found.found, found.corrupt, found.sources, found.bytes, time.monotonic() - begin_s)
@@ -256,7 +262,9 @@ class ClusterClient:
     def _get(self, request: ClaimedRequest, provide: Provider, begin_s: float) -> Found:
         """Reads from this host's nodes what they have, and the rest from those that say that they have it."""
         spec, end_s = self._spec(request.namespace), begin_s + request.ttl_s
-        members = sorted(self._members.current(), key=lambda m: (not m.local, m.cost_us(), self._turn(m)))
+        known = self._members.current()
+        members = known if not request.names else self._nodes(known)
+        members = sorted(members, key=lambda m: (not m.local, m.cost_us(), self._turn(m)))
         state = Found(len(request.keys))
         for member in [m for m in members if m.local]:
             if len(state.missing):
@@ -320,8 +328,13 @@ class ClusterClient:
     # ------------------------------------------------------------ looking, removing
 
     def lookup(self, namespace: NamespaceId, keys: KeyArray, *, group: int = 0, shard: int = 0) -> Bools:
-        """Which keys are readable on some node; holds nothing."""
-        members = self._members.current()
+        """Which keys are readable on some node, or in a worker's HBM; holds nothing."""
+        check_keys(keys)
+        return self._lookup(namespace, keys, self._members.current(), group, shard)
+
+    def _lookup(
+        self, namespace: NamespaceId, keys: KeyArray, members: Sequence[Member], group: int = 0, shard: int = 0
+    ) -> Bools:
         holders = Holders(len(keys), len(members))
         rows = np.arange(len(keys), dtype=np.int64)
         request = ClaimedRequest(namespace, keys, group, shard)
@@ -333,7 +346,7 @@ class ClusterClient:
 
     def lookup_objects(self, namespace: NamespaceId, names: Sequence[str]) -> Bools:
         """Which names are there, on some node; holds nothing."""
-        return self.lookup(namespace, object_keys(namespace, names))
+        return self._lookup(namespace, object_keys(namespace, names), self._nodes(self._members.current()))
 
     def remove(self, namespace: NamespaceId, keys: KeyArray, *, group: int = 0, shard: int = 0) -> ClusterRemoveResult:
         """Drops all copies of blocks."""
@@ -356,22 +369,27 @@ class ClusterClient:
             member.know(namespace, spec)
             return remove(member)
 
-        removed = self._each(call)
-        unreached = [m.place.source_id for m in self._members.all() if m.place.source_id not in removed]
+        # What lies in an engine's HBM is the engine's own; it holds no objects, and blocks make room by themselves.
+        removed = self._each(call, self._nodes(self._members.current()))
+        unreached = [m.place.source_id for m in self._nodes(self._members.all()) if m.place.source_id not in removed]
         return ClusterRemoveResult(sum(removed.values()), unreached)
 
     def stats(self) -> dict[str, pb.SourceStats]:
         """Statistics by node id; nodes that do not answer are missing."""
-        return self._each(lambda member: member.stats())
+        return self._each(lambda member: member.stats(), self._members.current())
 
-    def _each(self, call: Callable[[Member], Any]) -> dict[str, Any]:
-        """Answers of all nodes that answer."""
+    @staticmethod
+    def _nodes(members: Sequence[Member]) -> list[Member]:
+        """Those that store what they are given, and not an engine's cache."""
+        return [member for member in members if member.tier == Tier.DRAM]
+
+    def _each(self, call: Callable[[Member], Any], members: Sequence[Member]) -> dict[str, Any]:
+        """Answers of those that answer."""
         answers: dict[str, Any] = {}
 
         def ask(member: Member) -> None:
             answers[member.place.source_id] = call(member)
 
-        members = self._members.current()
         self._calls.run([(m, lambda m=m: ask(m)) for m in members], time.monotonic() + self._timeout_s)  # type: ignore[misc]
         # A late one may still add its answer: what is returned does not change any more.
         return dict(sorted(answers.copy().items()))
@@ -387,13 +405,6 @@ class ClusterClient:
     def _turn(self, member: Member) -> int:
         """An order of equally good nodes that differs from client to client."""
         return xxhash.xxh3_64_intdigest(member.place.source_id.encode(), seed=self._seed)
-
-
-def _as_bytes(value: Buffer) -> NDArray[np.uint8]:
-    try:
-        return np.frombuffer(value, dtype=np.uint8)
-    except (TypeError, ValueError, BufferError) as error:
-        raise BadArgument(f"an object must be contiguous and not empty: {error}") from error
 
 
 def _left_s(end_s: float) -> float:

@@ -25,6 +25,7 @@ from kvpool.service.client_session import Session
 from kvpool.service.client_types import RESERVED, Reservation
 from kvpool.service.host import host_id
 from kvpool.service.rpc import from_rpc_error, make_channel
+from kvpool.service.scheduler_list import target
 from kvpool.v1 import common_pb2, directory_pb2, directory_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -100,6 +101,8 @@ class Member(PoolClient):
         self.draining_until_s = 0.0
         self.listed_s = time.monotonic()  # when the directory last named it
         self._rest_s, self._resting_until_s = REST_S_MIN, 0.0
+        self._known: set[NamespaceId] = set()
+        self._knowing = threading.Lock()
 
     @property
     def resting(self) -> bool:
@@ -118,14 +121,22 @@ class Member(PoolClient):
         self._rest_s = REST_S_MIN
 
     def know(self, namespace: NamespaceId, spec: NamespaceSpec) -> None:
-        """Registers a namespace here, unless that was done. Raises: Unavailable."""
-        if namespace not in self._specs:
-            try:
+        """Registers a namespace here, unless that was done; the node knows it on return. Raises: Unavailable."""
+        if namespace in self._known:
+            return
+        # One thread at a time: others need its answer, and would get it no sooner by asking themselves.
+        if not self._knowing.acquire(timeout=self._timeout_s):
+            raise Unavailable(f"{self.address} does not answer")
+        try:
+            if namespace not in self._known:
                 self.register(spec)
-            except KvpoolError:
-                with self._lock:
-                    self._specs.pop(namespace, None)
-                raise
+                self._known.add(namespace)
+        except KvpoolError:
+            with self._lock:
+                self._specs.pop(namespace, None)
+            raise
+        finally:
+            self._knowing.release()
 
     def cost_us(self) -> int:
         """What reading something of moderate size should take, as measured; 0 where that is not known yet."""
@@ -194,7 +205,7 @@ class Members:
     def __init__(self, scheduler: str, *, credential: str, refresh_s: float, timeout_s: float, **options: Any) -> None:
         self._scheduler, self._refresh_s, self._timeout_s = scheduler, refresh_s, timeout_s
         self._options = {**options, "credential": credential, "timeout_s": timeout_s, "links": Links()}
-        self._channel = make_channel(scheduler, credential=credential)
+        self._channel = make_channel(target(scheduler), credential=credential, tls=options.get("tls"))
         self._directory: Any = directory_pb2_grpc.DirectoryStub(self._channel)
         self._lock = threading.Lock()
         self._members: dict[str, Member] = {}

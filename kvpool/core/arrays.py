@@ -26,6 +26,9 @@ _ALIGN: Final = 64
 TABLE_VERSION: Final = 4  # odd while `buckets` change
 FLAGS: Final = 5
 
+#: Reads of an entry that are counted between two looks of the source; as many as any policy tells apart at once.
+TOUCHES_MAX: Final = 3
+
 #: Flag: what is not here may be in a lower tier of the same source; only the source can tell.
 FLAG_LOWER_TIER: Final = 1
 
@@ -92,7 +95,7 @@ class SourceArrays:
 
     `namespaces` and `tenants` are numbers that the source gave out. `name_bytes` is the length of an object's name,
     which lies in the slot behind its `sizes` bytes; 0 for blocks. `touches` lies in memory that readers may write, one
-    byte an entry: a reader sets it to 1, the source clears it when it has taken note.
+    byte an entry: readers count their reads there up to TOUCHES_MAX, the source clears it when it has taken note.
     """
 
     entries: int

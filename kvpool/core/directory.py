@@ -305,12 +305,18 @@ class Directory:
         runs.sort(key=lambda run: (run.source, run.first))
         return Match(covered, tuple(runs))
 
-    def held(self, source_id: str) -> tuple[KeyArray, NDArray[np.uint8]]:
-        """Keys that a source holds, sorted, and the fidelity of each; none if it is not attached."""
+    def held(self, source_id: str, *, in_order: bool = True) -> tuple[KeyArray, NDArray[np.uint8]]:
+        """Keys that a source holds, and the fidelity of each; none if it is not attached.
+
+        Args:
+            in_order: sorted by key, which takes most of the time; else as they lie.
+        """
         source = self._sources.get(source_id)
         if source is None:
             return np.empty((0, KEY_BYTES), np.uint8), np.empty(0, np.uint8)
         keys, fidelities = self._table.collect(source.number)
+        if not in_order:
+            return keys, fidelities
         order = np.argsort(keys.view(f"S{KEY_BYTES}").ravel(), kind="stable")
         return keys[order], fidelities[order]
 

@@ -126,10 +126,13 @@ class BlockIndex:
         self._unlink(entries)
 
     def discard(self, entries: Entries) -> None:
-        """Takes back entries that were never completed and whose writer has stopped."""
+        """Makes entries that were never completed, and whose writer has stopped, unfindable; to be freed."""
         self._unlink(entries)
         self._turn(entries, EntryState.WRITING, EntryState.DOOMED)
-        self.free(entries)
+
+    def doom(self, entries: Entries) -> None:
+        """Entries in quarantine whose writer has stopped stay allocated for their readers until `free`."""
+        self._turn(entries, EntryState.QUARANTINED, EntryState.DOOMED)
 
     def unlink(self, entries: Entries) -> None:
         """Makes readable entries unfindable, in state DOOMED; they stay allocated until `free`."""

@@ -23,7 +23,8 @@ def _words(keys: KeyArray) -> NDArray[np.uint64]:
 class ReplicaTable:
     """Pairs of key and source number, each at most once. Sources are small numbers that the caller gives out.
 
-    Rows and heads grow by half, so that a replica takes 58 bytes at most, and never shrink. `replicas_max` bounds the
+    Heads grow to the double, rows to four times as many, of which those never used take no memory: a replica takes 46
+    bytes at most when the table has just grown. Neither ever shrinks. `replicas_max` bounds the
     rows: beyond it pairs are refused.
     """
 
@@ -50,7 +51,9 @@ class ReplicaTable:
 
     @property
     def bytes_allocated(self) -> int:
-        return self._rows.nbytes + self._heads.nbytes + self._firsts.nbytes + self._counts.nbytes
+        """Bytes of memory in use: of rows those that were ever used."""
+        rows = int(self._meta[kernels.USED]) * self._rows.itemsize * kernels.ROW_WORDS
+        return rows + self._heads.nbytes + self._firsts.nbytes + self._counts.nbytes
 
     def count(self, source: int) -> int:
         """Keys that a source holds."""
@@ -74,14 +77,15 @@ class ReplicaTable:
     def _grow(self) -> bool:
         """Makes room for at least one more pair. False at the bound."""
         if (self.distinct + 1) * kernels.LOAD_DENOMINATOR > len(self._heads) * kernels.LOAD_NUMERATOR:
-            heads = np.zeros(len(self._heads) * 3 // 2, np.uint32)
+            heads = np.zeros(len(self._heads) * 2, np.uint32)
             kernels.heads_rehash(self._rows, self._heads, heads)
             self._heads = heads
         if self.replicas < len(self._rows):
             return True
         if len(self._rows) >= self._replicas_max:
             return False
-        rows = np.empty((min(len(self._rows) * 3 // 2 + 1, self._replicas_max), kernels.ROW_WORDS), np.uint64)
+        # Not to be filled with anything: the system gives memory to what is written.
+        rows = np.empty((min(len(self._rows) * 4, self._replicas_max), kernels.ROW_WORDS), np.uint64)
         rows[: len(self._rows)] = self._rows
         self._set_rows(rows)
         return True

@@ -62,12 +62,16 @@ class Reserved:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Leased:
-    """`blocks` has a row a key, meaningful where found. `lease` 0 = nothing found."""
+    """`blocks` has a row a key, meaningful where found. `lease` 0 = nothing found.
+
+    sections: uint8 (keys), those that are committed, as bits: all of them, but for blocks that are being written.
+    """
 
     lease: LeaseId
     found: NDArray[np.bool_]
     blocks: Descriptors
     fidelity: NDArray[np.uint8]
+    sections: NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -34,6 +34,7 @@ class SourceReading(SourceBase):
         names: Sequence[bytes] | None = None,
         fidelity_min: Fidelity = Fidelity.EXACT,
         counted: bool = True,
+        incomplete: bool = False,
     ) -> Leased:
         """A read right on each block that is readable; a miss is a result. Counts as use.
 
@@ -42,21 +43,26 @@ class SourceReading(SourceBase):
             names: one a key: objects with another whole name are misses.
             fidelity_min: EXACT: lossy copies are misses.
             counted: False for the source's own work: in no statistics, and no use.
+            incomplete: also blocks that are being written of which sections are committed; those may be read. Should
+                the block be given up, its slot stays until the lease ends.
         Raises: BadArgument, UnknownSession, UnknownNamespace, Overloaded.
         """
         number = self._check_call(session, namespace_id, keys, ttl_us)
         self._bounds.room_for_hold(self.holds, len(keys))
-        entries, found = self.store.readable(number, keys, _names(names, keys), fidelity_min)
+        look = self.store.readable_in_part if incomplete else self.store.readable
+        entries, found = look(number, keys, _names(names, keys), fidelity_min)
         if counted:
             self.hits += int(found.sum())
             self.misses += int((~found).sum())
-            self.store.touch(entries[found])
+            complete = self.arrays.states[entries[found]] == EntryState.READABLE
+            self.store.touch(entries[found][complete])
         lease = LeaseId(0)
         if found.any():
             lease = self._held.lease(session, entries[found], now_us + ttl_us, handoff)
-        fidelity = np.zeros(len(keys), dtype=np.uint8)
+        fidelity, sections = np.zeros(len(keys), dtype=np.uint8), np.zeros(len(keys), dtype=np.uint8)
         fidelity[found] = self.arrays.fidelities[entries[found]]
-        return Leased(lease, found, self.store.describe(keys, entries, found, SECTIONS_MAX), fidelity)
+        sections[found] = self.store.sections_committed(entries[found])
+        return Leased(lease, found, self.store.describe(keys, entries, found, SECTIONS_MAX), fidelity, sections)
 
     def release(self, session: SessionId, leases: Sequence[int], now_us: int) -> None:
         """Gives leases back; the known ones even where one is not. Raises: UnknownLease."""
@@ -77,7 +83,7 @@ class SourceReading(SourceBase):
         self._held.end_handoff_of(request_id, np.unique(entries[found]))
 
     def readable_extents(self, lease: int) -> Descriptors:
-        """What a lease allows to read. Raises: UnknownLease."""
+        """Blocks that a lease holds; of one that is being written its committed sections. Raises: UnknownLease."""
         found = self.holds.leases.get(LeaseId(lease))
         if found is None:
             raise UnknownLease(f"no lease {lease}")

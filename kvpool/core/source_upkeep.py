@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvpool.core.arrays import EntryState
 from kvpool.core.changes import BlockChange
@@ -22,12 +23,30 @@ class SourceUpkeep(SourceBase):
 
     # ---------------------------------------------------------------- removal
 
-    def remove(self, namespace_id: bytes, keys: KeyArray, now_us: int) -> int:
+    def remove(
+        self, namespace_id: bytes, keys: KeyArray, now_us: int, *, digests: NDArray[np.uint64] | None = None
+    ) -> int:
         """Drops readable blocks; those that are held lose their keys now and their bytes later. Returns how many.
 
+        Args: digests: only what is `unchanged` goes.
         Raises: UnknownNamespace, BadArgument.
         """
+        if digests is not None:
+            keys = keys[self.unchanged(namespace_id, keys, digests)]
         return self._drop(self._readable(namespace_id, keys))
+
+    def unchanged(self, namespace_id: bytes, keys: KeyArray, digests: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Which keys still name readable blocks with these digests, uint64 (keys, sections). Changes nothing.
+
+        Raises: as `remove`.
+        """
+        self._bounds.keys(keys)
+        if len(digests) != len(keys) or digests.shape[1] > SECTIONS_MAX:
+            raise BadArgument(f"digests of {len(digests)} blocks do not run beside {len(keys)} keys")
+        entries, same = self.store.readable(self.namespaces_known.number(namespace_id), keys)
+        known = entries[same]
+        same[same] = (self.arrays.digests[known, : digests.shape[1]] == digests[same]).all(axis=1)
+        return same
 
     def remove_namespace(self, namespace_id: bytes, now_us: int) -> int:
         """As `remove`, for all of a namespace. Raises: UnknownNamespace."""

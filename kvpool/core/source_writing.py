@@ -54,6 +54,7 @@ class SourceWriting(SourceBase):
         tenant: str = "",
         parent: bytes = b"",
         exists: NDArray[np.bool_] | None = None,
+        promoting: bool = False,
     ) -> Reserved:
         """Reserves a slot for each key that is neither stored nor being written; evicts exactly what that needs.
 
@@ -67,11 +68,12 @@ class SourceWriting(SourceBase):
             tenant: whose quota it counts against; empty = nobody's.
             parent: key of the block before the first one; empty = there is none, or it is not known.
             exists: bool (n), keys that a lower tier has: they are answered EXISTS if nothing is known of them here.
+            promoting: they come up from a lower tier: a source that is being drained takes them too.
         Raises: BadArgument, UnknownSession, UnknownNamespace, Overloaded, Draining, Unsupported (objects in a source
             that keeps none); NoSpace if nothing was had, and QuotaExceeded if each key is over a quota.
         """
         number = self._check_call(session, namespace_id, keys, ttl_us)
-        if self.draining:
+        if self.draining and not promoting:
             raise Draining("this source is being drained: it takes nothing new", hint="put it to another node")
         if hold is not None:
             self._bounds.hold(hold, self.holds)
@@ -187,8 +189,17 @@ class SourceWriting(SourceBase):
         sections = np.uint64(group.section_count if group is not None else 1)
         if len(sizes) != len(keys):
             raise BadArgument(f"{len(sizes)} sizes for {len(keys)} keys")
-        if len(sizes) and not 1 <= int(sizes.min()) <= int(sizes.max()) <= self.config.capacity_bytes:
-            raise BadArgument(f"sizes must be 1 to {self.config.capacity_bytes} bytes")
+        capacity_bytes = self.config.capacity_bytes
+        wrong = np.flatnonzero((sizes < 1) | (sizes > capacity_bytes))
+        if len(wrong):
+            size = int(sizes[wrong[0]])
+            if names is None:
+                raise BadArgument(f"sizes must be 1 to {capacity_bytes} bytes, not {size}")
+            name = names[wrong[0]].decode(errors="replace")
+            raise BadArgument(
+                f"object {name!r} has {size} bytes, this source keeps 1 to {capacity_bytes}",
+                hint="store it in pieces, or give the node more --memory",
+            )
         if not 1 <= sections <= SECTIONS_MAX or (sizes % sections).any():
             raise BadArgument(f"{sections} sections do not divide each size")
         return sizes.astype(np.uint64)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpool.core.arrays import Descriptors, EntryState
+from kvpool.core.arrays import TOUCHES_MAX, Descriptors, EntryState
 from kvpool.core.changes import BlockChange, ChangeKind
 from kvpool.core.evictors import EVICTORS
 from kvpool.core.holds import Holds
@@ -132,6 +132,12 @@ class BlockStore:
         mask = int(self._masks[entry])
         return [s for s in range(self.arrays.sections) if mask >> s & 1]
 
+    def sections_committed(self, entries: Entries) -> NDArray[np.uint8]:
+        """Of blocks that are being written, or readable: all their sections; bits, uint8 (n)."""
+        whole = (np.uint16(1) << self.arrays.section_counts[entries].astype(np.uint16)) - np.uint16(1)
+        writing = self.arrays.states[entries] == EntryState.WRITING
+        return np.where(writing, self._masks[entries], whole.astype(np.uint8))
+
     def commit_sections(self, entries: Entries, sections: NDArray[np.uint32], digests: NDArray[np.uint64]) -> None:
         """Notes digests of sections of blocks that are being written."""
         assert (self.arrays.states[entries] == EntryState.WRITING).all()
@@ -157,18 +163,19 @@ class BlockStore:
         self.freshness += 1
 
     def discard(self, entries: Entries) -> None:
-        """Drops blocks that were never completed and whose writer has stopped."""
-        self._give_back(entries)
+        """Drops blocks that were never completed and whose writer has stopped; their readers keep the slots."""
         self.index.discard(entries)
+        self._release(entries[~self._holds.held(entries)])
 
     def quarantine(self, entries: Entries) -> None:
         """Drops blocks that were never completed; nobody gets their slots before `end_quarantine`."""
         self.index.quarantine(entries)
 
     def end_quarantine(self, entries: Entries) -> None:
-        """Their writers have stopped."""
-        self._give_back(entries)
-        self.index.free(entries)
+        """Their writers have stopped; where they have readers, these keep the slots."""
+        held = self._holds.held(entries)
+        self.index.doom(entries[held])
+        self._release(entries[~held])
 
     # ---------------------------------------------------------------- holding, use and removal
 
@@ -197,9 +204,13 @@ class BlockStore:
         marked = marked[marks[marked] != 0].astype(np.int32)
         if not len(marked):
             return 0
+        reads = np.minimum(marks[marked], TOUCHES_MAX)
         marks[marked] = 0
-        used = marked[self.arrays.states[marked] == EntryState.READABLE]
-        self.evictor.touch(used)
+        readable = self.arrays.states[marked] == EntryState.READABLE
+        used, reads = marked[readable], reads[readable]
+        # Each read counts: a policy may want several before it takes a block for one that is used again.
+        for read in range(TOUCHES_MAX):
+            self.evictor.touch(used[reads > read])
         self.touches += len(used)
         return len(used)
 
@@ -209,10 +220,13 @@ class BlockStore:
         self.evictor.hide(np.unique(fresh[~self.evictor.hidden(fresh)]))
 
     def unhold(self, entries: Entries) -> None:
-        """Nobody holds these any more: readable ones may go again, removed ones are freed."""
-        doomed = self.arrays.states[entries] == EntryState.DOOMED
-        self._release(entries[doomed])
-        self.evictor.show(entries[~doomed])
+        """Nobody holds these any more: readable ones may go again, removed ones are freed.
+
+        Those that are being written, or in quarantine, are their writer's still.
+        """
+        states = self.arrays.states[entries]
+        self._release(entries[states == EntryState.DOOMED])
+        self.evictor.show(entries[states == EntryState.READABLE])
         self.freshness += 1
 
     def drop(self, entries: Entries) -> None:
@@ -251,15 +265,20 @@ class BlockStore:
         """
         entries = self.index.lookup(keys)
         found = entries != NO_ENTRY
+        found[found] = self.arrays.states[entries[found]] == EntryState.READABLE
+        return entries, self._wanted(entries, found, number, names, fidelity_min)
+
+    def readable_in_part(
+        self, number: int, keys: KeyArray, names: list[bytes] | None = None, fidelity_min: Fidelity = Fidelity.INT8
+    ) -> tuple[Entries, NDArray[np.bool_]]:
+        """As `readable`, and blocks that are being written of which a section is committed."""
+        entries = self.index.lookup(keys)
+        found = entries != NO_ENTRY
         known = entries[found]
-        found[found] = (
-            (self.arrays.states[known] == EntryState.READABLE)
-            & self.in_namespace(known, number)
-            & (self.arrays.fidelities[known] <= fidelity_min)
-        )
-        if names is not None:
-            found[found] = self._names.equal(entries[found], [names[row] for row in np.flatnonzero(found).tolist()])
-        return entries, found
+        states = self.arrays.states[known]
+        begun = (states == EntryState.WRITING) & (self._masks[known] != 0)
+        found[found] = begun | (states == EntryState.READABLE)
+        return entries, self._wanted(entries, found, number, names, fidelity_min)
 
     def status(self, demand: Demand, keys: KeyArray) -> tuple[NDArray[np.uint8], Entries]:
         """What a reserve finds: EXISTS, BEING_WRITTEN, NO_SPACE (something else has the key) or 0; and entries.
@@ -321,7 +340,7 @@ class BlockStore:
         readable, held = arrays.states == EntryState.READABLE, self._holds.held(every)
         assert (self.evictor.hidden(every) == (readable & held)).all()
         assert held[arrays.states == EntryState.DOOMED].all()
-        assert not held[np.isin(arrays.states, (EntryState.WRITING, EntryState.QUARANTINED, EntryState.FREE))].any()
+        assert not held[arrays.states == EntryState.FREE].any()
         used = np.flatnonzero(arrays.states != EntryState.FREE).astype(np.int32)
         begins, slots_bytes = arrays.offsets[used].astype(np.int64), self.slots.slots_bytes(self.footprints(used))
         order = np.argsort(begins)
@@ -336,6 +355,16 @@ class BlockStore:
         assert self.not_on_lower == int((readable & ~self.on_lower).sum())
 
     # ---------------------------------------------------------------- parts
+
+    def _wanted(
+        self, entries: Entries, found: NDArray[np.bool_], number: int, names: list[bytes] | None, fidelity_min: Fidelity
+    ) -> NDArray[np.bool_]:
+        """Those of `found` that are of a namespace, good enough and, with `names`, have that whole name."""
+        known = entries[found]
+        found[found] = self.in_namespace(known, number) & (self.arrays.fidelities[known] <= fidelity_min)
+        if names is not None:
+            found[found] = self._names.equal(entries[found], [names[row] for row in np.flatnonzero(found).tolist()])
+        return found
 
     def _allocate_alike(self, size: int, count: int) -> NDArray[np.int64]:
         """Offsets of at most `count` slots of one size; evicts for what is missing."""

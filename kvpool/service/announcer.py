@@ -17,10 +17,12 @@ from typing import Any
 import grpc
 import numpy as np
 
+from kvpool.channels.tls import TlsConfig
 from kvpool.core.changes import BlockChange
 from kvpool.core.ids import Fidelity, KeyArray, Tier
 from kvpool.service.event_log import EventLog
 from kvpool.service.rpc import make_channel
+from kvpool.service.scheduler_list import Rotation
 from kvpool.service.wire import change_to_proto
 from kvpool.v1 import common_pb2, directory_pb2, directory_pb2_grpc
 
@@ -33,6 +35,8 @@ GATHER_S = 0.005
 HEARTBEAT_DEFAULT_S = 1.0
 CONNECT_TIMEOUT_S = 3.0
 BACKOFF_MIN_S, BACKOFF_MAX_S = 0.1, 1.0
+#: A directory that speaks every second and is silent for this long hangs: the next one is tried.
+SILENT_S = 10.0
 
 Message = directory_pb2.SourceMessage
 #: What is held, a list for each fidelity, and the number of the last `publish` that it includes.
@@ -68,8 +72,9 @@ class Announcer:
         snapshot: Callable[[], Snapshot],
         usage: Callable[[], tuple[int, int]] = lambda: (0, 0),
         credential: str = "",
+        tls: TlsConfig | None = None,
     ) -> None:
-        self._address, self._facts, self._credential = address, facts, credential
+        self._schedulers, self._facts, self._credential, self._tls = Rotation(address), facts, credential, tls
         self._snapshot, self._usage = snapshot, usage
         self._log = EventLog()
         self._wake = threading.Event()
@@ -144,16 +149,19 @@ class Announcer:
             if self._stopping.is_set():
                 return
             level = logging.INFO if self._attached.is_set() else logging.DEBUG
-            log.log(level, "%s: life line to the directory at %s: %s", self._facts.source_id, self._address, why)
+            log.log(
+                level, "%s: life line to the directory at %s: %s", self._facts.source_id, self._schedulers.address, why
+            )
             if self._attached.is_set():
                 self._attached.clear()
                 backoff_s = BACKOFF_MIN_S
-            self._stopping.wait(backoff_s)
-            backoff_s = min(backoff_s * 2, BACKOFF_MAX_S)
+            if self._schedulers.next():
+                self._stopping.wait(backoff_s)
+                backoff_s = min(backoff_s * 2, BACKOFF_MAX_S)
 
     def _attach(self) -> None:
         """Attaches, and stays until the stream ends."""
-        channel = make_channel(self._address, credential=self._credential)
+        channel = make_channel(self._schedulers.address, credential=self._credential, tls=self._tls)
         line = _Line()
         try:
             grpc.channel_ready_future(channel).result(CONNECT_TIMEOUT_S)
@@ -189,6 +197,9 @@ class Announcer:
             now_s = time.monotonic()
             if now_s >= beat_due_s:
                 beat_due_s = now_s + line.heartbeat_s
+                if line.silent(now_s):
+                    self._cut_line()
+                    return
                 yield self._heartbeat()
             if snapshot is not None and snapshot.done():
                 yield from self._snapshot_parts(line, snapshot.result())
@@ -207,6 +218,12 @@ class Announcer:
                     continue
             if self._wake.wait(max(0.0, beat_due_s - time.monotonic())):
                 self._stopping.wait(GATHER_S)
+
+    def _cut_line(self) -> None:
+        log.warning("%s: the directory has been silent for %.0f s", self._facts.source_id, SILENT_S)
+        with self._lock:
+            if self._cut is not None:
+                self._cut.cancel()
 
     def _snapshot_parts(self, line: _Line, snapshot: Snapshot) -> Iterator[Message]:
         """All keys, in parts, as of the batches sent so far."""
@@ -230,7 +247,7 @@ class Announcer:
             line.told = True
             self._attachments += 1
             self._attached.set()
-            log.info("%s: attached to the directory at %s", self._facts.source_id, self._address)
+            log.info("%s: attached to the directory at %s", self._facts.source_id, self._schedulers.address)
 
     def _hello(self) -> directory_pb2.SourceHello:
         f = self._facts
@@ -255,10 +272,19 @@ class _Line:
         self.ended = False
         # A new stream begins with a snapshot, whether the directory asks for it or not.
         self.snapshot_wanted = True
+        self._heard_s = time.monotonic()
+        self._beats = False
 
     def receive(self, message: directory_pb2.DirectoryMessage) -> None:
+        self._heard_s = time.monotonic()
+        # Only to show that it is there.
+        self._beats |= not message.heartbeat_interval_ms
         if self.answered:
             self.snapshot_wanted |= message.want_snapshot
         self.answered = True
         if message.heartbeat_interval_ms:
             self.heartbeat_s = message.heartbeat_interval_ms / 1000
+
+    def silent(self, now_s: float) -> bool:
+        """Whether a directory that has something to say every second has said nothing for long."""
+        return self._beats and now_s - self._heard_s > SILENT_S

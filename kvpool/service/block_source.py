@@ -64,6 +64,7 @@ class BlockSourceServicer(ReadingServicer):
         """Args: ssd_failure: why there is no SSD tier though one was asked for."""
         super().__init__(driver, sessions, grants, data, facts.tier, below)
         self._ssd_failure = ssd_failure
+        driver.check_objects = self._check_objects
         self._facts, self._offers, self._ping_interval_s = facts, offers, ping_interval_s
 
     async def GetSourceInfo(self, request: pb.GetSourceInfoRequest, context: object) -> pb.SourceInfo:
@@ -144,8 +145,9 @@ class BlockSourceServicer(ReadingServicer):
             sizes = np.full(len(keys), codec.stored_bytes(group), dtype=np.uint64)
         exists = None
         # What stands under an object's name below may be something else: nothing may be written beside it.
-        if self._below is not None and request.names:
-            exists = self._below.contains(request.namespace_id, keys)
+        if isinstance(self._below, SsdTier) and request.names:
+            await self._below.make_way(keys)
+            exists = self._below.holds(request.namespace_id, keys)
         with self._driver.turn() as now:
             reserved = self._core.reserve(
                 session.id, request.namespace_id, group, keys, ttl_us, now, hold=hold, fidelity=fidelity, sizes=sizes,
@@ -176,6 +178,8 @@ class BlockSourceServicer(ReadingServicer):
         with self._driver.turn() as now:
             complete = self._core.commit(session.id, request.reservation_id, indices, sections, digests, now)
             self._grants.committed(request.reservation_id, request.indices, request.sections)
+        if isinstance(self._below, SsdTier):
+            self._below.wake()
         return pb.CommitReply(blocks_complete=complete)
 
     async def Abort(self, request: pb.AbortRequest, context: object) -> pb.AbortReply:
@@ -190,6 +194,11 @@ class BlockSourceServicer(ReadingServicer):
         group, keys = self._keys(request.namespace_id, request.keys)
         self._check_ssd_for(group)
         prefix = request.name_prefix.encode()
+        digests = _digests(request, group, len(keys))
+        if digests is not None:
+            # What it is now decides what goes below too; memory is looked at once more when its turn has come.
+            same = self._core.unchanged(request.namespace_id, keys, digests)
+            keys, digests = keys[same], digests[same]
 
         def remove() -> int:
             with self._driver.turn() as now:
@@ -201,7 +210,7 @@ class BlockSourceServicer(ReadingServicer):
                     return self._core.remove_namespace(request.namespace_id, now)
                 if prefix:
                     return self._core.remove_prefix(request.namespace_id, prefix, now)
-                return self._core.remove(request.namespace_id, keys, now)
+                return self._core.remove(request.namespace_id, keys, now, digests=digests)
 
         if self._below is None:
             return pb.RemoveReply(blocks_removed=remove())
@@ -214,6 +223,10 @@ class BlockSourceServicer(ReadingServicer):
             raise BadArgument(f"limit must be 1 to {_LIST_MAX}, or 0 for {_LIST_DEFAULT}")
         if request.cursor >= 1 << 63:
             raise BadArgument("cursor must be 0 or a next_cursor")
+        if request.below:
+            if not isinstance(self._below, SsdTier):
+                return pb.ListBlocksReply()
+            return await self._below.list_alone(request, _LIST_MAX if request.keys else request.limit or _LIST_DEFAULT)
         if request.keys:
             records, cursor = self._core.records_of(unpack_keys(request.keys)[:_LIST_MAX]), 0
         else:
@@ -227,8 +240,10 @@ class BlockSourceServicer(ReadingServicer):
 
     def _check_ssd_for(self, group: GroupSpec) -> None:
         """Objects are not changed while the disk is out of reach: an older one there would come back with it."""
-        if group is not OBJECTS_GROUP:
-            return
+        if group is OBJECTS_GROUP:
+            self._check_objects()
+
+    def _check_objects(self) -> None:
         if isinstance(self._below, SsdTier):
             self._below.check_objects()
         if self._ssd_failure:
@@ -252,6 +267,15 @@ class BlockSourceServicer(ReadingServicer):
         elif self._ssd_failure:
             stats.ssd.CopyFrom(pb.SsdStats(state="failed", reason=self._ssd_failure))
         return stats
+
+
+def _digests(request: pb.RemoveRequest, group: GroupSpec, count: int) -> NDArray[np.uint64] | None:
+    """What a removal by key asks its blocks to be, uint64 (keys, sections). Raises: BadArgument."""
+    if not request.digests:
+        return None
+    if request.all or request.name_prefix or len(request.digests) != count * group.section_count:
+        raise BadArgument(f"{len(request.digests)} digests are not {group.section_count} for each of {count} keys")
+    return wire.array(request.digests, np.uint64).reshape(count, group.section_count)
 
 
 def _parent(keys: common_pb2.KeyList) -> bytes:

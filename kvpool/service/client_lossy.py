@@ -8,12 +8,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpool.channels.base import Memory, Rows
+from kvpool.channels.base import Memory, Rows, check_memory, row_numbers
 from kvpool.codecs.int8 import Int8
 from kvpool.codecs.layout import KvLayout
 from kvpool.core.ids import Fidelity
 from kvpool.core.namespace import GroupSpec, NamespaceSpec
-from kvpool.service.client_reads import Outcome
+from kvpool.service.client_reads import Outcome, as_rows
 from kvpool.service.client_types import Bools
 
 
@@ -22,10 +22,12 @@ class LossyBlocks:
 
     def __init__(self, spec: NamespaceSpec, group: GroupSpec) -> None:
         self._codec, self._layout = Int8(), KvLayout.of(spec, group)
-        self.stored_bytes = self._codec.stored_bytes(group)
+        self.stored_bytes, self.block_bytes = self._codec.stored_bytes(group), group.block_bytes
 
     def encode(self, blocks: Memory, rows: Rows) -> tuple[NDArray[np.uint8], Bools]:
         """The encoded form of each row, uint8 (n, stored_bytes), and which of them are within the bound."""
+        rows = row_numbers(rows, len(rows), len(blocks))
+        check_memory(blocks, rows, np.full(len(rows), self.block_bytes, dtype=np.uint64))
         encoded = np.empty((len(rows), self.stored_bytes), dtype=np.uint8)
         return encoded, self._codec.encode(blocks, encoded, self._layout, rows=rows).ok
 
@@ -39,7 +41,8 @@ class LossyRead:
 
     def __init__(self, codec: LossyBlocks, out: Memory, rows: Rows | None, count: int) -> None:
         self._codec, self._out = codec, out
-        self._rows = np.arange(count, dtype=np.int64) if rows is None else rows
+        self._rows = row_numbers(None if rows is None else as_rows(rows, count), count, len(out))
+        check_memory(out, self._rows, np.full(count, codec.block_bytes, dtype=np.uint64), to_write=True)
         self._staged: dict[int, NDArray[np.uint8]] = {}
 
     def provide(self, chosen: NDArray[np.int64], sizes: NDArray[np.uint64]) -> tuple[Memory, None]:

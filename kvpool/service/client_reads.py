@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpool.channels.base import ChannelError, Memory, Rows
+from kvpool.core.errors import BadArgument
 from kvpool.core.ids import Fidelity, NamespaceId, qualify
 from kvpool.service import wire
 from kvpool.service.client_session import Session
@@ -105,6 +106,7 @@ class ReadingCalls(SourceCalls):
 
         What the source's own index shows on this host takes no call; the rest is asked of the source.
         """
+        check_keys(keys)
         session = self._session()
         number = session.numbers.get(namespace)
         if session.shared is None or number is None:
@@ -222,5 +224,16 @@ class ReadingCalls(SourceCalls):
 
 def rows_of(out: Memory, rows: Rows | None, count: int) -> Provider:
     """A provider over memory that the caller laid out: `rows[i]`, or i, is the row of key i."""
-    own = np.arange(count, dtype=np.int64) if rows is None else rows
+    own = np.arange(count, dtype=np.int64) if rows is None else as_rows(rows, count)
     return lambda chosen, _: (out, own[chosen])
+
+
+def as_rows(rows: Rows, count: int) -> Rows:
+    """Row numbers as numpy has them. Raises: BadArgument unless there is one a key."""
+    try:
+        numbers = np.asarray(rows, dtype=np.int64)
+    except (TypeError, ValueError) as error:
+        raise BadArgument(f"rows must be whole numbers: {error}") from error
+    if numbers.shape != (count,):
+        raise BadArgument(f"{numbers.size} row numbers do not name a row for each of {count} blocks")
+    return numbers

@@ -20,6 +20,7 @@ from kvpool.channels.base import Offer, Opener
 from kvpool.channels.failover import FailoverChannel
 from kvpool.channels.links import Links
 from kvpool.channels.shared_index import SharedIndex
+from kvpool.channels.tls import TlsConfig
 from kvpool.core.errors import KvpoolError, ReservationExpired, Unavailable
 from kvpool.core.ids import NamespaceId
 from kvpool.service import wire
@@ -101,9 +102,11 @@ class SessionKeeper:
         on_open: Callable[[Any], dict[NamespaceId, int]],
         timeout_s: float,
         links: Links,
+        tls: TlsConfig | None = None,
     ) -> None:
         """Args: on_open: told the stub of each new session; returns the numbers of the namespaces it registered."""
         self.address, self._client, self._credential, self._links = address, client, credential, links
+        self._tls = tls
         self._openers, self._on_open, self._timeout_s = openers, on_open, timeout_s
         self._changed = threading.Condition()
         self._session: Session | None = None
@@ -128,7 +131,10 @@ class SessionKeeper:
                 return self._session
             if self._stopping.is_set():
                 raise Unavailable("this client is closed")
-            raise self._error or Unavailable(f"no answer from {self.address} within {timeout_s:.1f} s")
+            raise self._error or Unavailable(
+                f"no answer from {self.address} within {timeout_s:.1f} s",
+                hint="is it overloaded, or the channel slow to open? give a longer timeout_s",
+            )
 
     def forget(self, session: Session) -> None:
         """The source does not know this session any more: opens another."""
@@ -180,7 +186,7 @@ class SessionKeeper:
         """Opens a session and stays in it until it ends."""
         wake = threading.Event()
         lock, writes = self._writer_lock(), WritesUnderWay()
-        grpc_channel = make_channel(self.address, credential=self._credential)
+        grpc_channel = make_channel(self.address, credential=self._credential, tls=self._tls)
         session: Session | None = None
         try:
             stub = block_source_pb2_grpc.BlockSourceStub(grpc_channel)
@@ -263,4 +269,7 @@ class SessionKeeper:
                     shared = SharedIndex.open(offer.parameters)
                 except (KvpoolError, OSError) as error:
                     log.warning("%s: the index of %s can't be read here: %s", self._client, source_id, error)
+                except BaseException:
+                    channel.close()
+                    raise
         return channel, shared

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,6 +66,17 @@ class GetResult:
 
 
 @dataclass(frozen=True, eq=False)
+class SectionsResult:
+    """`found`: the row holds the section, checked. `corrupt` as in GetResult."""
+
+    found: Bools
+    corrupt: Bools
+    bytes: int
+    seconds: float
+    channel: str
+
+
+@dataclass(frozen=True, eq=False)
 class ObjectsResult:
     """`values[i]`: uint8, the object's bytes, checked; None where it is not there. `corrupt` as in GetResult."""
 
@@ -82,6 +94,23 @@ class Waited:
     indices: NDArray[np.int64]
     states: NDArray[np.uint8]
     sections: NDArray[np.int64]
+
+
+class News(Iterator[Waited]):
+    """News of one wait. `close`, or losing the last reference, ends the wait at the source too; for any thread."""
+
+    def __init__(self, replies: Iterator[Waited], cancel: Callable[[], object]) -> None:
+        self._replies, self._cancel = replies, cancel
+
+    def __next__(self) -> Waited:
+        return next(self._replies)
+
+    def close(self) -> None:
+        """Idempotent; whoever is waiting for news meanwhile gets Unavailable."""
+        self._cancel()
+
+    def __del__(self) -> None:
+        self._cancel()
 
 
 @dataclass

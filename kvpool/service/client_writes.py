@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpool.channels.base import ChannelError, Memory
+from kvpool.channels.base import ChannelError, Memory, Rows
+from kvpool.core.arrays import Descriptors
 from kvpool.core.errors import ReservationExpired, Unavailable, UnknownReservation
 from kvpool.core.ids import Fidelity, NamespaceId, qualify
 from kvpool.service import wire
@@ -80,15 +81,20 @@ class WritingCalls(SourceCalls):
         Returns: digests uint64 (len(indices), sections) for `commit`.
         Raises: ChannelError, Unavailable; ReservationExpired if its time is over already.
         """
+        slots = reservation.slots.take(np.asarray(indices, dtype=np.int64))
+        return self._write(reservation, slots, blocks, rows, deadline_s)
+
+    def _write(
+        self, reservation: Reservation, slots: Descriptors, memory: Memory, rows: Rows | None, deadline_s: float | None
+    ) -> NDArray[np.uint64]:
         session = reservation.session
         # The lock tells the source that this process may still be writing, also when the session is lost meanwhile.
         if session.lost or (session.lock is not None and not session.lock.enter()):
             raise Unavailable("the session of this reservation has ended")
         try:
-            slots = reservation.slots.take(np.asarray(indices, dtype=np.int64))
             with session.writes.during(reservation.id, reservation.expires_s):
                 digests = session.channel.write(
-                    reservation.id, slots, blocks, rows, deadline_s=deadline_s or self._timeout_s
+                    reservation.id, slots, memory, rows, deadline_s=deadline_s or self._timeout_s
                 )
         except ChannelError:
             self._count(channel_errors=1)

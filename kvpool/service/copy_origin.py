@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpool.channels.links import Links
+from kvpool.channels.tls import TlsConfig
 from kvpool.core.arrays import Descriptors
 from kvpool.core.errors import KvpoolError
 from kvpool.core.ids import KeyArray, Tier, qualify
@@ -39,10 +40,12 @@ class Alike:
 class Origin(SourceCalls):
     """The other source: what it has, read rights of it, and what to drop there."""
 
-    def __init__(self, address: str, *, client: str, credential: str, links: Links) -> None:
+    def __init__(
+        self, address: str, *, client: str, credential: str, links: Links, tls: TlsConfig | None = None
+    ) -> None:
         # Of channels whose reads are over when they return: they go straight into slots.
-        super().__init__(address, client=client, credential=credential, channels=("shm", "tcp"), links=links)
-        self._admin_channel = rpc.make_channel(address, credential=credential)
+        super().__init__(address, client=client, credential=credential, channels=("shm", "tcp"), links=links, tls=tls)
+        self._admin_channel = rpc.make_channel(address, credential=credential, tls=tls)
         self._admin: Any = source_admin_pb2_grpc.SourceAdminStub(self._admin_channel)
 
     def close(self) -> None:
@@ -55,22 +58,30 @@ class Origin(SourceCalls):
         return list(self._call(lambda _, t: self._admin.ListNamespaces(request, timeout=t)).namespaces)
 
     def pages(self, namespace_id: bytes) -> Iterator[list[pb.BlockInfo]]:
-        """Readable blocks of a namespace (empty: of all), a page at a time."""
-        cursor = 0
-        while True:
-            request = pb.ListBlocksRequest(cursor=cursor, limit=PAGE, namespace_id=namespace_id)
-            reply = self._call(lambda s, t, r=request: s.stub.ListBlocks(r, timeout=t))  # type: ignore[misc]
-            yield [block for block in reply.blocks if block.state == "readable"]
-            cursor = reply.next_cursor
-            if not cursor:
-                return
+        """Readable blocks of a namespace (empty: of all), a page at a time: first those in memory.
+
+        What goes from memory to the SSD meanwhile is in a later page; what comes up is in none, and is found next time.
+        """
+        for below in (False, True):
+            cursor = 0
+            while True:
+                request = pb.ListBlocksRequest(cursor=cursor, limit=PAGE, namespace_id=namespace_id, below=below)
+                reply = self._call(lambda s, t, r=request: s.stub.ListBlocks(r, timeout=t))  # type: ignore[misc]
+                yield [block for block in reply.blocks if block.state == "readable"]
+                cursor = reply.next_cursor
+                if not cursor:
+                    break
 
     def describe(self, keys: KeyArray) -> Iterator[list[pb.BlockInfo]]:
-        """Those of `keys` that are readable, a page at a time."""
+        """Those of `keys` that are readable, in memory or on the SSD alone, a page at a time."""
         for first in range(0, len(keys), PAGE):
-            request = pb.ListBlocksRequest(keys=keys[first : first + PAGE].tobytes())
-            reply = self._call(lambda s, t, r=request: s.stub.ListBlocks(r, timeout=t))  # type: ignore[misc]
-            yield [block for block in reply.blocks if block.state == "readable"]
+            found: dict[bytes, pb.BlockInfo] = {}
+            for below in (False, True):
+                request = pb.ListBlocksRequest(keys=keys[first : first + PAGE].tobytes(), below=below)
+                reply = self._call(lambda s, t, r=request: s.stub.ListBlocks(r, timeout=t))  # type: ignore[misc]
+                # Once only, also of one that goes down between the two looks.
+                found = {block.key: block for block in reply.blocks if block.state == "readable"} | found
+            yield list(found.values())
 
     def lease(self, alike: Alike, keys: KeyArray, ttl_s: float) -> tuple[Session, pb.LeaseReply]:
         """A read right in whatever fidelity it is stored; what is on the SSD alone is brought up for it."""
@@ -109,10 +120,13 @@ class Origin(SourceCalls):
                 self.release(session, reply.lease_id, alike, blocks.keys[:0])
         return found
 
-    def drop(self, alike: Alike, keys: KeyArray) -> None:
-        """Removes blocks there, after they were moved."""
-        request = pb.RemoveRequest(namespace_id=alike.namespace_id, keys=_key_list(alike.group, keys))
-        self._call(lambda s, t: s.stub.Remove(request, timeout=t))
+    def drop(self, alike: Alike, blocks: Descriptors) -> int:
+        """Removes blocks there, after they were moved. Returns how many; what is another one by now stays."""
+        request = pb.RemoveRequest(
+            namespace_id=alike.namespace_id, keys=_key_list(alike.group, blocks.keys),
+            digests=blocks.digests.ravel().tolist(),
+        )  # fmt: skip
+        return self._call(lambda s, t: int(s.stub.Remove(request, timeout=t).blocks_removed))
 
 
 def _key_list(group: int, stored: KeyArray) -> common_pb2.KeyList:

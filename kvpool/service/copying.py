@@ -4,7 +4,8 @@ Idempotent: what is here already counts as done, so that a copy that ended early
 moved leaves its origin only after its commit here.
 
 An object that is removed or put again meanwhile, here or there, is not copied: a lease keeps it readable for the copy,
-but its name is no longer its own.
+but its name is no longer its own. What a move drops at its origin is what it has brought here, by digest, never what
+came under the same name since.
 """
 
 from __future__ import annotations
@@ -13,25 +14,25 @@ import contextlib
 import logging
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvpool.channels.links import Links
+from kvpool.channels.tls import TlsConfig
 from kvpool.core.arrays import Descriptors
-from kvpool.core.errors import BadArgument, NoSpace, Unavailable, UnknownNamespace, UnknownReservation
-from kvpool.core.ids import Fidelity, KeyArray, NamespaceId, SessionId
+from kvpool.core.errors import BadArgument, NoSpace, NoSsd, Unavailable, UnknownNamespace, UnknownReservation
+from kvpool.core.ids import Fidelity, KeyArray, NamespaceId, SessionId, Tier
 from kvpool.core.index import NO_ENTRY
 from kvpool.core.namespace import GroupSpec, NamespaceSpec
-from kvpool.core.results import ReserveStatus
+from kvpool.core.results import Reserved, ReserveStatus
 from kvpool.core.source import SourceCore
 from kvpool.service import wire
 from kvpool.service.client_session import Session
 from kvpool.service.copy_origin import Alike, Origin
-from kvpool.service.lower_tier import LowerTier
 from kvpool.service.operations import Operation
 from kvpool.service.removals import removals_of
+from kvpool.service.ssd_tier import SsdTier
 from kvpool.service.verifying import parts
 from kvpool.v1 import block_source_pb2 as pb
 from kvpool.v1 import source_admin_pb2
@@ -39,6 +40,8 @@ from kvpool.v1 import source_admin_pb2
 log = logging.getLogger(__name__)
 
 BATCH_BLOCKS_MAX, BATCH_BYTES_MAX = 1024, 64 << 20
+#: Of blocks on the origin's SSD: they need room in its memory on their way.
+SSD_BATCH_BYTES_MAX = 8 << 20
 #: A batch that fails for its link is tried again so often.
 ATTEMPTS_MAX = 3
 #: Batches in a row that find no room at all; after these nothing fits any more.
@@ -91,7 +94,7 @@ class _Committed:
 
 def copy_blocks(
     operation: Operation, request: source_admin_pb2.CopyRequest, data: NDArray[np.uint8], own_id: str,
-    credential: str, links: Links, lower: LowerTier | None = None,
+    credential: str, links: Links, lower: SsdTier | None = None, tls: TlsConfig | None = None,
 ) -> None:  # fmt: skip
     """Pulls what `request` names.
 
@@ -101,7 +104,7 @@ def copy_blocks(
     keys = wire.keys_from_proto(request.keys)
     if len(keys) and not request.namespace_id:
         raise BadArgument("keys need the namespace they are of")
-    origin = Origin(request.from_address, client=f"copy to {own_id}", credential=credential, links=links)
+    origin = Origin(request.from_address, client=f"copy to {own_id}", credential=credential, links=links, tls=tls)
     try:
         if origin.source_id == own_id:
             raise BadArgument(f"{request.from_address} is this source itself")
@@ -120,7 +123,7 @@ class _Copy:
 
     def __init__(
         self, operation: Operation, origin: Origin, session: SessionId, data: NDArray[np.uint8], move: bool,
-        lower: LowerTier | None,
+        lower: SsdTier | None,
     ) -> None:  # fmt: skip
         self._operation, self._counts, self._origin = operation, operation.counts, origin
         self._session, self._data, self._move, self._lower = session, data, move, lower
@@ -133,8 +136,11 @@ class _Copy:
         seen = 0
         for page in self._origin.describe(keys) if len(keys) else self._origin.pages(namespace_id):
             seen += len(page)
+            # What is on the SSD alone was in no count.
+            self._counts.blocks_total = max(self._counts.blocks_total, seen)
             for alike, blocks in self._alike(page).items():
-                for batch in parts(blocks, [b.size for b in blocks], BATCH_BLOCKS_MAX, BATCH_BYTES_MAX):
+                bytes_max = BATCH_BYTES_MAX if alike.tier != Tier.SSD else SSD_BATCH_BYTES_MAX
+                for batch in parts(blocks, [b.size for b in blocks], BATCH_BLOCKS_MAX, bytes_max):
                     if self._operation.stopped:
                         return
                     self._pull(alike, batch)
@@ -191,40 +197,44 @@ class _Copy:
             # Digests come from the origin's own index: what arrives is what was committed there, or is not kept.
             sections = _section_count(self._specs[alike.namespace_id], alike.group)
             blocks = wire.descriptors_from_proto(reply.blocks, keys, sections).take(found)
+            listed = [block for block, there in zip(batch, found.tolist(), strict=True) if there]
+            # The other form of a block may have taken its place since it was listed: its slots here would not fit it.
+            alike_still = np.fromiter(reply.fidelity, dtype=np.uint8, count=len(keys))[found] == alike.fidelity
+            alike_still &= blocks.sizes == np.array([block.size for block in listed], dtype=np.uint64)
+            self._counts.failed(int((~alike_still).sum()), "some blocks were replaced before they could be read")
             fits = blocks.sizes <= len(self._data)
-            self._counts.failed(int((~fits).sum()), "some objects are larger than all memory here")
-            kept = np.flatnonzero(found)[fits].tolist()
-            names = [batch[row].name for row in kept]
-            leased = _Leased(alike, session, reply.lease_id, blocks.take(fits), names, timeout_s, mark)
+            self._counts.failed(int((alike_still & ~fits).sum()), "some objects are larger than all memory here")
+            kept = np.flatnonzero(alike_still & fits)
+            names = [listed[row].name for row in kept.tolist()]
+            leased = _Leased(alike, session, reply.lease_id, blocks.take(kept), names, timeout_s, mark)
             done, corrupt = self._take(leased)
             if self._move and len(done):
-                self._origin.drop(alike, done)
+                self._drop(leased, done)
         finally:
             self._origin.release(session, reply.lease_id, alike, corrupt)
 
-    def _take(self, leased: _Leased) -> tuple[KeyArray, KeyArray]:
+    def _drop(self, leased: _Leased, rows: NDArray[np.int64]) -> None:
+        """Removes at the origin what is here now; what can't be removed there was not moved."""
+        dropped, why = 0, "some blocks changed at their origin before they could be removed there"
+        try:
+            dropped = self._origin.drop(leased.alike, leased.blocks.take(rows))
+        except NoSsd as error:
+            why = f"copied, and not removed from their origin: {error}"
+        left = max(len(rows) - dropped, 0)
+        self._counts.blocks_done -= left
+        self._counts.failed(left, why)
+
+    def _take(self, leased: _Leased) -> tuple[NDArray[np.int64], KeyArray]:
         """Reserves, reads and commits leased blocks.
 
-        Returns: the keys that are here now as they are at the origin, and those whose bytes are bad.
+        Returns: rows of those that are here now as they are at the origin, and the keys of those whose bytes are bad.
         """
         blocks = leased.blocks
-        if not len(blocks):
-            return blocks.keys, blocks.keys
-        try:
-            reserved = self._operation.turn(lambda core, now: _reserve(core, self._session, leased, now))
-        except NoSpace as error:
-            self._counts.failed(len(blocks), str(error))
-            self._refused += 1
-            if self._refused >= REFUSED_MAX:
-                raise
-            return blocks.keys[:0], blocks.keys[:0]
-        self._refused = 0
+        answer = self._reserve(leased) if len(blocks) else None
+        if answer is None:
+            return np.empty(0, dtype=np.int64), blocks.keys[:0]
+        reserved, equal = answer
         status = np.asarray(reserved.status)
-        equal = status == ReserveStatus.EXISTS
-        rows = np.flatnonzero(equal)
-        if len(rows):
-            there = blocks.take(rows)
-            equal[rows] = self._operation.turn(lambda core, _: _equal_here(core, there, objects=leased.objects))
         mine = np.flatnonzero(status == ReserveStatus.RESERVED)
         self._note_left_out(status, equal)
         good, committed = np.zeros(len(mine), dtype=np.bool_), _Committed()
@@ -252,7 +262,34 @@ class _Copy:
         self._count(blocks, arrived, int(equal.sum()), int((~good).sum()))
         here = equal
         here[arrived] = True
-        return blocks.keys[here & same], blocks.keys[mine[~good]]
+        return np.flatnonzero(here & same), blocks.keys[mine[~good]]
+
+    def _reserve(self, leased: _Leased) -> tuple[Reserved, NDArray[np.bool_]] | None:
+        """Slots for leased blocks, and which of them are here already; None, and counted, if none may come."""
+        blocks, lower = leased.blocks, self._lower
+        with contextlib.ExitStack() as held:
+            if leased.objects and lower is not None:
+                # What stands under an object's name below is to be compared too: it would come up again.
+                held.enter_context(self._operation.promoted(lower, leased.alike.namespace_id, blocks.keys))
+
+            def reserve(core: SourceCore, now: int) -> tuple[Reserved, NDArray[np.bool_]]:
+                if leased.objects:
+                    self._operation.check_objects()
+                reserved = _slots_for(core, self._session, leased, now, lower)
+                equal = np.asarray(reserved.status) == ReserveStatus.EXISTS
+                equal[equal] = _equal_here(core, blocks.take(equal), objects=leased.objects)
+                return reserved, equal
+
+            try:
+                answer = self._operation.turn(reserve)
+            except (NoSpace, NoSsd) as error:
+                self._counts.failed(len(blocks), str(error))
+                self._refused += isinstance(error, NoSpace)
+                if self._refused >= REFUSED_MAX:
+                    raise
+                return None
+        self._refused = 0
+        return answer
 
     def _look_again(self, leased: _Leased, committed: _Committed) -> NDArray[np.bool_]:
         """Which leased blocks the origin still has as they were leased; others that were committed are removed here.
@@ -306,20 +343,21 @@ def _section_count(spec: NamespaceSpec, group: int) -> int:
     return 1 if spec.is_objects else spec.groups[group].section_count
 
 
-def _reserve(core: SourceCore, session: SessionId, leased: _Leased, now: int) -> Any:
+def _slots_for(core: SourceCore, session: SessionId, leased: _Leased, now: int, lower: SsdTier | None) -> Reserved:
     """Slots of the sizes that the origin's blocks have, under the same names and for the same tenant."""
     alike, blocks, objects = leased.alike, leased.blocks, leased.objects
     group: GroupSpec = core.group(alike.namespace_id, alike.group, 0)
-    sized = objects or alike.fidelity != Fidelity.EXACT
+    # Nothing is written beside what stands under an object's name below, or may be back there after a crash.
+    below = lower.holds(alike.namespace_id, blocks.keys) if objects and lower is not None else None
     return core.reserve(
         session, NamespaceId(alike.namespace_id), group, blocks.keys, int(2e6 * leased.timeout_s), now,
-        fidelity=Fidelity(alike.fidelity), sizes=np.asarray(blocks.sizes, dtype=np.uint64) if sized else None,
-        names=[name.encode() for name in leased.names] if objects else None, tenant=alike.tenant,
+        fidelity=Fidelity(alike.fidelity), sizes=np.asarray(blocks.sizes, dtype=np.uint64),
+        names=[name.encode() for name in leased.names] if objects else None, tenant=alike.tenant, exists=below,
     )  # fmt: skip
 
 
 def _commit(
-    core: SourceCore, session: SessionId, reserved: Any, leased: _Leased, rows: NDArray[np.int64], now: int,
+    core: SourceCore, session: SessionId, reserved: Reserved, leased: _Leased, rows: NDArray[np.int64], now: int,
     committed: _Committed,
 ) -> None:  # fmt: skip
     """Commits whole blocks with the digests that their origin gave, but no object that was removed here meanwhile."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 
+from kvpool.channels.tls import TlsConfig
 from kvpool.core.errors import Unavailable
-from kvpool.core.listing import BlockRecord
 from kvpool.service import rpc
 from kvpool.service.operations import Operation
+from kvpool.service.ssd_tier import SsdTier
 from kvpool.service.verifying import pages, parts
 from kvpool.v1 import (
     block_source_pb2,
@@ -29,8 +30,22 @@ BATCH_BLOCKS_MAX = 4096
 BATCH_BYTES_MIN, BATCH_BYTES_MAX = 4 << 20, 256 << 20
 BATCHES_PER_TARGET = 4
 TIMEOUT_S = 5.0
+PAGE_BELOW = 4096
 #: A target may take this long for a batch, and a second for each so many bytes.
 COPY_TIMEOUT_S, BYTES_PER_S_MIN = 30.0, 4 << 20
+
+
+class _Listed(Protocol):
+    """A block of a listing, of memory or of the SSD."""
+
+    @property
+    def key(self) -> bytes: ...
+
+    @property
+    def namespace_id(self) -> bytes: ...
+
+    @property
+    def size(self) -> int: ...
 
 
 @dataclass
@@ -46,29 +61,36 @@ class _Target:
         return stub.Copy(request, timeout=timeout_s)
 
 
-def drain_source(operation: Operation, own_address: str, addresses: Sequence[str], credential: str) -> None:
+def drain_source(
+    operation: Operation, own_address: str, addresses: Sequence[str], credential: str, tls: TlsConfig | None = None,
+    *, lower: SsdTier | None = None, below: bool = False,
+) -> None:  # fmt: skip
     """Has the targets pull all blocks of this source, each batch by the one with the most free bytes.
+
+    Args: lower: the SSD below; with `below` what lies there alone is moved too.
 
     Targets that fail are left out from then on. Ends when nothing readable is left, or nothing moves any more.
 
     Raises: Unavailable if a target does not answer at the beginning.
     """
-    targets = _open_targets(addresses, credential)
+    targets = _open_targets(addresses, credential, tls)
     try:
         while targets and not operation.stopped and _pass(operation, own_address, targets):
             pass
+        while below and lower and targets and not operation.stopped and _pass(operation, own_address, targets, lower):
+            pass
         if not operation.stopped:
-            _tell_rest(operation, targets)
+            _tell_rest(operation, targets, lower, below=below)
     finally:
         for target in targets:
             target.channel.close()
 
 
-def _open_targets(addresses: Sequence[str], credential: str) -> list[_Target]:
+def _open_targets(addresses: Sequence[str], credential: str, tls: TlsConfig | None) -> list[_Target]:
     targets: list[_Target] = []
     try:
         for address in dict.fromkeys(addresses):
-            channel = rpc.make_channel(address, credential=credential)
+            channel = rpc.make_channel(address, credential=credential, tls=tls)
             targets.append(_Target(address, channel, 0))
             stub: Any = block_source_pb2_grpc.BlockSourceStub(channel)
             stats = stub.GetSourceStats(block_source_pb2.GetSourceStatsRequest(), timeout=TIMEOUT_S)
@@ -80,14 +102,15 @@ def _open_targets(addresses: Sequence[str], credential: str) -> list[_Target]:
     return targets
 
 
-def _pass(operation: Operation, own_address: str, targets: list[_Target]) -> bool:
-    """Goes through all that is here once; whether anything moved."""
+def _pass(operation: Operation, own_address: str, targets: list[_Target], lower: SsdTier | None = None) -> bool:
+    """Goes once through all that is here, or through what is on the SSD alone; whether anything moved."""
     before = operation.counts.blocks_done
     left = operation.turn(lambda core, _: core.counts())
-    operation.counts.blocks_total = operation.counts.blocks_done + left.blocks
+    blocks = left.blocks if lower is None else lower.stats().records
+    operation.counts.blocks_total = operation.counts.blocks_done + blocks
     even = left.bytes_used // (BATCHES_PER_TARGET * len(targets))
     batch_bytes = min(max(even, BATCH_BYTES_MIN), BATCH_BYTES_MAX)
-    for page in pages(operation, b""):
+    for page in pages(operation, b"") if lower is None else _pages_below(operation, lower):
         for namespace_id in dict.fromkeys(bytes(record.namespace_id) for record in page):
             mine = [record for record in page if record.namespace_id == namespace_id]
             for batch in parts(mine, [r.size for r in mine], BATCH_BLOCKS_MAX, batch_bytes):
@@ -97,8 +120,19 @@ def _pass(operation: Operation, own_address: str, targets: list[_Target]) -> boo
     return operation.counts.blocks_done > before
 
 
+def _pages_below(operation: Operation, lower: SsdTier) -> Iterator[list[block_source_pb2.BlockInfo]]:
+    """What lies on the SSD alone, a page at a time."""
+    cursor = 0
+    while True:
+        reply = operation.list_below(lower, block_source_pb2.ListBlocksRequest(cursor=cursor, limit=PAGE_BELOW))
+        yield list(reply.blocks)
+        cursor = reply.next_cursor
+        if not cursor:
+            return
+
+
 def _move(
-    operation: Operation, own_address: str, namespace_id: bytes, batch: list[BlockRecord], targets: list[_Target]
+    operation: Operation, own_address: str, namespace_id: bytes, batch: Sequence[_Listed], targets: list[_Target]
 ) -> None:
     """Moves one batch to the target with the most free bytes, or, if that fails, to the next."""
     request = source_admin_pb2.CopyRequest(
@@ -140,10 +174,15 @@ def _follow(operation: Operation, target: _Target, request: source_admin_pb2.Cop
     return int(last.bytes_done)
 
 
-def _tell_rest(operation: Operation, targets: list[_Target]) -> None:
+def _tell_rest(operation: Operation, targets: list[_Target], lower: SsdTier | None, *, below: bool) -> None:
     """What could not be moved, for whoever reads the last message."""
     left = operation.turn(lambda core, _: core.counts().blocks)
     counts = operation.counts
+    on_ssd = lower.stats().records if lower is not None else 0
+    if below:
+        left = max(left, on_ssd)
+    elif on_ssd and not left:
+        counts.message = f"{on_ssd} blocks stay on its SSD"
     counts.blocks_failed = left
     if left and not targets:
         raise Unavailable(

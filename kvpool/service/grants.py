@@ -32,36 +32,52 @@ class _Right:
     session: int
     expires_us: int
     offsets: NDArray[np.uint64]
-    sizes: NDArray[np.uint32]
+    sizes: NDArray[np.uint64]
     generations: NDArray[np.uint32]
-    open: NDArray[np.bool_]
     position: NDArray[np.int64]  # of the i-th key of the request in the sorted arrays; -1 = not covered
     sections: NDArray[np.uint8]  # committed, as bits
-    section_count: int = 0
+    section_count: int
+    to_write: bool
 
     @classmethod
-    def of(cls, session: int, expires_us: int, blocks: Descriptors, covered: NDArray[np.bool_]) -> _Right:
+    def of(
+        cls, session: int, expires_us: int, blocks: Descriptors, covered: NDArray[np.bool_], section_count: int,
+        sections: NDArray[np.uint8], *, to_write: bool,
+    ) -> _Right:  # fmt: skip
         indices = np.flatnonzero(covered)
         order = indices[np.argsort(blocks.offsets[indices], kind="stable")]
         position = np.full(len(covered), -1, dtype=np.int64)
         position[order] = np.arange(len(order))
         return cls(
             session, expires_us, blocks.offsets[order], blocks.sizes[order], blocks.generations[order],
-            np.ones(len(order), dtype=np.bool_), position, np.zeros(len(order), dtype=np.uint8),
+            position, sections[order], section_count, to_write,
         )  # fmt: skip
 
+    def ended(self, now_us: int) -> bool:
+        return self.expires_us <= now_us or not len(self.offsets)
+
     def covers(
-        self, offsets: NDArray[np.uint64], sizes: NDArray[np.uint32], generations: NDArray[np.uint32]
+        self, offsets: NDArray[np.uint64], sizes: NDArray[np.uint64], generations: NDArray[np.uint32]
     ) -> NDArray[np.bool_]:
-        if len(self.offsets) == 0:
-            return np.zeros(len(offsets), dtype=np.bool_)
-        at = np.minimum(np.searchsorted(self.offsets, offsets), len(self.offsets) - 1)
-        return (
-            (self.offsets[at] == offsets)
-            & (self.sizes[at] == sizes)
-            & (self.generations[at] == generations)
-            & self.open[at]
-        )
+        """Which extents are just a block or one of its sections; read are those that are committed, written others."""
+        at, whole, part, section = self._locate(offsets, sizes, generations)
+        committed = self.sections[at]
+        done: NDArray[np.bool_] = committed >> section & 1 == 1
+        wanted = 0 if self.to_write else (1 << self.section_count) - 1
+        covered: NDArray[np.bool_] = (whole & (committed == wanted)) | (part & (done != self.to_write))
+        return covered
+
+    def _locate(
+        self, offsets: NDArray[np.uint64], sizes: NDArray[np.uint64], generations: NDArray[np.uint32]
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_], NDArray[np.uint8]]:
+        """For each extent the block that it may be of, whether it is just that, or just one of its sections: which."""
+        at = np.maximum(np.searchsorted(self.offsets, offsets, side="right") - 1, 0)
+        known = (self.offsets[at] <= offsets) & (self.generations[at] == generations)
+        skips, steps = offsets - self.offsets[at], self.sizes[at] // np.uint64(self.section_count)
+        numbers = skips // np.maximum(steps, np.uint64(1))
+        part = known & (sizes == steps) & (numbers * steps == skips) & (numbers < self.section_count)
+        whole = known & (skips == 0) & (self.sizes[at] == sizes)
+        return at, whole, part, np.where(part, numbers, 0).astype(np.uint8)
 
 
 class Grants:
@@ -107,9 +123,13 @@ class Grants:
             return sorted(reservations)
 
     def grant_read(
-        self, session: int, lease: int, blocks: Descriptors, found: NDArray[np.bool_], expires_us: int
-    ) -> None:
-        right = _Right.of(session, expires_us, blocks, found)
+        self, session: int, lease: int, blocks: Descriptors, found: NDArray[np.bool_], expires_us: int,
+        section_count: int = 1, sections: NDArray[np.uint8] | None = None,
+    ) -> None:  # fmt: skip
+        """Args: sections: uint8 (blocks), those that are committed, as bits; None = whole blocks only may be read."""
+        if sections is None:
+            section_count, sections = 1, np.ones(len(blocks), dtype=np.uint8)
+        right = _Right.of(session, expires_us, blocks, found, section_count, sections, to_write=False)
         with self._lock:
             self._reads[lease] = right
 
@@ -129,13 +149,13 @@ class Grants:
         section_count: int,
         expires_us: int,
     ) -> None:
-        right = _Right.of(session, expires_us, slots, reserved)
-        right.section_count = section_count
+        none = np.zeros(len(slots), dtype=np.uint8)
+        right = _Right.of(session, expires_us, slots, reserved, section_count, none, to_write=True)
         with self._lock:
             self._writes[reservation] = right
 
     def committed(self, reservation: int, indices: Sequence[int], sections: Sequence[int]) -> None:
-        """A block whose sections are all committed is not written again."""
+        """What is committed is not written again."""
         with self._lock:
             right = self._writes.get(reservation)
             if right is None:
@@ -144,9 +164,7 @@ class Grants:
             for index, section in zip(indices, sections, strict=True):
                 at = right.position[index]
                 right.sections[at] |= np.uint8(1 << section)
-                if right.sections[at] == whole:
-                    right.open[at] = False
-            if not right.open.any():
+            if (right.sections == whole).all():
                 del self._writes[reservation]
 
     def revoke_write(self, session: int, reservation: int) -> None:
@@ -192,12 +210,12 @@ class Grants:
         session: int,
         lease: int,
         offsets: NDArray[np.uint64],
-        sizes: NDArray[np.uint32],
+        sizes: NDArray[np.uint64],
         generations: NDArray[np.uint32],
     ) -> NDArray[np.bool_]:
         with self._lock:
             right = self._reads.get(lease)
-            if right is None or right.session != session or right.expires_us <= self._clock():
+            if right is None or right.session != session or right.ended(self._clock()):
                 return np.zeros(len(offsets), dtype=np.bool_)
             return right.covers(offsets, sizes, generations)
 
@@ -206,14 +224,14 @@ class Grants:
         session: int,
         reservation: int,
         offsets: NDArray[np.uint64],
-        sizes: NDArray[np.uint32],
+        sizes: NDArray[np.uint64],
         generations: NDArray[np.uint32],
         connection: Connection,
     ) -> NDArray[np.bool_]:
         with self._lock:
             self._writing.setdefault(reservation, []).append(connection)
             right = self._writes.get(reservation)
-            if right is None or right.session != session or right.expires_us <= self._clock():
+            if right is None or right.session != session or right.ended(self._clock()):
                 return np.zeros(len(offsets), dtype=np.bool_)
             return right.covers(offsets, sizes, generations)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from kvpool.core.errors import Unavailable, Unsupported
+from kvpool.core.ssd.records import SsdState
 from kvpool.v1 import block_source_pb2
 
 SCRAPE_TIMEOUT_S = 5.0
@@ -14,7 +15,7 @@ _NAMES = {"bytes_total": "capacity_bytes"}  # `_total` would say that it is a co
 #: Counts that only grow; all others go up and down.
 _COUNTERS = (
     "hits", "misses", "evictions", "bytes_read", "bytes_written", "digest_errors", "adopted", "touches", "expired",
-    "demotions", "io_errors", "recovered_bytes",
+    "demotions", "io_errors", "recovered_bytes", "evictions_unsaved",
 )  # fmt: skip
 
 
@@ -57,7 +58,8 @@ def serve_metrics(
             if now.HasField("ssd"):
                 yield from families("kvpool_ssd", now.ssd)
                 state = GaugeMetricFamily("kvpool_ssd_state", "1 for the state it is in.", labels=["source", "state"])
-                state.add_metric([source_id, now.ssd.state], 1)
+                for name in SsdState:
+                    state.add_metric([source_id, name], float(name == now.ssd.state))
                 yield state
 
         def describe(self) -> list[Metric]:
@@ -68,10 +70,13 @@ def serve_metrics(
     try:
         server, thread = start_http_server(port, addr="0.0.0.0", registry=registry)
     except OSError as error:
-        raise Unavailable(f"can't serve metrics on port {port}: {error.strerror}") from error
+        raise Unavailable(
+            f"can't serve metrics on port {port}: {error.strerror}", hint="choose another one with --metrics-port"
+        ) from error
 
     def stop() -> None:
         server.shutdown()
+        server.server_close()
         thread.join(SCRAPE_TIMEOUT_S)
 
     return stop

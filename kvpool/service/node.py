@@ -73,9 +73,7 @@ class NodeConfig:
     keep_memory: bool = False  # when told to stop, leave the segment for the next process of this name
     ssd_dir: str = ""  # empty: no SSD tier
     ssd_bytes: int = 0
-    tls_cert: str = ""  # PEM files: with all three, the tcp channel speaks TLS
-    tls_key: str = ""
-    tls_ca: str = ""
+    tls: TlsConfig | None = None  # of all that it serves and calls
     nixl: bool = False  # offer the nixl channel too
     collective: str = ""  # "gloo" or "nccl": offer the collective channel too
     collective_listen: str = "127.0.0.1:0"
@@ -134,9 +132,8 @@ class NodeServer:
     async def _start_data_servers(self) -> list[DataServer]:
         """Servers of all channels that leave the host's memory; `offers` says what clients hear of them, best first."""
         config, data = self.config, self.segment.data
-        tls = TlsConfig(config.tls_cert, config.tls_key, config.tls_ca) if config.tls_cert else None
         host, port = split_address(config.data_listen)
-        self.data_server = TcpDataServer(data, self.grants, host, port, tls_config=tls)
+        self.data_server = TcpDataServer(data, self.grants, host, port, tls_config=config.tls)
         self._cleanup.callback(self.data_server.close)
         self._offers: list[ChannelServer] = [
             ShmOffer(self.segment), TcpOffer(self.data_server, reachable(self.data_server.address))
@@ -205,7 +202,7 @@ class NodeServer:
 
         self.admin = SourceAdminServicer(
             self.driver, self.sessions, self.segment.data, facts, lambda: self.address, credential=config.credential,
-            lower=self.ssd,
+            tls=config.tls, lower=self.ssd,
         )  # fmt: skip
         self._cleanup.push_async_callback(self.admin.close)
 
@@ -214,7 +211,7 @@ class NodeServer:
             source_admin_pb2_grpc.add_SourceAdminServicer_to_server(self.admin, server)
             return ["kvpool.v1.BlockSource", "kvpool.v1.SourceAdmin"]
 
-        server, port = await rpc.serve(config.listen, register, credential=config.credential)
+        server, port = await rpc.serve(config.listen, register, credential=config.credential, tls=config.tls)
         self._cleanup.push_async_callback(server.stop, STOP_GRACE_S)
         self.address = reachable(f"{host}:{port}")
         self._facts = facts
@@ -235,8 +232,9 @@ class NodeServer:
         self, facts: SourceFacts, snapshot: Callable[[], tuple[KeyArray, int]], usage: Callable[[], tuple[int, int]]
     ) -> Announcer:
         announcer = Announcer(
-            self.config.scheduler, facts, snapshot=snapshot, usage=usage, credential=self.config.credential
-        )
+            self.config.scheduler, facts, snapshot=snapshot, usage=usage, credential=self.config.credential,
+            tls=self.config.tls,
+        )  # fmt: skip
         announcer.start()
         # In a thread: the announcer may be waiting for a snapshot from this very loop.
         self._cleanup.push_async_callback(asyncio.to_thread, announcer.close)
@@ -297,7 +295,8 @@ def open_memory(config: NodeConfig) -> tuple[Segment, SourceCore]:
 
     def create(*, adopt: bool) -> tuple[Segment, SourceConfig]:
         segment = Segment.create(
-            Path(config.segment_dir),
+            # Clients are told the path, wherever they run.
+            Path(config.segment_dir).absolute(),
             config.source_id,
             data_bytes=config.memory_bytes,
             index_bytes=SourceArrays.bytes_needed(entries),
@@ -374,9 +373,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--nixl", action="store_true")
     parser.add_argument("--collective", default=defaults.collective)
     parser.add_argument("--collective-listen", default=defaults.collective_listen)
-    parser.add_argument("--tls-cert", default=defaults.tls_cert)
-    parser.add_argument("--tls-key", default=defaults.tls_key)
-    parser.add_argument("--tls-ca", default=defaults.tls_ca)
+    for flag in ("--tls-cert", "--tls-key", "--tls-ca"):
+        parser.add_argument(flag, default="")
     parser.add_argument("--ssd-dir", default=defaults.ssd_dir)
     parser.add_argument("--ssd-bytes", type=int, default=defaults.ssd_bytes)
     parser.add_argument("--ssd-demote-from", type=float, default=defaults.ssd_demote_from)
@@ -389,9 +387,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         credential=args.credential, ping_interval_s=args.ping_interval_s, eviction=args.eviction,
         keep_memory=args.keep_memory, ssd_dir=args.ssd_dir, ssd_bytes=args.ssd_bytes,
         ssd_demote_from=args.ssd_demote_from, nixl=args.nixl, collective=args.collective,
-        collective_listen=args.collective_listen, tls_cert=args.tls_cert, tls_key=args.tls_key, tls_ca=args.tls_ca,
+        collective_listen=args.collective_listen,
     )  # fmt: skip
     try:
+        config = dataclasses.replace(config, tls=TlsConfig.of_files(args.tls_cert, args.tls_key, args.tls_ca))
         run_node(config, on_ready=lambda facts: print(json.dumps(facts), flush=True))
     except KvpoolError as error:
         print(f"{error}\n{error.hint}", file=sys.stderr)

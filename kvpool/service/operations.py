@@ -21,6 +21,8 @@ from kvpool.core.ids import KeyArray, SessionId
 from kvpool.core.source import SourceCore
 from kvpool.service.lower_tier import LowerTier
 from kvpool.service.source_driver import SourceDriver
+from kvpool.service.ssd_tier import SsdTier
+from kvpool.v1 import block_source_pb2
 from kvpool.v1 import source_admin_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -91,6 +93,27 @@ class Operation:
                 return result
 
         return self._in_loop(run(), TURN_TIMEOUT_S)
+
+    def check_objects(self) -> None:
+        """Raises: NoSsd while no object may be changed here."""
+        self._driver.check_objects()
+
+    @contextlib.contextmanager
+    def promoted(self, lower: LowerTier, namespace_id: bytes, keys: KeyArray) -> Iterator[None]:
+        """With these keys brought up from the tier below, as far as that can be had, and held in memory.
+
+        Raises: Unavailable if it takes too long.
+        """
+        promoted = self._in_loop(lower.promote(namespace_id, keys, TURN_TIMEOUT_S), 2 * TURN_TIMEOUT_S)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(Unavailable):
+                self.turn(lambda *_: promoted.release())
+
+    def list_below(self, lower: SsdTier, request: block_source_pb2.ListBlocksRequest) -> Any:
+        """A page of what lies on the SSD alone. Raises: Unavailable if it takes too long."""
+        return self._in_loop(lower.list_alone(request, request.limit), 2 * TURN_TIMEOUT_S)
 
     def remove_below(
         self, lower: LowerTier, namespace_id: bytes, keys: KeyArray, remove_above: Callable[[SourceCore], int]

@@ -18,6 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from kvpool import __version__
+from kvpool.channels.tls import TlsConfig
 from kvpool.core.errors import (
     ERRORS,
     DeadlineExceeded,
@@ -29,15 +30,20 @@ from kvpool.core.errors import (
     Unavailable,
     Unsupported,
 )
+from kvpool.service.rpc_tls import channel_credentials, channel_options, server_credentials, trouble
 from kvpool.v1 import common_pb2
 
 log = logging.getLogger(__name__)
 
 PROTOCOL = "1"
 MESSAGE_BYTES_MAX = 64 << 20
+#: Calls under way in one server, streams included; one more is refused with RESOURCE_EXHAUSTED.
+RPCS_MAX = 8192
 #: Deadline of a unary call whose caller names none.
 UNARY_TIMEOUT_S = 10.0
 _ERROR_KEY = "kvpool-error-bin"
+#: Of an address where nothing answers.
+REACH_HINT = "is it running, and is the address right?"
 
 OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
@@ -119,7 +125,9 @@ def from_rpc_error(error: grpc.RpcError, address: str = "") -> KvpoolError:
             return ERRORS.get(reason, KvpoolError)(message, hint=detail.hint, reason=reason)
     where = f" at {address}" if address else ""
     if code is grpc.StatusCode.UNAVAILABLE:
-        return Unavailable(f"nothing answers{where}: {message}", hint="is it running, and is the address right?")
+        if "failed to connect" in message and (tls := trouble(message)):
+            return Unavailable(f"no connection with what is{where or ' there'}: {tls[0]}", hint=tls[1])
+        return Unavailable(f"nothing answers{where}: {message}", hint=REACH_HINT)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceeded(f"no answer in time{where}")
     if code is grpc.StatusCode.UNIMPLEMENTED:
@@ -127,7 +135,8 @@ def from_rpc_error(error: grpc.RpcError, address: str = "") -> KvpoolError:
             f"the process{where} does not know this call", hint="is this the address of another kvpool role or version?"
         )
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        return Overloaded(f"refused{where}: {message}")
+        hint = "too many calls at a time, or one that is too large: try again shortly, and with fewer keys"
+        return Overloaded(f"refused{where}: {message}", hint=hint)
     return KvpoolError(f"{code.name}{where}: {message}")
 
 
@@ -233,7 +242,12 @@ def _stream_behavior(inner: Callable[..., AsyncIterator[Any]], refusal: KvpoolEr
 
 
 async def serve(
-    address: str, register: Callable[[grpc.aio.Server], Sequence[str]], *, credential: str = ""
+    address: str,
+    register: Callable[[grpc.aio.Server], Sequence[str]],
+    *,
+    credential: str = "",
+    tls: TlsConfig | None = None,
+    rpcs_max: int = RPCS_MAX,
 ) -> tuple[grpc.aio.Server, int]:
     """Starts a server with health checking and reflection.
 
@@ -241,10 +255,13 @@ async def serve(
         address: "host:port"; port 0 picks a free one.
         register: adds the servicers and returns their full names.
         credential: callers must present it; empty = none asked for.
+        tls: serve TLS, and only that.
+        rpcs_max: calls and streams at a time; one more is refused.
     Returns: the running server, and its port.
-    Raises: Unavailable if the address can't be bound.
+    Raises: Unavailable if the address can't be bound; BadArgument if the TLS files are no good.
     """
-    server = grpc.aio.server(interceptors=(_Guard(credential),), options=OPTIONS)
+    guard = _Guard(credential)
+    server = grpc.aio.server(interceptors=(guard,), options=OPTIONS, maximum_concurrent_rpcs=rpcs_max)
     names = list(register(server))
     checker = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checker, server)
@@ -252,10 +269,14 @@ async def serve(
         await checker.set(name, health_pb2.HealthCheckResponse.SERVING)
     reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
     try:
-        port = server.add_insecure_port(address)
+        if tls is None:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, server_credentials(tls))
     except RuntimeError as error:
         raise Unavailable(
-            f"can't listen on {address}: {error}",
+            # Without what gRPC advises to set.
+            f"can't listen on {address}: {str(error).partition(';')[0]}",
             hint="is the port taken? choose another with --listen (--port of `kvpool serve`)",
         ) from error
     await server.start()
@@ -336,18 +357,22 @@ def _metadata(credential: str) -> tuple[tuple[str, str], ...]:
     return (*protocol, ("authorization", f"Bearer {credential}")) if credential else protocol
 
 
-def make_channel(address: str, *, credential: str = "") -> grpc.Channel:
-    """A channel for threads. Connects lazily and again after a loss."""
+def make_channel(address: str, *, credential: str = "", tls: TlsConfig | None = None) -> grpc.Channel:
+    """A channel for threads. Connects lazily and again after a loss. Raises: BadArgument if the TLS files are bad."""
     # Without a pool of its own, two channels to one address share a connection, and its back-off.
-    channel = grpc.insecure_channel(address, options=[*OPTIONS, ("grpc.use_local_subchannel_pool", 1)])
+    options = [*OPTIONS, ("grpc.use_local_subchannel_pool", 1), *channel_options(tls)]
+    if tls is None:
+        channel = grpc.insecure_channel(address, options=options)
+    else:
+        channel = grpc.secure_channel(address, channel_credentials(tls), options=options)
     return grpc.intercept_channel(channel, _SyncMetadata(_metadata(credential)))
 
 
-def make_aio_channel(address: str, *, credential: str = "") -> grpc.aio.Channel:
-    """A channel for asyncio. Connects lazily and again after a loss."""
+def make_aio_channel(address: str, *, credential: str = "", tls: TlsConfig | None = None) -> grpc.aio.Channel:
+    """A channel for asyncio. Connects lazily and again after a loss. Raises: BadArgument if the TLS files are bad."""
     extra = _metadata(credential)
-    return grpc.aio.insecure_channel(
-        address,
-        options=[*OPTIONS, ("grpc.use_local_subchannel_pool", 1)],
-        interceptors=[_AioUnary(extra), _AioUnaryStream(extra), _AioStreamStream(extra)],
-    )
+    options = [*OPTIONS, ("grpc.use_local_subchannel_pool", 1), *channel_options(tls)]
+    interceptors = [_AioUnary(extra), _AioUnaryStream(extra), _AioStreamStream(extra)]
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options=options, interceptors=interceptors)
+    return grpc.aio.secure_channel(address, channel_credentials(tls), options=options, interceptors=interceptors)

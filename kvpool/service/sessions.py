@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +21,8 @@ log = logging.getLogger(__name__)
 DRAIN_TIMEOUT_S = 5.0
 #: How often the locks of writers that have not proven to be gone are tried.
 PROOF_INTERVAL_S = 0.25
+#: Calls of one session that wait: for keys, or for blocks to come up from a lower tier. One more is refused.
+WAITING_CALLS_MAX = 256
 #: Ended sessions whose writers may still live; more than these, and no new session is opened.
 ORPHANS_MAX = 1024
 
@@ -33,6 +36,20 @@ class Session:
     host_id: str
     proof: WriterProof | None  # None: it may not write shared memory
     place: int | None = None  # in the table of writers
+    waiting_calls: int = 0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around a call that may wait for long. Raises: Overloaded at the bound of a session."""
+        if self.waiting_calls >= WAITING_CALLS_MAX:
+            raise Overloaded(
+                f"{WAITING_CALLS_MAX} calls of this session are waiting already", hint="ask for more keys in one call"
+            )
+        self.waiting_calls += 1
+        try:
+            yield
+        finally:
+            self.waiting_calls -= 1
 
 
 @dataclass

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpool.channels.links import Links
+from kvpool.channels.tls import TlsConfig
 from kvpool.core.errors import BadArgument, UnknownSession
 from kvpool.core.ids import SessionId
 from kvpool.service import wire
@@ -43,7 +44,7 @@ class SourceAdminServicer(source_admin_pb2_grpc.SourceAdminServicer):
         data: uint8, the data of the segment that the core describes; copies arrive in it directly.
         own_address: under which other sources reach this one; asked for when it is needed, since a server learns its
             port late.
-        credential: that this source shows to others, and asks of them.
+        credential, tls: with which this source calls others.
         lower: the tier below: verified too, and what a copy takes back is removed from it.
         links: what this process measures of its own links to other sources; copies use it.
     """
@@ -57,12 +58,13 @@ class SourceAdminServicer(source_admin_pb2_grpc.SourceAdminServicer):
         own_address: Callable[[], str],
         *,
         credential: str = "",
+        tls: TlsConfig | None = None,
         lower: SsdTier | None = None,
         links: Links | None = None,
     ) -> None:
         self._driver, self._core, self._sessions = driver, driver.core, sessions
         self._data, self._facts, self._own_address = data, facts, own_address
-        self._credential, self._lower, self._links = credential, lower, links or Links()
+        self._credential, self._tls, self._lower, self._links = credential, tls, lower, links or Links()
         self._operations = Operations(driver)
         self._drains: list[Operation] = []
         self._reported: dict[SessionId, tuple[float, list[pb.LinkInfo]]] = {}
@@ -97,8 +99,9 @@ class SourceAdminServicer(source_admin_pb2_grpc.SourceAdminServicer):
 
         def work(operation: Operation) -> None:
             copy_blocks(
-                operation, request, self._data, self._facts.source_id, self._credential, self._links, self._lower
-            )
+                operation, request, self._data, self._facts.source_id, self._credential, self._links, self._lower,
+                self._tls,
+            )  # fmt: skip
 
         async for progress in self._run(f"copy from {request.from_address}", work):
             yield progress
@@ -120,7 +123,10 @@ class SourceAdminServicer(source_admin_pb2_grpc.SourceAdminServicer):
         def work(operation: Operation) -> None:
             self._drains.append(operation)
             try:
-                drain_source(operation, self._own_address(), targets, self._credential)
+                drain_source(
+                    operation, self._own_address(), targets, self._credential, self._tls,
+                    lower=self._lower, below=request.below,
+                )  # fmt: skip
             finally:
                 self._drains.remove(operation)
 

@@ -36,7 +36,7 @@ from kvpool.core.ids import KEY_BYTES, KeyArray, NamespaceId
 from kvpool.core.namespace import OBJECTS_GROUP, GroupSpec, NamespaceSpec
 from kvpool.service import wire
 from kvpool.service.client_session import Session, SessionKeeper
-from kvpool.service.client_types import Bools, Counters, Waited
+from kvpool.service.client_types import Bools, Counters, News, Waited
 from kvpool.service.rpc import from_rpc_error
 from kvpool.v1 import block_source_pb2 as pb
 from kvpool.v1 import common_pb2
@@ -65,7 +65,7 @@ class SourceCalls:
         address: host:port of its BlockSource service.
         client: name for its logs.
         channels: kinds of data channel to use, of OPENERS; which of them carries what is decided by measuring them.
-        tls: certificates for the tcp channel, where the source asks for TLS.
+        tls: where the source speaks TLS: for its calls and for the tcp channel.
         timeout_s: deadline of each call that takes none of its own.
         links: what is measured of the ways to sources; share one among the clients of a process.
     """
@@ -93,7 +93,9 @@ class SourceCalls:
         if tls is not None and "tcp" in openers:
             openers["tcp"] = functools.partial(TcpChannel.open, tls_config=tls)
         self._links = links or Links()
-        self._keeper = SessionKeeper(address, client, credential, openers, self._register_again, timeout_s, self._links)
+        self._keeper = SessionKeeper(
+            address, client, credential, openers, self._register_again, timeout_s, self._links, tls
+        )
         self._lock = threading.Lock()
         self._counters = Counters()
 
@@ -208,6 +210,8 @@ class SourceCalls:
         self, *, namespace: bytes = b"", name_prefix: str = "", keys: Keys | None = None, limit: int = 1000
     ) -> Iterator[pb.BlockInfo]:
         """What the source holds, page by page: all, of one namespace, or just these keys as they are stored."""
+        if keys is not None:
+            check_keys(keys)
         cursor = 0
         while True:
             request = pb.ListBlocksRequest(
@@ -229,8 +233,10 @@ class SourceCalls:
         absent_is_abandoned: bool = False,
         group: int = 0,
         shard: int = 0,
-    ) -> Iterator[Waited]:
+    ) -> News:
         """News of keys until each has ended in COMMITTED, ABANDONED or DEADLINE. The wait has begun on return.
+
+        It ends early with `close` of what is returned, or when nobody has that any more.
 
         Raises: Unavailable, here or from the iterator, when the source is lost: treat what has not ended as abandoned.
         """
@@ -247,9 +253,10 @@ class SourceCalls:
             return stream
 
         session = self._session()
-        return self._news(session, self._call(call, session=session))
+        stream = self._call(call, session=session)
+        return News(self._waited(session, stream), stream.cancel)
 
-    def _news(self, session: Session, stream: Any) -> Iterator[Waited]:
+    def _waited(self, session: Session, stream: Any) -> Iterator[Waited]:
         try:
             for reply in stream:
                 yield Waited(
@@ -258,9 +265,9 @@ class SourceCalls:
                     wire.array(reply.sections, np.int64),
                 )
         except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.CANCELLED and not session.lost:
+                raise Unavailable("this wait was ended") from error
             raise self._translated(session, error) from error
-        finally:
-            stream.cancel()
 
     # ------------------------------------------------------------ calls
 

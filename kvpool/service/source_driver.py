@@ -51,6 +51,9 @@ class SourceDriver:
         self.core, self.grants = core, grants
         self._write_catalog = write_catalog
         self.announcer: Announcer | None = None
+        #: Raises NoSsd while an object that is changed now might come back later as it was. Whoever serves the source
+        #: knows what it has below, and sets it; any thread may ask.
+        self.check_objects: Callable[[], None] = lambda: None
         self._waiters: dict[WaitId, Waiter] = {}
         self.loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None

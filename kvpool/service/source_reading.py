@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import grpc.aio
@@ -60,21 +60,26 @@ class ReadingServicer(block_source_pb2_grpc.BlockSourceServicer):
         ttl_us = wire.ttl_us(request.ttl_ms)
         names = names_of(request.names, len(keys))
         tiers = np.full(len(keys), int(self._tier), dtype=np.uint8)
-        promoted = await self._promote(request.namespace_id, keys, wire.ttl_us(request.promote_ms, zero=0))
+        promote_us = wire.ttl_us(request.promote_ms, zero=0)
+        promoted = await self._promote(session, request.namespace_id, keys, promote_us)
         tiers[promoted.below] = int(self._below.tier) if self._below is not None else 0
         with released_after(promoted), self._driver.turn() as now:
             leased = self._core.lease(
                 session.id, request.namespace_id, keys, ttl_us, now, handoff=request.handoff_request_id,
-                names=names, fidelity_min=fidelity_min,
+                names=names, fidelity_min=fidelity_min, incomplete=request.incomplete,
             )  # fmt: skip
+            sections = leased.sections if request.incomplete else None
             if leased.lease:
-                self._grants.grant_read(session.id, leased.lease, leased.blocks, leased.found, now + ttl_us)
+                self._grants.grant_read(
+                    session.id, leased.lease, leased.blocks, leased.found, now + ttl_us, group.section_count, sections
+                )
         return pb.LeaseReply(
             lease_id=leased.lease,
             found=leased.found.tolist(),
             blocks=wire.descriptors_to_proto(leased.blocks, group.section_count),
             fidelity=leased.fidelity.tolist(),
             tiers=tiers.tolist(),
+            sections=[] if sections is None else sections.tolist(),
         )
 
     async def Release(self, request: pb.ReleaseRequest, context: object) -> pb.ReleaseReply:
@@ -100,6 +105,14 @@ class ReadingServicer(block_source_pb2_grpc.BlockSourceServicer):
 
     async def Await(self, request: pb.AwaitRequest, context: grpc.aio.ServicerContext) -> AsyncIterator[pb.AwaitReply]:
         session = self._sessions.get(request.session_id)
+        with session.waiting():
+            async with contextlib.aclosing(self._await(session, request, context)) as replies:
+                async for reply in replies:
+                    yield reply
+
+    async def _await(
+        self, session: Session, request: pb.AwaitRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncGenerator[pb.AwaitReply, None]:
         _, keys = self._keys(request.namespace_id, request.keys)
         deadline_us = wire.ttl_us(request.deadline_ms)
         with self._driver.turn() as now:
@@ -134,7 +147,7 @@ class ReadingServicer(block_source_pb2_grpc.BlockSourceServicer):
         if request.owner and request.ttl_ms > PIN_TTL_MS_MAX:
             raise BadArgument("a pin lasts at most 7 days", hint="pin again before it ends, or give ttl 0")
         ttl_us = request.ttl_ms * 1000 if request.owner else wire.ttl_us(request.ttl_ms, zero=0)
-        promoted = await self._promote(request.namespace_id, keys, wire.TTL_MS_MAX * 1000)
+        promoted = await self._promote(session, request.namespace_id, keys, wire.TTL_MS_MAX * 1000)
         with released_after(promoted), self._driver.turn() as now:
             pinned = self._core.pin(session.id, request.namespace_id, keys, ttl_us, now, owner=request.owner)
         return pb.PinReply(pin_id=pinned.pin, found=pinned.found.tolist())
@@ -158,11 +171,12 @@ class ReadingServicer(block_source_pb2_grpc.BlockSourceServicer):
 
     # ------------------------------------------------------------ parts
 
-    async def _promote(self, namespace_id: bytes, keys: KeyArray, timeout_us: int) -> Promoted:
-        """Brings up what is below only, within a time; 0 = nothing."""
+    async def _promote(self, session: Session, namespace_id: bytes, keys: KeyArray, timeout_us: int) -> Promoted:
+        """Brings up what is below only, within a time; 0 = nothing. Raises: Overloaded."""
         if self._below is None or timeout_us == 0:
             return Promoted(np.zeros(len(keys), dtype=np.bool_))
-        return await self._below.promote(namespace_id, keys, timeout_us / 1e6)
+        with session.waiting():
+            return await self._below.promote(namespace_id, keys, timeout_us / 1e6)
 
     def _keys(self, namespace_id: bytes, keys: Any) -> tuple[GroupSpec, KeyArray]:
         """The group that a call is about, and its keys as they are stored. Raises: UnknownNamespace, BadArgument."""

@@ -82,16 +82,24 @@ class WriterProof:
             fd = os.open(name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except (OSError, ValueError):  # ValueError: a NUL in the path
             return None
-        if stat.S_ISREG(os.fstat(fd).st_mode) and not _take(fd):
-            return cls(name, fd)
-        os.close(fd)
-        return None
+        held = False
+        try:
+            held = stat.S_ISREG(os.fstat(fd).st_mode) and not _take(fd)
+        except OSError:  # a file system without locks, say
+            pass
+        finally:
+            if not held:
+                os.close(fd)
+        return cls(name, fd) if held else None
 
     def gone(self) -> bool:
-        """Whether the writer can't write any more. Once true, the handle is used up."""
+        """Whether the writer can't write any more, as far as can be told. Once true, the handle is used up."""
         if self._fd < 0:
             return True
-        if not _take(self._fd):
+        try:
+            if not _take(self._fd):
+                return False
+        except OSError:  # asked again; it must not keep others from being asked
             return False
         # Only tidying up: the client chose the folder, and may have chosen one that is not ours to change.
         with contextlib.suppress(OSError):

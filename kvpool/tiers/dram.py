@@ -19,6 +19,7 @@ import mmap
 import os
 import struct
 import threading
+import time
 import uuid as uuids
 import zlib
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ DATA_ALIGNMENT_BYTES = 2 << 20
 PREFAULT_CHUNK_BYTES = 16 << 20
 CATALOG_BYTES = 1 << 20
 WRITERS_MAX, WRITER_BYTES = 1024, 256
+LOCK_ATTEMPTS, LOCK_REST_S = 3, 0.02
 _PREFIX, _SUFFIX = "kvpool-", ".segment"
 
 # magic, version, header bytes, uuid, index bytes, touch bytes, data bytes
@@ -330,15 +332,11 @@ def _take_orphans(folder: Path, name: str, wanted: Layout | None) -> tuple[Path,
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError:
             continue
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _lock(fd):
             os.close(fd)
             if taken is not None:
                 os.close(taken[1])
-            raise Unavailable(
-                f"a live process owns {path}", hint="is a node of this name running? choose another --id"
-            ) from None
+            raise Unavailable(f"a live process owns {path}", hint="is a node of this name running? choose another --id")
         uuid = _adoptable(fd, path, wanted) if taken is None else None
         if uuid is not None:
             taken = (path, fd, uuid)
@@ -346,6 +344,18 @@ def _take_orphans(folder: Path, name: str, wanted: Layout | None) -> tuple[Path,
             path.unlink(missing_ok=True)
             os.close(fd)
     return taken
+
+
+def _lock(fd: int) -> bool:
+    """Takes the flock, unless a live process has it. Readers that look for an owner have it for a moment only."""
+    for attempt in range(LOCK_ATTEMPTS):
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if attempt + 1 < LOCK_ATTEMPTS:
+                time.sleep(LOCK_REST_S)
+    return False
 
 
 def _adoptable(fd: int, path: Path, wanted: Layout | None) -> bytes | None:

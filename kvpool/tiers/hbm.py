@@ -36,7 +36,9 @@ class Staging:
     data: NDArray[np.uint8]  # uint8 (host rows, block_bytes)
     rows: NDArray[np.int64]
     event: CopyEvent
-    release: Callable[[], None] = field(default=lambda: None)  # gives the rows back; call it exactly once
+    release: Callable[[], None] = field(
+        default=lambda: None
+    )  # gives the rows back, also before the event; call it once
 
 
 class BlockMemory(Protocol):

@@ -196,7 +196,7 @@ class AbortReply(_message.Message):
     def __init__(self, blocks_dropped: _Optional[int] = ...) -> None: ...
 
 class LeaseRequest(_message.Message):
-    __slots__ = ("session_id", "namespace_id", "keys", "ttl_ms", "handoff_request_id", "fidelity_min", "promote_ms", "names")
+    __slots__ = ("session_id", "namespace_id", "keys", "ttl_ms", "handoff_request_id", "fidelity_min", "promote_ms", "names", "incomplete")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
@@ -205,6 +205,7 @@ class LeaseRequest(_message.Message):
     FIDELITY_MIN_FIELD_NUMBER: _ClassVar[int]
     PROMOTE_MS_FIELD_NUMBER: _ClassVar[int]
     NAMES_FIELD_NUMBER: _ClassVar[int]
+    INCOMPLETE_FIELD_NUMBER: _ClassVar[int]
     session_id: int
     namespace_id: bytes
     keys: _common_pb2.KeyList
@@ -213,21 +214,24 @@ class LeaseRequest(_message.Message):
     fidelity_min: _common_pb2.Fidelity
     promote_ms: int
     names: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, session_id: _Optional[int] = ..., namespace_id: _Optional[bytes] = ..., keys: _Optional[_Union[_common_pb2.KeyList, _Mapping]] = ..., ttl_ms: _Optional[int] = ..., handoff_request_id: _Optional[str] = ..., fidelity_min: _Optional[_Union[_common_pb2.Fidelity, str]] = ..., promote_ms: _Optional[int] = ..., names: _Optional[_Iterable[str]] = ...) -> None: ...
+    incomplete: bool
+    def __init__(self, session_id: _Optional[int] = ..., namespace_id: _Optional[bytes] = ..., keys: _Optional[_Union[_common_pb2.KeyList, _Mapping]] = ..., ttl_ms: _Optional[int] = ..., handoff_request_id: _Optional[str] = ..., fidelity_min: _Optional[_Union[_common_pb2.Fidelity, str]] = ..., promote_ms: _Optional[int] = ..., names: _Optional[_Iterable[str]] = ..., incomplete: bool = ...) -> None: ...
 
 class LeaseReply(_message.Message):
-    __slots__ = ("lease_id", "found", "blocks", "fidelity", "tiers")
+    __slots__ = ("lease_id", "found", "blocks", "fidelity", "tiers", "sections")
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     FOUND_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     FIDELITY_FIELD_NUMBER: _ClassVar[int]
     TIERS_FIELD_NUMBER: _ClassVar[int]
+    SECTIONS_FIELD_NUMBER: _ClassVar[int]
     lease_id: int
     found: _containers.RepeatedScalarFieldContainer[bool]
     blocks: Descriptors
     fidelity: _containers.RepeatedScalarFieldContainer[_common_pb2.Fidelity]
     tiers: _containers.RepeatedScalarFieldContainer[_common_pb2.Tier]
-    def __init__(self, lease_id: _Optional[int] = ..., found: _Optional[_Iterable[bool]] = ..., blocks: _Optional[_Union[Descriptors, _Mapping]] = ..., fidelity: _Optional[_Iterable[_Union[_common_pb2.Fidelity, str]]] = ..., tiers: _Optional[_Iterable[_Union[_common_pb2.Tier, str]]] = ...) -> None: ...
+    sections: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, lease_id: _Optional[int] = ..., found: _Optional[_Iterable[bool]] = ..., blocks: _Optional[_Union[Descriptors, _Mapping]] = ..., fidelity: _Optional[_Iterable[_Union[_common_pb2.Fidelity, str]]] = ..., tiers: _Optional[_Iterable[_Union[_common_pb2.Tier, str]]] = ..., sections: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
     __slots__ = ("session_id", "lease_ids", "corrupt", "namespace_id", "handoff_request_id", "handed_off")
@@ -342,16 +346,18 @@ class LookupReply(_message.Message):
     def __init__(self, found: _Optional[_Iterable[bool]] = ..., tiers: _Optional[_Iterable[_Union[_common_pb2.Tier, str]]] = ...) -> None: ...
 
 class RemoveRequest(_message.Message):
-    __slots__ = ("namespace_id", "keys", "all", "name_prefix")
+    __slots__ = ("namespace_id", "keys", "all", "name_prefix", "digests")
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     ALL_FIELD_NUMBER: _ClassVar[int]
     NAME_PREFIX_FIELD_NUMBER: _ClassVar[int]
+    DIGESTS_FIELD_NUMBER: _ClassVar[int]
     namespace_id: bytes
     keys: _common_pb2.KeyList
     all: bool
     name_prefix: str
-    def __init__(self, namespace_id: _Optional[bytes] = ..., keys: _Optional[_Union[_common_pb2.KeyList, _Mapping]] = ..., all: bool = ..., name_prefix: _Optional[str] = ...) -> None: ...
+    digests: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, namespace_id: _Optional[bytes] = ..., keys: _Optional[_Union[_common_pb2.KeyList, _Mapping]] = ..., all: bool = ..., name_prefix: _Optional[str] = ..., digests: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class RemoveReply(_message.Message):
     __slots__ = ("blocks_removed",)
@@ -360,18 +366,20 @@ class RemoveReply(_message.Message):
     def __init__(self, blocks_removed: _Optional[int] = ...) -> None: ...
 
 class ListBlocksRequest(_message.Message):
-    __slots__ = ("cursor", "limit", "namespace_id", "name_prefix", "keys")
+    __slots__ = ("cursor", "limit", "namespace_id", "name_prefix", "keys", "below")
     CURSOR_FIELD_NUMBER: _ClassVar[int]
     LIMIT_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
     NAME_PREFIX_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
+    BELOW_FIELD_NUMBER: _ClassVar[int]
     cursor: int
     limit: int
     namespace_id: bytes
     name_prefix: str
     keys: bytes
-    def __init__(self, cursor: _Optional[int] = ..., limit: _Optional[int] = ..., namespace_id: _Optional[bytes] = ..., name_prefix: _Optional[str] = ..., keys: _Optional[bytes] = ...) -> None: ...
+    below: bool
+    def __init__(self, cursor: _Optional[int] = ..., limit: _Optional[int] = ..., namespace_id: _Optional[bytes] = ..., name_prefix: _Optional[str] = ..., keys: _Optional[bytes] = ..., below: bool = ...) -> None: ...
 
 class BlockInfo(_message.Message):
     __slots__ = ("key", "namespace_id", "tier", "fidelity", "offset", "size", "generation", "leases", "pins", "state", "name", "tenant", "section_count", "on_ssd")
@@ -476,7 +484,7 @@ class SourceStats(_message.Message):
     def __init__(self, bytes_total: _Optional[int] = ..., bytes_used: _Optional[int] = ..., blocks: _Optional[int] = ..., blocks_writing: _Optional[int] = ..., sessions: _Optional[int] = ..., leases: _Optional[int] = ..., pins: _Optional[int] = ..., reservations: _Optional[int] = ..., quarantined: _Optional[int] = ..., waiters: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., evictions: _Optional[int] = ..., bytes_read: _Optional[int] = ..., bytes_written: _Optional[int] = ..., digest_errors: _Optional[int] = ..., bytes_free: _Optional[int] = ..., bytes_largest_extent: _Optional[int] = ..., fragmentation: _Optional[float] = ..., entries_total: _Optional[int] = ..., pins_detached: _Optional[int] = ..., eviction: _Optional[str] = ..., draining: bool = ..., adopted: _Optional[int] = ..., touches: _Optional[int] = ..., expired: _Optional[int] = ..., ssd: _Optional[_Union[SsdStats, _Mapping]] = ...) -> None: ...
 
 class SsdStats(_message.Message):
-    __slots__ = ("state", "bytes_total", "bytes_live", "bytes_dead", "bytes_free", "records", "hits", "demotions", "evictions", "io_errors", "digest_errors", "recovery_s", "recovered_bytes", "reason")
+    __slots__ = ("state", "bytes_total", "bytes_live", "bytes_dead", "bytes_free", "records", "hits", "demotions", "evictions", "io_errors", "digest_errors", "recovery_s", "recovered_bytes", "reason", "evictions_unsaved")
     STATE_FIELD_NUMBER: _ClassVar[int]
     BYTES_TOTAL_FIELD_NUMBER: _ClassVar[int]
     BYTES_LIVE_FIELD_NUMBER: _ClassVar[int]
@@ -491,6 +499,7 @@ class SsdStats(_message.Message):
     RECOVERY_S_FIELD_NUMBER: _ClassVar[int]
     RECOVERED_BYTES_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    EVICTIONS_UNSAVED_FIELD_NUMBER: _ClassVar[int]
     state: str
     bytes_total: int
     bytes_live: int
@@ -505,4 +514,5 @@ class SsdStats(_message.Message):
     recovery_s: float
     recovered_bytes: int
     reason: str
-    def __init__(self, state: _Optional[str] = ..., bytes_total: _Optional[int] = ..., bytes_live: _Optional[int] = ..., bytes_dead: _Optional[int] = ..., bytes_free: _Optional[int] = ..., records: _Optional[int] = ..., hits: _Optional[int] = ..., demotions: _Optional[int] = ..., evictions: _Optional[int] = ..., io_errors: _Optional[int] = ..., digest_errors: _Optional[int] = ..., recovery_s: _Optional[float] = ..., recovered_bytes: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+    evictions_unsaved: int
+    def __init__(self, state: _Optional[str] = ..., bytes_total: _Optional[int] = ..., bytes_live: _Optional[int] = ..., bytes_dead: _Optional[int] = ..., bytes_free: _Optional[int] = ..., records: _Optional[int] = ..., hits: _Optional[int] = ..., demotions: _Optional[int] = ..., evictions: _Optional[int] = ..., io_errors: _Optional[int] = ..., digest_errors: _Optional[int] = ..., recovery_s: _Optional[float] = ..., recovered_bytes: _Optional[int] = ..., reason: _Optional[str] = ..., evictions_unsaved: _Optional[int] = ...) -> None: ...

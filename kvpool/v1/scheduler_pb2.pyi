@@ -123,7 +123,7 @@ class GatewayHeartbeat(_message.Message):
     def __init__(self, active_requests: _Optional[int] = ...) -> None: ...
 
 class PlaceRequest(_message.Message):
-    __slots__ = ("request_id", "gateway_id", "model", "keys", "prompt_tokens", "max_tokens", "ttft_slo_ms", "tpot_slo_ms", "policy", "use_pool", "sticky_key", "exclude_instances", "fidelity_min", "namespace_id")
+    __slots__ = ("request_id", "gateway_id", "model", "keys", "prompt_tokens", "max_tokens", "ttft_slo_ms", "tpot_slo_ms", "policy", "use_pool", "sticky_key", "exclude_instances", "fidelity_min", "namespace_id", "priority", "tenant", "tenant_weight", "wait_ms_max")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     GATEWAY_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -138,6 +138,10 @@ class PlaceRequest(_message.Message):
     EXCLUDE_INSTANCES_FIELD_NUMBER: _ClassVar[int]
     FIDELITY_MIN_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    TENANT_WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    WAIT_MS_MAX_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     gateway_id: str
     model: str
@@ -152,7 +156,11 @@ class PlaceRequest(_message.Message):
     exclude_instances: _containers.RepeatedScalarFieldContainer[str]
     fidelity_min: _common_pb2.Fidelity
     namespace_id: bytes
-    def __init__(self, request_id: _Optional[str] = ..., gateway_id: _Optional[str] = ..., model: _Optional[str] = ..., keys: _Optional[_Iterable[_Union[_common_pb2.KeyList, _Mapping]]] = ..., prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., ttft_slo_ms: _Optional[int] = ..., tpot_slo_ms: _Optional[int] = ..., policy: _Optional[str] = ..., use_pool: bool = ..., sticky_key: _Optional[str] = ..., exclude_instances: _Optional[_Iterable[str]] = ..., fidelity_min: _Optional[_Union[_common_pb2.Fidelity, str]] = ..., namespace_id: _Optional[bytes] = ...) -> None: ...
+    priority: int
+    tenant: str
+    tenant_weight: float
+    wait_ms_max: int
+    def __init__(self, request_id: _Optional[str] = ..., gateway_id: _Optional[str] = ..., model: _Optional[str] = ..., keys: _Optional[_Iterable[_Union[_common_pb2.KeyList, _Mapping]]] = ..., prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., ttft_slo_ms: _Optional[int] = ..., tpot_slo_ms: _Optional[int] = ..., policy: _Optional[str] = ..., use_pool: bool = ..., sticky_key: _Optional[str] = ..., exclude_instances: _Optional[_Iterable[str]] = ..., fidelity_min: _Optional[_Union[_common_pb2.Fidelity, str]] = ..., namespace_id: _Optional[bytes] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., tenant_weight: _Optional[float] = ..., wait_ms_max: _Optional[int] = ...) -> None: ...
 
 class Target(_message.Message):
     __slots__ = ("instance_id", "address", "epoch")
@@ -165,7 +173,7 @@ class Target(_message.Message):
     def __init__(self, instance_id: _Optional[str] = ..., address: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class Placement(_message.Message):
-    __slots__ = ("prefill", "decode", "split", "pull", "cached_tokens", "predicted_ttft_us", "handoff_source_id", "handoff_address", "ttl_ms")
+    __slots__ = ("prefill", "decode", "split", "pull", "cached_tokens", "predicted_ttft_us", "handoff_source_id", "handoff_address", "ttl_ms", "waited_us")
     PREFILL_FIELD_NUMBER: _ClassVar[int]
     DECODE_FIELD_NUMBER: _ClassVar[int]
     SPLIT_FIELD_NUMBER: _ClassVar[int]
@@ -175,6 +183,7 @@ class Placement(_message.Message):
     HANDOFF_SOURCE_ID_FIELD_NUMBER: _ClassVar[int]
     HANDOFF_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    WAITED_US_FIELD_NUMBER: _ClassVar[int]
     prefill: Target
     decode: Target
     split: bool
@@ -184,7 +193,8 @@ class Placement(_message.Message):
     handoff_source_id: str
     handoff_address: str
     ttl_ms: int
-    def __init__(self, prefill: _Optional[_Union[Target, _Mapping]] = ..., decode: _Optional[_Union[Target, _Mapping]] = ..., split: bool = ..., pull: _Optional[_Iterable[_Union[_directory_pb2.Run, _Mapping]]] = ..., cached_tokens: _Optional[int] = ..., predicted_ttft_us: _Optional[int] = ..., handoff_source_id: _Optional[str] = ..., handoff_address: _Optional[str] = ..., ttl_ms: _Optional[int] = ...) -> None: ...
+    waited_us: int
+    def __init__(self, prefill: _Optional[_Union[Target, _Mapping]] = ..., decode: _Optional[_Union[Target, _Mapping]] = ..., split: bool = ..., pull: _Optional[_Iterable[_Union[_directory_pb2.Run, _Mapping]]] = ..., cached_tokens: _Optional[int] = ..., predicted_ttft_us: _Optional[int] = ..., handoff_source_id: _Optional[str] = ..., handoff_address: _Optional[str] = ..., ttl_ms: _Optional[int] = ..., waited_us: _Optional[int] = ...) -> None: ...
 
 class Refusal(_message.Message):
     __slots__ = ("reason", "message", "retry_after_ms")
@@ -235,7 +245,7 @@ class ListInstancesRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class InstanceStatus(_message.Message):
-    __slots__ = ("info", "state", "running", "waiting", "kv_tokens_free", "kv_tokens_reserved", "queue_us", "report_age_ms", "hbm_blocks", "prefill_base_us", "prefill_per_token_us", "prefill_attention_us", "decode_base_us", "decode_per_sequence_us", "decode_per_kv_token_us")
+    __slots__ = ("info", "state", "running", "waiting", "kv_tokens_free", "kv_tokens_reserved", "queue_us", "report_age_ms", "hbm_blocks", "prefill_base_us", "prefill_per_token_us", "prefill_attention_us", "decode_base_us", "decode_per_sequence_us", "decode_per_kv_token_us", "prediction_errors", "ttft_overhead_us", "ttft_factor", "requests_waiting")
     INFO_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
@@ -251,6 +261,10 @@ class InstanceStatus(_message.Message):
     DECODE_BASE_US_FIELD_NUMBER: _ClassVar[int]
     DECODE_PER_SEQUENCE_US_FIELD_NUMBER: _ClassVar[int]
     DECODE_PER_KV_TOKEN_US_FIELD_NUMBER: _ClassVar[int]
+    PREDICTION_ERRORS_FIELD_NUMBER: _ClassVar[int]
+    TTFT_OVERHEAD_US_FIELD_NUMBER: _ClassVar[int]
+    TTFT_FACTOR_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_WAITING_FIELD_NUMBER: _ClassVar[int]
     info: _engine_pb2.EngineInfo
     state: str
     running: int
@@ -266,7 +280,23 @@ class InstanceStatus(_message.Message):
     decode_base_us: float
     decode_per_sequence_us: float
     decode_per_kv_token_us: float
-    def __init__(self, info: _Optional[_Union[_engine_pb2.EngineInfo, _Mapping]] = ..., state: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_tokens_free: _Optional[int] = ..., kv_tokens_reserved: _Optional[int] = ..., queue_us: _Optional[int] = ..., report_age_ms: _Optional[int] = ..., hbm_blocks: _Optional[int] = ..., prefill_base_us: _Optional[float] = ..., prefill_per_token_us: _Optional[float] = ..., prefill_attention_us: _Optional[float] = ..., decode_base_us: _Optional[float] = ..., decode_per_sequence_us: _Optional[float] = ..., decode_per_kv_token_us: _Optional[float] = ...) -> None: ...
+    prediction_errors: _containers.RepeatedCompositeFieldContainer[PredictionError]
+    ttft_overhead_us: float
+    ttft_factor: float
+    requests_waiting: int
+    def __init__(self, info: _Optional[_Union[_engine_pb2.EngineInfo, _Mapping]] = ..., state: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_tokens_free: _Optional[int] = ..., kv_tokens_reserved: _Optional[int] = ..., queue_us: _Optional[int] = ..., report_age_ms: _Optional[int] = ..., hbm_blocks: _Optional[int] = ..., prefill_base_us: _Optional[float] = ..., prefill_per_token_us: _Optional[float] = ..., prefill_attention_us: _Optional[float] = ..., decode_base_us: _Optional[float] = ..., decode_per_sequence_us: _Optional[float] = ..., decode_per_kv_token_us: _Optional[float] = ..., prediction_errors: _Optional[_Iterable[_Union[PredictionError, _Mapping]]] = ..., ttft_overhead_us: _Optional[float] = ..., ttft_factor: _Optional[float] = ..., requests_waiting: _Optional[int] = ...) -> None: ...
+
+class PredictionError(_message.Message):
+    __slots__ = ("kind", "median", "mean", "count")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    MEDIAN_FIELD_NUMBER: _ClassVar[int]
+    MEAN_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    median: float
+    mean: float
+    count: int
+    def __init__(self, kind: _Optional[str] = ..., median: _Optional[float] = ..., mean: _Optional[float] = ..., count: _Optional[int] = ...) -> None: ...
 
 class ListInstancesReply(_message.Message):
     __slots__ = ("instances",)
@@ -309,7 +339,7 @@ class Candidate(_message.Message):
     def __init__(self, prefill_instance: _Optional[str] = ..., decode_instance: _Optional[str] = ..., split: bool = ..., queue_us: _Optional[int] = ..., pull_us: _Optional[int] = ..., prefill_us: _Optional[int] = ..., handoff_us: _Optional[int] = ..., decode_harm_us: _Optional[int] = ..., cost_us: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., feasible: bool = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Explanation(_message.Message):
-    __slots__ = ("request_id", "policy", "prompt_tokens", "max_tokens", "candidates", "choice", "outcome", "placed_age_ms", "candidates_total")
+    __slots__ = ("request_id", "policy", "prompt_tokens", "max_tokens", "candidates", "choice", "outcome", "placed_age_ms", "candidates_total", "waited_us", "priority", "tenant", "waiting", "ttft_error_ratio", "prediction_errors")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -319,6 +349,12 @@ class Explanation(_message.Message):
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
     PLACED_AGE_MS_FIELD_NUMBER: _ClassVar[int]
     CANDIDATES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    WAITED_US_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    TTFT_ERROR_RATIO_FIELD_NUMBER: _ClassVar[int]
+    PREDICTION_ERRORS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     policy: str
     prompt_tokens: int
@@ -328,14 +364,66 @@ class Explanation(_message.Message):
     outcome: Outcome
     placed_age_ms: int
     candidates_total: int
-    def __init__(self, request_id: _Optional[str] = ..., policy: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ..., choice: _Optional[_Union[PlaceReply, _Mapping]] = ..., outcome: _Optional[_Union[Outcome, _Mapping]] = ..., placed_age_ms: _Optional[int] = ..., candidates_total: _Optional[int] = ...) -> None: ...
+    waited_us: int
+    priority: int
+    tenant: str
+    waiting: bool
+    ttft_error_ratio: float
+    prediction_errors: _containers.RepeatedCompositeFieldContainer[PredictionError]
+    def __init__(self, request_id: _Optional[str] = ..., policy: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ..., choice: _Optional[_Union[PlaceReply, _Mapping]] = ..., outcome: _Optional[_Union[Outcome, _Mapping]] = ..., placed_age_ms: _Optional[int] = ..., candidates_total: _Optional[int] = ..., waited_us: _Optional[int] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., waiting: bool = ..., ttft_error_ratio: _Optional[float] = ..., prediction_errors: _Optional[_Iterable[_Union[PredictionError, _Mapping]]] = ...) -> None: ...
+
+class GetPlanRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RoleProposal(_message.Message):
+    __slots__ = ("model", "kind", "instance_id", "role", "why", "age_ms", "executable")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    AGE_MS_FIELD_NUMBER: _ClassVar[int]
+    EXECUTABLE_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    kind: str
+    instance_id: str
+    role: _engine_pb2.Role
+    why: str
+    age_ms: int
+    executable: bool
+    def __init__(self, model: _Optional[str] = ..., kind: _Optional[str] = ..., instance_id: _Optional[str] = ..., role: _Optional[_Union[_engine_pb2.Role, str]] = ..., why: _Optional[str] = ..., age_ms: _Optional[int] = ..., executable: bool = ...) -> None: ...
+
+class PhaseLoad(_message.Message):
+    __slots__ = ("model", "prefill_instances", "decode_instances", "prefill_utilisation", "decode_utilisation", "waiting")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_INSTANCES_FIELD_NUMBER: _ClassVar[int]
+    DECODE_INSTANCES_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_UTILISATION_FIELD_NUMBER: _ClassVar[int]
+    DECODE_UTILISATION_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    prefill_instances: int
+    decode_instances: int
+    prefill_utilisation: float
+    decode_utilisation: float
+    waiting: int
+    def __init__(self, model: _Optional[str] = ..., prefill_instances: _Optional[int] = ..., decode_instances: _Optional[int] = ..., prefill_utilisation: _Optional[float] = ..., decode_utilisation: _Optional[float] = ..., waiting: _Optional[int] = ...) -> None: ...
+
+class Plan(_message.Message):
+    __slots__ = ("proposals", "loads")
+    PROPOSALS_FIELD_NUMBER: _ClassVar[int]
+    LOADS_FIELD_NUMBER: _ClassVar[int]
+    proposals: _containers.RepeatedCompositeFieldContainer[RoleProposal]
+    loads: _containers.RepeatedCompositeFieldContainer[PhaseLoad]
+    def __init__(self, proposals: _Optional[_Iterable[_Union[RoleProposal, _Mapping]]] = ..., loads: _Optional[_Iterable[_Union[PhaseLoad, _Mapping]]] = ...) -> None: ...
 
 class GetStatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class ClusterStatus(_message.Message):
-    __slots__ = ("scheduler_id", "version", "uptime_ms", "instances_alive", "instances_suspect", "sources_alive", "sources_suspect", "directory_blocks", "directory_replicas", "placements", "refusals", "splits", "active_requests", "kv_tokens_reserved", "gateways", "policies", "journal", "journal_bytes", "hashes")
+    __slots__ = ("scheduler_id", "version", "uptime_ms", "instances_alive", "instances_suspect", "sources_alive", "sources_suspect", "directory_blocks", "directory_replicas", "placements", "refusals", "splits", "active_requests", "kv_tokens_reserved", "gateways", "policies", "journal", "journal_bytes", "hashes", "waiting_requests", "event_log")
     SCHEDULER_ID_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     UPTIME_MS_FIELD_NUMBER: _ClassVar[int]
@@ -355,6 +443,8 @@ class ClusterStatus(_message.Message):
     JOURNAL_FIELD_NUMBER: _ClassVar[int]
     JOURNAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     HASHES_FIELD_NUMBER: _ClassVar[int]
+    WAITING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    EVENT_LOG_FIELD_NUMBER: _ClassVar[int]
     scheduler_id: str
     version: str
     uptime_ms: int
@@ -374,4 +464,48 @@ class ClusterStatus(_message.Message):
     journal: str
     journal_bytes: int
     hashes: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, scheduler_id: _Optional[str] = ..., version: _Optional[str] = ..., uptime_ms: _Optional[int] = ..., instances_alive: _Optional[int] = ..., instances_suspect: _Optional[int] = ..., sources_alive: _Optional[int] = ..., sources_suspect: _Optional[int] = ..., directory_blocks: _Optional[int] = ..., directory_replicas: _Optional[int] = ..., placements: _Optional[int] = ..., refusals: _Optional[int] = ..., splits: _Optional[int] = ..., active_requests: _Optional[int] = ..., kv_tokens_reserved: _Optional[int] = ..., gateways: _Optional[int] = ..., policies: _Optional[_Iterable[str]] = ..., journal: _Optional[str] = ..., journal_bytes: _Optional[int] = ..., hashes: _Optional[_Iterable[str]] = ...) -> None: ...
+    waiting_requests: int
+    event_log: EventLogStatus
+    def __init__(self, scheduler_id: _Optional[str] = ..., version: _Optional[str] = ..., uptime_ms: _Optional[int] = ..., instances_alive: _Optional[int] = ..., instances_suspect: _Optional[int] = ..., sources_alive: _Optional[int] = ..., sources_suspect: _Optional[int] = ..., directory_blocks: _Optional[int] = ..., directory_replicas: _Optional[int] = ..., placements: _Optional[int] = ..., refusals: _Optional[int] = ..., splits: _Optional[int] = ..., active_requests: _Optional[int] = ..., kv_tokens_reserved: _Optional[int] = ..., gateways: _Optional[int] = ..., policies: _Optional[_Iterable[str]] = ..., journal: _Optional[str] = ..., journal_bytes: _Optional[int] = ..., hashes: _Optional[_Iterable[str]] = ..., waiting_requests: _Optional[int] = ..., event_log: _Optional[_Union[EventLogStatus, _Mapping]] = ...) -> None: ...
+
+class EventLogStatus(_message.Message):
+    __slots__ = ("up", "changed_age_ms", "url", "error", "peers", "entries_written", "entries_read", "entries_bad", "gaps", "items_dropped")
+    UP_FIELD_NUMBER: _ClassVar[int]
+    CHANGED_AGE_MS_FIELD_NUMBER: _ClassVar[int]
+    URL_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    PEERS_FIELD_NUMBER: _ClassVar[int]
+    ENTRIES_WRITTEN_FIELD_NUMBER: _ClassVar[int]
+    ENTRIES_READ_FIELD_NUMBER: _ClassVar[int]
+    ENTRIES_BAD_FIELD_NUMBER: _ClassVar[int]
+    GAPS_FIELD_NUMBER: _ClassVar[int]
+    ITEMS_DROPPED_FIELD_NUMBER: _ClassVar[int]
+    up: bool
+    changed_age_ms: int
+    url: str
+    error: str
+    peers: _containers.RepeatedCompositeFieldContainer[PeerStatus]
+    entries_written: int
+    entries_read: int
+    entries_bad: int
+    gaps: int
+    items_dropped: int
+    def __init__(self, up: bool = ..., changed_age_ms: _Optional[int] = ..., url: _Optional[str] = ..., error: _Optional[str] = ..., peers: _Optional[_Iterable[_Union[PeerStatus, _Mapping]]] = ..., entries_written: _Optional[int] = ..., entries_read: _Optional[int] = ..., entries_bad: _Optional[int] = ..., gaps: _Optional[int] = ..., items_dropped: _Optional[int] = ...) -> None: ...
+
+class PeerStatus(_message.Message):
+    __slots__ = ("scheduler_id", "address", "state", "heard_age_ms", "sources", "instances", "placements")
+    SCHEDULER_ID_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    HEARD_AGE_MS_FIELD_NUMBER: _ClassVar[int]
+    SOURCES_FIELD_NUMBER: _ClassVar[int]
+    INSTANCES_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENTS_FIELD_NUMBER: _ClassVar[int]
+    scheduler_id: str
+    address: str
+    state: str
+    heard_age_ms: int
+    sources: int
+    instances: int
+    placements: int
+    def __init__(self, scheduler_id: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., heard_age_ms: _Optional[int] = ..., sources: _Optional[int] = ..., instances: _Optional[int] = ..., placements: _Optional[int] = ...) -> None: ...

@@ -69,6 +69,11 @@ class SchedulerStub(object):
                 request_serializer=kvpool_dot_v1_dot_scheduler__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=kvpool_dot_v1_dot_scheduler__pb2.ClusterStatus.FromString,
                 _registered_method=True)
+        self.GetPlan = channel.unary_unary(
+                '/kvpool.v1.Scheduler/GetPlan',
+                request_serializer=kvpool_dot_v1_dot_scheduler__pb2.GetPlanRequest.SerializeToString,
+                response_deserializer=kvpool_dot_v1_dot_scheduler__pb2.Plan.FromString,
+                _registered_method=True)
 
 
 class SchedulerServicer(object):
@@ -89,7 +94,8 @@ class SchedulerServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Place(self, request, context):
-        """Decides for one request. A refusal is a result, not an error.
+        """Decides for one request, now or when an instance can soon begin with it: a request may wait here. Ending the call
+        ends the wait. A refusal is a result, not an error.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -116,6 +122,13 @@ class SchedulerServicer(object):
 
     def GetStatus(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetPlan(self, request, context):
+        """How loaded each phase is, and which changes of roles or numbers would serve it better.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -157,6 +170,11 @@ def add_SchedulerServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=kvpool_dot_v1_dot_scheduler__pb2.GetStatusRequest.FromString,
                     response_serializer=kvpool_dot_v1_dot_scheduler__pb2.ClusterStatus.SerializeToString,
+            ),
+            'GetPlan': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPlan,
+                    request_deserializer=kvpool_dot_v1_dot_scheduler__pb2.GetPlanRequest.FromString,
+                    response_serializer=kvpool_dot_v1_dot_scheduler__pb2.Plan.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -348,6 +366,33 @@ class Scheduler(object):
             '/kvpool.v1.Scheduler/GetStatus',
             kvpool_dot_v1_dot_scheduler__pb2.GetStatusRequest.SerializeToString,
             kvpool_dot_v1_dot_scheduler__pb2.ClusterStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetPlan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvpool.v1.Scheduler/GetPlan',
+            kvpool_dot_v1_dot_scheduler__pb2.GetPlanRequest.SerializeToString,
+            kvpool_dot_v1_dot_scheduler__pb2.Plan.FromString,
             options,
             channel_credentials,
             insecure,

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from kvpool.v1 import common_pb2 as kvpool_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ckvpool/v1/source_admin.proto\x12\tkvpool.v1\x1a\x16kvpool/v1/common.proto\"U\n\x0c\x45victRequest\x12\x14\n\x0cnamespace_id\x18\x01 \x01(\x0c\x12 \n\x04keys\x18\x02 \x01(\x0b\x32\x12.kvpool.v1.KeyList\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\"+\n\nEvictReply\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x04\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\"\x93\x01\n\x08Progress\x12\x14\n\x0c\x62locks_total\x18\x01 \x01(\x04\x12\x13\n\x0b\x62locks_done\x18\x02 \x01(\x04\x12\x12\n\nbytes_done\x18\x03 \x01(\x04\x12\x15\n\rblocks_failed\x18\x04 \x01(\x04\x12\x12\n\nblocks_bad\x18\x05 \x01(\x04\x12\x0c\n\x04\x64one\x18\x06 \x01(\x08\x12\x0f\n\x07message\x18\x07 \x01(\t\">\n\rVerifyRequest\x12\x14\n\x0cnamespace_id\x18\x01 \x01(\x0c\x12\x17\n\x0f\x62ytes_per_s_max\x18\x02 \x01(\x04\"i\n\x0b\x43opyRequest\x12\x14\n\x0c\x66rom_address\x18\x01 \x01(\t\x12\x14\n\x0cnamespace_id\x18\x02 \x01(\x0c\x12 \n\x04keys\x18\x03 \x01(\x0b\x32\x12.kvpool.v1.KeyList\x12\x0c\n\x04move\x18\x04 \x01(\x08\"6\n\x0c\x44rainRequest\x12\x18\n\x10target_addresses\x18\x01 \x03(\t\x12\x0c\n\x04undo\x18\x02 \x01(\x08\"T\n\x05Quota\x12\x14\n\x0cnamespace_id\x18\x01 \x01(\x0c\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x11\n\tbytes_max\x18\x03 \x01(\x04\x12\x12\n\nbytes_used\x18\x04 \x01(\x04\"\x13\n\x11ListQuotasRequest\"3\n\x0fListQuotasReply\x12 \n\x06quotas\x18\x01 \x03(\x0b\x32\x10.kvpool.v1.Quota\"\x11\n\x0fListPinsRequest\"\x80\x01\n\x07PinInfo\x12\x0e\n\x06pin_id\x18\x01 \x01(\x04\x12\r\n\x05owner\x18\x02 \x01(\t\x12\x12\n\nsession_id\x18\x03 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x04 \x01(\r\x12\r\n\x05\x62ytes\x18\x05 \x01(\x04\x12\x15\n\rexpires_in_ms\x18\x06 \x01(\x03\x12\x0c\n\x04kind\x18\x07 \x01(\t\"1\n\rListPinsReply\x12 \n\x04pins\x18\x01 \x03(\x0b\x32\x12.kvpool.v1.PinInfo\"\x17\n\x15ListNamespacesRequest\"l\n\rNamespaceInfo\x12\x14\n\x0cnamespace_id\x18\x01 \x01(\x0c\x12&\n\x04spec\x18\x02 \x01(\x0b\x32\x18.kvpool.v1.NamespaceSpec\x12\x0e\n\x06\x62locks\x18\x03 \x01(\x04\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\"C\n\x13ListNamespacesReply\x12,\n\nnamespaces\x18\x01 \x03(\x0b\x32\x18.kvpool.v1.NamespaceInfo\"\xbc\x01\n\x08LinkInfo\x12\x0c\n\x04\x66rom\x18\x01 \x01(\t\x12\n\n\x02to\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x12\n\nlatency_us\x18\x05 \x01(\x01\x12\x13\n\x0b\x62ytes_per_s\x18\x06 \x01(\x01\x12\x11\n\ttransfers\x18\x07 \x01(\x04\x12\r\n\x05\x62ytes\x18\x08 \x01(\x04\x12\x0e\n\x06\x65rrors\x18\t \x01(\x04\x12\x0e\n\x06\x61ge_ms\x18\n \x01(\r\x12\x0e\n\x06\x61\x63tive\x18\x0b \x01(\x08\"\x12\n\x10ListLinksRequest\"4\n\x0eListLinksReply\x12\"\n\x05links\x18\x01 \x03(\x0b\x32\x13.kvpool.v1.LinkInfo\"L\n\x12ReportLinksRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x06\x12\"\n\x05links\x18\x02 \x03(\x0b\x32\x13.kvpool.v1.LinkInfo\"\x12\n\x10ReportLinksReply2\x8f\x05\n\x0bSourceAdmin\x12\x37\n\x05\x45vict\x12\x17.kvpool.v1.EvictRequest\x1a\x15.kvpool.v1.EvictReply\x12\x39\n\x06Verify\x12\x18.kvpool.v1.VerifyRequest\x1a\x13.kvpool.v1.Progress0\x01\x12\x35\n\x04\x43opy\x12\x16.kvpool.v1.CopyRequest\x1a\x13.kvpool.v1.Progress0\x01\x12\x37\n\x05\x44rain\x12\x17.kvpool.v1.DrainRequest\x1a\x13.kvpool.v1.Progress0\x01\x12.\n\x08SetQuota\x12\x10.kvpool.v1.Quota\x1a\x10.kvpool.v1.Quota\x12\x46\n\nListQuotas\x12\x1c.kvpool.v1.ListQuotasRequest\x1a\x1a.kvpool.v1.ListQuotasReply\x12@\n\x08ListPins\x12\x1a.kvpool.v1.ListPinsRequest\x1a\x18.kvpool.v1.ListPinsReply\x12R\n\x0eListNamespaces\x12 .kvpool.v1.ListNamespacesRequest\x1a\x1e.kvpool.v1.ListNamespacesReply\x12\x43\n\tListLinks\x12\x1b.kvpool.v1.ListLinksRequest\x1a\x19.kvpool.v1.ListLinksReply\x12I\n\x0bReportLinks\x12\x1d.kvpool.v1.ReportLinksRequest\x1a\x1b.kvpool.v1.ReportLinksReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ckvpool/v1/source_admin.proto\x12\tkvpool.v1\x1a\x16kvpool/v1/common.proto\"U\n\x0c\x45victRequest\x12\x14\n\x0cnamespace_id\x18\x01 \x01(\x0c\x12 \n\x04keys\x18\x02 \x01(\x0b\x32\x12.kvpool.v1.KeyList\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\"+\n\nEvictReply\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x04\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\"\x93\x01\n\x08Progress\x12\x14\n\x0c\x62locks_total\x18\x01 \x01(\x04\x12\x13\n\x0b\x62locks_done\x18\x02 \x01(\x04\x12\x12\n\nbytes_done\x18\x03 \x01(\x04\x12\x15\n\rblocks_failed\x18\x04 \x01(\x04\x12\x12\n\nblocks_bad\x18\x05 \x01(\x04\x12\x0c\n\x04\x64one\x18\x06 \x01(\x08\x12\x0f\n\x07message\x18\x07 \x01(\t\">\n\rVerifyRequest\x12\x14\n\x0cnamespace_id\x18\x01 \x01(\x0c\x12\x17\n\x0f\x62ytes_per_s_max\x18\x02 \x01(\x04\"i\n\x0b\x43opyRequest\x12\x14\n\x0c\x66rom_address\x18\x01 \x01(\t\x12\x14\n\x0cnamespace_id\x18\x02 \x01(\x0c\x12 \n\x04keys\x18\x03 \x01(\x0b\x32\x12.kvpool.v1.KeyList\x12\x0c\n\x04move\x18\x04 \x01(\x08\"E\n\x0c\x44rainRequest\x12\x18\n\x10target_addresses\x18\x01 \x03(\t\x12\x0c\n\x04undo\x18\x02 \x01(\x08\x12\r\n\x05\x62\x65low\x18\x03 \x01(\x08\"T\n\x05Quota\x12\x14\n\x0cnamespace_id\x18\x01 \x01(\x0c\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x11\n\tbytes_max\x18\x03 \x01(\x04\x12\x12\n\nbytes_used\x18\x04 \x01(\x04\"\x13\n\x11ListQuotasRequest\"3\n\x0fListQuotasReply\x12 \n\x06quotas\x18\x01 \x03(\x0b\x32\x10.kvpool.v1.Quota\"\x11\n\x0fListPinsRequest\"\x80\x01\n\x07PinInfo\x12\x0e\n\x06pin_id\x18\x01 \x01(\x04\x12\r\n\x05owner\x18\x02 \x01(\t\x12\x12\n\nsession_id\x18\x03 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x04 \x01(\r\x12\r\n\x05\x62ytes\x18\x05 \x01(\x04\x12\x15\n\rexpires_in_ms\x18\x06 \x01(\x03\x12\x0c\n\x04kind\x18\x07 \x01(\t\"1\n\rListPinsReply\x12 \n\x04pins\x18\x01 \x03(\x0b\x32\x12.kvpool.v1.PinInfo\"\x17\n\x15ListNamespacesRequest\"l\n\rNamespaceInfo\x12\x14\n\x0cnamespace_id\x18\x01 \x01(\x0c\x12&\n\x04spec\x18\x02 \x01(\x0b\x32\x18.kvpool.v1.NamespaceSpec\x12\x0e\n\x06\x62locks\x18\x03 \x01(\x04\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\"C\n\x13ListNamespacesReply\x12,\n\nnamespaces\x18\x01 \x03(\x0b\x32\x18.kvpool.v1.NamespaceInfo\"\xbc\x01\n\x08LinkInfo\x12\x0c\n\x04\x66rom\x18\x01 \x01(\t\x12\n\n\x02to\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x12\n\nlatency_us\x18\x05 \x01(\x01\x12\x13\n\x0b\x62ytes_per_s\x18\x06 \x01(\x01\x12\x11\n\ttransfers\x18\x07 \x01(\x04\x12\r\n\x05\x62ytes\x18\x08 \x01(\x04\x12\x0e\n\x06\x65rrors\x18\t \x01(\x04\x12\x0e\n\x06\x61ge_ms\x18\n \x01(\r\x12\x0e\n\x06\x61\x63tive\x18\x0b \x01(\x08\"\x12\n\x10ListLinksRequest\"4\n\x0eListLinksReply\x12\"\n\x05links\x18\x01 \x03(\x0b\x32\x13.kvpool.v1.LinkInfo\"L\n\x12ReportLinksRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x06\x12\"\n\x05links\x18\x02 \x03(\x0b\x32\x13.kvpool.v1.LinkInfo\"\x12\n\x10ReportLinksReply2\x8f\x05\n\x0bSourceAdmin\x12\x37\n\x05\x45vict\x12\x17.kvpool.v1.EvictRequest\x1a\x15.kvpool.v1.EvictReply\x12\x39\n\x06Verify\x12\x18.kvpool.v1.VerifyRequest\x1a\x13.kvpool.v1.Progress0\x01\x12\x35\n\x04\x43opy\x12\x16.kvpool.v1.CopyRequest\x1a\x13.kvpool.v1.Progress0\x01\x12\x37\n\x05\x44rain\x12\x17.kvpool.v1.DrainRequest\x1a\x13.kvpool.v1.Progress0\x01\x12.\n\x08SetQuota\x12\x10.kvpool.v1.Quota\x1a\x10.kvpool.v1.Quota\x12\x46\n\nListQuotas\x12\x1c.kvpool.v1.ListQuotasRequest\x1a\x1a.kvpool.v1.ListQuotasReply\x12@\n\x08ListPins\x12\x1a.kvpool.v1.ListPinsRequest\x1a\x18.kvpool.v1.ListPinsReply\x12R\n\x0eListNamespaces\x12 .kvpool.v1.ListNamespacesRequest\x1a\x1e.kvpool.v1.ListNamespacesReply\x12\x43\n\tListLinks\x12\x1b.kvpool.v1.ListLinksRequest\x1a\x19.kvpool.v1.ListLinksReply\x12I\n\x0bReportLinks\x12\x1d.kvpool.v1.ReportLinksRequest\x1a\x1b.kvpool.v1.ReportLinksReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,35 +43,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_COPYREQUEST']._serialized_start=413
   _globals['_COPYREQUEST']._serialized_end=518
   _globals['_DRAINREQUEST']._serialized_start=520
-  _globals['_DRAINREQUEST']._serialized_end=574
-  _globals['_QUOTA']._serialized_start=576
-  _globals['_QUOTA']._serialized_end=660
-  _globals['_LISTQUOTASREQUEST']._serialized_start=662
-  _globals['_LISTQUOTASREQUEST']._serialized_end=681
-  _globals['_LISTQUOTASREPLY']._serialized_start=683
-  _globals['_LISTQUOTASREPLY']._serialized_end=734
-  _globals['_LISTPINSREQUEST']._serialized_start=736
-  _globals['_LISTPINSREQUEST']._serialized_end=753
-  _globals['_PININFO']._serialized_start=756
-  _globals['_PININFO']._serialized_end=884
-  _globals['_LISTPINSREPLY']._serialized_start=886
-  _globals['_LISTPINSREPLY']._serialized_end=935
-  _globals['_LISTNAMESPACESREQUEST']._serialized_start=937
-  _globals['_LISTNAMESPACESREQUEST']._serialized_end=960
-  _globals['_NAMESPACEINFO']._serialized_start=962
-  _globals['_NAMESPACEINFO']._serialized_end=1070
-  _globals['_LISTNAMESPACESREPLY']._serialized_start=1072
-  _globals['_LISTNAMESPACESREPLY']._serialized_end=1139
-  _globals['_LINKINFO']._serialized_start=1142
-  _globals['_LINKINFO']._serialized_end=1330
-  _globals['_LISTLINKSREQUEST']._serialized_start=1332
-  _globals['_LISTLINKSREQUEST']._serialized_end=1350
-  _globals['_LISTLINKSREPLY']._serialized_start=1352
-  _globals['_LISTLINKSREPLY']._serialized_end=1404
-  _globals['_REPORTLINKSREQUEST']._serialized_start=1406
-  _globals['_REPORTLINKSREQUEST']._serialized_end=1482
-  _globals['_REPORTLINKSREPLY']._serialized_start=1484
-  _globals['_REPORTLINKSREPLY']._serialized_end=1502
-  _globals['_SOURCEADMIN']._serialized_start=1505
-  _globals['_SOURCEADMIN']._serialized_end=2160
+  _globals['_DRAINREQUEST']._serialized_end=589
+  _globals['_QUOTA']._serialized_start=591
+  _globals['_QUOTA']._serialized_end=675
+  _globals['_LISTQUOTASREQUEST']._serialized_start=677
+  _globals['_LISTQUOTASREQUEST']._serialized_end=696
+  _globals['_LISTQUOTASREPLY']._serialized_start=698
+  _globals['_LISTQUOTASREPLY']._serialized_end=749
+  _globals['_LISTPINSREQUEST']._serialized_start=751
+  _globals['_LISTPINSREQUEST']._serialized_end=768
+  _globals['_PININFO']._serialized_start=771
+  _globals['_PININFO']._serialized_end=899
+  _globals['_LISTPINSREPLY']._serialized_start=901
+  _globals['_LISTPINSREPLY']._serialized_end=950
+  _globals['_LISTNAMESPACESREQUEST']._serialized_start=952
+  _globals['_LISTNAMESPACESREQUEST']._serialized_end=975
+  _globals['_NAMESPACEINFO']._serialized_start=977
+  _globals['_NAMESPACEINFO']._serialized_end=1085
+  _globals['_LISTNAMESPACESREPLY']._serialized_start=1087
+  _globals['_LISTNAMESPACESREPLY']._serialized_end=1154
+  _globals['_LINKINFO']._serialized_start=1157
+  _globals['_LINKINFO']._serialized_end=1345
+  _globals['_LISTLINKSREQUEST']._serialized_start=1347
+  _globals['_LISTLINKSREQUEST']._serialized_end=1365
+  _globals['_LISTLINKSREPLY']._serialized_start=1367
+  _globals['_LISTLINKSREPLY']._serialized_end=1419
+  _globals['_REPORTLINKSREQUEST']._serialized_start=1421
+  _globals['_REPORTLINKSREQUEST']._serialized_end=1497
+  _globals['_REPORTLINKSREPLY']._serialized_start=1499
+  _globals['_REPORTLINKSREPLY']._serialized_end=1517
+  _globals['_SOURCEADMIN']._serialized_start=1520
+  _globals['_SOURCEADMIN']._serialized_end=2175
 # @@protoc_insertion_point(module_scope)

@@ -63,12 +63,14 @@ class CopyRequest(_message.Message):
     def __init__(self, from_address: _Optional[str] = ..., namespace_id: _Optional[bytes] = ..., keys: _Optional[_Union[_common_pb2.KeyList, _Mapping]] = ..., move: bool = ...) -> None: ...
 
 class DrainRequest(_message.Message):
-    __slots__ = ("target_addresses", "undo")
+    __slots__ = ("target_addresses", "undo", "below")
     TARGET_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     UNDO_FIELD_NUMBER: _ClassVar[int]
+    BELOW_FIELD_NUMBER: _ClassVar[int]
     target_addresses: _containers.RepeatedScalarFieldContainer[str]
     undo: bool
-    def __init__(self, target_addresses: _Optional[_Iterable[str]] = ..., undo: bool = ...) -> None: ...
+    below: bool
+    def __init__(self, target_addresses: _Optional[_Iterable[str]] = ..., undo: bool = ..., below: bool = ...) -> None: ...
 
 class Quota(_message.Message):
     __slots__ = ("namespace_id", "tenant", "bytes_max", "bytes_used")

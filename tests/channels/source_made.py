@@ -200,6 +200,34 @@ class MadeSource:
         b = leased.blocks
         return leased.lease, Descriptors(b.keys, b.offsets, b.sizes, b.generations, b.digests[:, :SECTIONS].copy())
 
+    def write_sections(
+        self, slots: Descriptors, sections: NDArray[np.int64], data: NDArray[np.uint8]
+    ) -> NDArray[np.uint64]:
+        """One section of each slot, written straight into it. Returns their digests."""
+        digests = np.zeros(len(sections), dtype=np.uint64)
+        for i, (key, section) in enumerate(zip(block_keys(slots), sections.tolist(), strict=True)):
+            begin = int(slots.offsets[i]) + section * data.shape[1]
+            self.segment.data[begin : begin + data.shape[1]] = data[i]
+            digests[i] = section_digest(data[i], key, section)
+        return digests
+
+    def commit_sections(self, reservation: int, sections: NDArray[np.int64], digests: NDArray[np.uint64]) -> None:
+        """One section of each block of a reservation."""
+        indices = np.arange(len(sections), dtype=np.uint32)
+        self.core.commit(self.session, reservation, indices, sections.astype(np.uint32), digests, now_us())
+        self.grants.committed(reservation, indices.tolist(), sections.tolist())
+
+    def lease_sections(self, keys: NDArray[np.uint8]) -> tuple[int, Descriptors, NDArray[np.uint8]]:
+        """A lease of blocks that may be incomplete, and their committed sections as bits."""
+        now = now_us()
+        leased = self.core.lease(self.session, self.namespace, keys, TTL_US, now, incomplete=True)
+        self.grants.grant_read(
+            self.session, leased.lease, leased.blocks, leased.found, now + TTL_US, SECTIONS, leased.sections
+        )
+        b = leased.blocks
+        digests = b.digests[:, :SECTIONS].copy()
+        return leased.lease, Descriptors(b.keys, b.offsets, b.sizes, b.generations, digests), leased.sections
+
     def drop(self, lease: int, keys: NDArray[np.uint8]) -> None:
         """Gives a lease back and removes the blocks."""
         self.grants.revoke_read(self.session, [lease])

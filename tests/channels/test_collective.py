@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import resource
 import signal
 import socket
 import subprocess
@@ -408,3 +410,30 @@ def test_close_ends_a_call_under_way(serving: Peer) -> None:
         channel.close()
         with pytest.raises(ChannelError, match="closed"):
             call.result(10)
+
+
+# ------------------------------------------------------------ out of file descriptors
+
+
+def test_without_file_descriptors_it_rests_and_says_so_once(source: Source, caplog: pytest.LogCaptureFixture) -> None:
+    host, _, port = source.server.address.rpartition(":")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket() as client, caplog.at_level("WARNING", "kvpool.channels.collective_server"):
+        client.settimeout(DEADLINE_S)
+        lowest = os.open(os.devnull, os.O_RDONLY)
+        os.close(lowest)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
+        try:
+            client.connect((host, int(port)))
+
+            def complaints() -> int:
+                return sum("no client can be taken" in record.message for record in caplog.records)
+
+            end_s = time.monotonic() + DEADLINE_S
+            while not complaints() and time.monotonic() < end_s:
+                time.sleep(0.01)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        client.sendall(bytes(wire.GREETING.size))
+        assert client.recv(1), "taken as soon as there are descriptors again"
+    assert complaints() == 1

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from kvpool.channels.base import Channel, ChannelError
+from kvpool.channels.sections import sections_as_blocks
 from kvpool.core.arrays import Descriptors
 from kvpool.core.errors import BadArgument, Reason
 from tests.channels.source_made import AVAILABLE, CHANNELS, SECTIONS, HarmfulProxy, MadeSource
@@ -128,6 +129,36 @@ def test_another_blocks_bytes_are_seen(source: MadeSource, channel: Channel) -> 
     lease, blocks = source.lease(keys)
     swapped = Descriptors(blocks.keys[::-1].copy(), blocks.offsets, blocks.sizes, blocks.generations, blocks.digests)
     assert not channel.read(lease, swapped, np.zeros_like(data), deadline_s=DEADLINE_S).any()
+
+
+def test_sections_are_read_as_soon_as_they_are_committed(source: MadeSource, channel: Channel, kind: str) -> None:
+    keys, data = source.random_blocks(6)
+    step = data.shape[1] // SECTIONS
+    reservation, slots = source.reserve(keys)
+    first = np.arange(6) % SECTIONS
+    mine = np.stack([np.split(row, SECTIONS)[section] for row, section in zip(data, first, strict=True)])
+    if CHANNELS[kind].writes:
+        digests = channel.write(reservation, sections_as_blocks(slots, first), mine, deadline_s=DEADLINE_S)
+    else:
+        digests = source.write_sections(slots, first, mine)
+    source.commit_sections(reservation, first, digests.ravel())
+    lease, blocks, committed = source.lease_sections(keys)
+    assert committed.tolist() == (1 << first).tolist()
+    out = np.zeros((6, step), dtype=np.uint8)
+    assert channel.read(lease, sections_as_blocks(blocks, first), out, deadline_s=DEADLINE_S).all()
+    assert np.array_equal(out, mine)
+    # Under the number of another section the same bytes do not verify.
+    other = (first + 1) % SECTIONS
+    wrong = sections_as_blocks(blocks, first)
+    wrong.keys[:] = sections_as_blocks(blocks, other).keys
+    assert not channel.read(lease, wrong, out, deadline_s=DEADLINE_S).any()
+    if CHANNELS[kind].sees_rights:
+        for asked in (blocks, sections_as_blocks(blocks, other)):
+            with pytest.raises(ChannelError):
+                channel.read(lease, asked, np.zeros_like(data), deadline_s=DEADLINE_S)
+        for asked in (slots, sections_as_blocks(slots, first)):
+            with pytest.raises(ChannelError):
+                channel.write(reservation, asked, data, deadline_s=DEADLINE_S)
 
 
 @pytest.mark.usefixtures("writing")

@@ -12,7 +12,7 @@ from kvpool.channels.base import ChannelError
 from kvpool.channels.sections import digest_blocks
 from kvpool.channels.shared_index import SharedIndex
 from kvpool.channels.shm import READERS, ShmChannel
-from kvpool.core.arrays import FLAG_LOWER_TIER, FLAGS, TABLE_VERSION, EntryState, SourceArrays
+from kvpool.core.arrays import FLAG_LOWER_TIER, FLAGS, TABLE_VERSION, TOUCHES_MAX, EntryState, SourceArrays
 from kvpool.core.errors import BadArgument, Unavailable
 from kvpool.core.ids import Fidelity
 from kvpool.core.index import BlockIndex, NewEntries
@@ -150,6 +150,11 @@ def test_reading_marks_as_used_and_finding_does_not(source, shared):
     good, _ = read_all(shared, found.take(np.arange(4)))
     assert good.tolist() == [False, True, True, True]
     assert np.flatnonzero(source.arrays.touches).tolist() == sorted(entries[1:4].tolist())
+    assert source.arrays.touches.max() == 1
+    for reads in (2, 3, 3):
+        read_all(shared, found.take(np.arange(2, 4)))
+        assert source.arrays.touches[entries[2:4]].tolist() == [min(reads, TOUCHES_MAX)] * 2, "counted, up to a bound"
+    assert source.arrays.touches[entries[1]] == 1
 
 
 def test_bytes_that_changed_are_not_good(source, shared):
@@ -325,7 +330,9 @@ def test_keys_that_stay_are_never_missed_while_others_come_and_go(tmp_path):
     def churn():
         rng = np.random.default_rng(11)
         while not stop.is_set():
-            source.index.discard(source.index.insert(new_entries(rng.integers(0, 256, (1040, 16), dtype=np.uint8))))
+            entries = source.index.insert(new_entries(rng.integers(0, 256, (1040, 16), dtype=np.uint8)))
+            source.index.discard(entries)
+            source.index.free(entries)
 
     thread = threading.Thread(target=churn)
     thread.start()
@@ -377,7 +384,7 @@ class AgainstADict(RuleBasedStateMachine):
             else:
                 del self.readable[key]
                 self.index.unlink(both[key][0])
-                self.index.free(both[key][0])
+            self.index.free(both[key][0])
 
     @invariant()
     def answers_are_those_of_the_dict(self):

@@ -18,10 +18,11 @@ from typer.testing import CliRunner
 
 from kvpool.cli.kvctl import app
 from kvpool.cli.kvctl.options import parse_seconds
+from kvpool.cli.kvctl.settings import link_data
 from kvpool.cli.kvctl.top import Sample, rates
 from kvpool.client import PoolClient
 from kvpool.cluster import ClusterClient
-from kvpool.v1 import block_source_pb2
+from kvpool.v1 import block_source_pb2, source_admin_pb2
 from tests.pool.node_process import BLOCK_BYTES, eventually, namespace_spec, random_blocks
 from tests.pool.pool_made import Pool, running_pool
 
@@ -125,6 +126,14 @@ def test_evict_and_rm(filled: Any) -> None:
     assert len(data_of(pool, "ls")["blocks"]) <= 6
 
 
+def test_evict_passes_over_nodes_that_never_heard_of_the_domain(pool: Pool) -> None:
+    with PoolClient(pool.nodes["node-0"].address, timeout_s=10.0) as client:
+        domain = client.register_objects("known on one node")
+        client.put_objects(domain, ["x"], [b"1"])
+        evicted = data_of(pool, "evict", "x", "--objects", "known on one node")["evicted"]
+    assert {name: counts["blocks"] for name, counts in evicted.items()} == {"node-0": 1, "node-1": 0}
+
+
 def test_copy_move_verify(filled: Any) -> None:
     pool, _, keys, data = filled
     done = data_of(pool, "copy", "--from", "node-0", "--to", "node-1", keys[0], keys[1])["node-1"]
@@ -182,6 +191,24 @@ def test_bench_leaves_nothing(pool: Pool) -> None:
         assert client.stats().blocks == 0
     run("bench", scheduler=pool.address, code=2, words="--node")
     run("bench", "--node", "node-0", "--channel", "pigeon", scheduler=pool.address, code=1, words="pigeon")
+
+
+def test_bench_evicts_nothing_unless_told(filled: Any) -> None:
+    pool, client, *_ = filled
+    evicted = client.stats().evictions
+    # The node has 32 MiB, of which ten blocks and two objects take some.
+    bench = ("bench", "--node", "node-0", "--size", "1MiB", "--repeat", "1")
+    run(*bench, "--count", "32", scheduler=pool.address, code=2, words="--yes")
+    run(*bench, "--count", "33", "--yes", scheduler=pool.address, code=2, words="all memory")
+    assert client.stats().blocks == 12 and client.stats().evictions == evicted
+    assert data_of(pool, *bench, "--count", "24", "--yes")["blocks"] == 24
+
+
+def test_what_was_never_measured_of_a_link_is_none() -> None:
+    unused = link_data(source_admin_pb2.LinkInfo(kind="tcp", state="up", age_ms=5))
+    assert (unused["latency_us"], unused["bytes_per_s"], unused["age_ms"]) == (None, None, None)
+    small = link_data(source_admin_pb2.LinkInfo(kind="tcp", state="up", age_ms=5, transfers=3, latency_us=200.0))
+    assert (small["latency_us"], small["bytes_per_s"], small["age_ms"]) == (200.0, None, 5)
 
 
 def test_top_once(filled: Any) -> None:

@@ -219,7 +219,11 @@ class NaiveSource:
 
     def abort(self, session: int, number: int) -> int:
         reservation = self._reservation(session, number)
+        blocks = list(reservation.pending.values())
         dropped = 0 if reservation.expired else self._drop(reservation)
+        # Where somebody reads sections, the slot is his until he is through.
+        for block in [*reservation.quarantined, *([] if reservation.expired else blocks)]:
+            block.gone = True
         del self.reservations[number]
         return dropped
 
@@ -240,19 +244,30 @@ class NaiveSource:
 
     def writer_gone(self, session: int) -> int:
         mine = [n for n, r in self.reservations.items() if r.session == session and r.expired]
-        return sum(len(self.reservations.pop(n).quarantined) for n in mine)
+        freed = [b for n in mine for b in self.reservations.pop(n).quarantined]
+        for block in freed:
+            block.gone = True
+        return len(freed)
 
     # ---- reading and holding
 
-    def lease(self, session: int, number: int, keys: list[bytes], expires: int, handoff: str) -> list[bool]:
-        found = [self.readable(key) for key in keys]
+    def sections(self, key: bytes, incomplete: bool) -> list[int]:
+        """Those that may be read."""
+        if self.readable(key):
+            return list(range(self.blocks[key].sections))
+        return self._sections_done(key) if incomplete and key in self.blocks else []
+
+    def lease(
+        self, session: int, number: int, keys: list[bytes], expires: int, handoff: str, incomplete: bool
+    ) -> list[bool]:
+        found = [bool(self.sections(key, incomplete)) for key in keys]
         self.hits += found.count(True)
         self.misses += found.count(False)
         if any(found):
             blocks = [self.blocks[k] for k, f in zip(keys, found, strict=True) if f]
             for block in blocks:
                 block.leases += 1
-            self._touch(list(dict.fromkeys(blocks)))
+            self._touch(list(dict.fromkeys(b for b in blocks if b.readable)))
             self.leases[number] = Held(session, blocks, expires, handoff)
         return found
 

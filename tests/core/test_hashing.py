@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import sys
+from array import array
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from kvpool.core.hashing import (
     tail_key,
     token_array,
 )
+from kvpool.core.kernels.token_lists import words_of
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_keys.json").read_text())
 NAMESPACE = bytes.fromhex(GOLDEN["namespace_id"])
@@ -93,6 +96,42 @@ def test_chains_are_bit_exact(root, block_tokens, count, seed, offset):
     assert [bytes(k) for k in keys] == chain_oracle(root, tokens, block_tokens)
     assert np.array_equal(keys, block_keys(root, tokens.tolist(), block_tokens))
     assert np.array_equal(keys, block_keys(root, tokens.astype(np.int64), block_tokens))
+
+
+NUMBERS = st.one_of(
+    st.integers(0, 2**32 - 1), st.integers(), st.booleans(), st.floats(), st.none(), st.text(max_size=2),
+    st.integers(0, 2**31).map(np.int64), st.sampled_from([0, -1, 2**32 - 1, 2**32, 2**63, 2**64 - 1, 2**64, 2**200]),
+)  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.one_of(st.lists(st.integers(0, 2**32 - 1), max_size=50), st.lists(NUMBERS, max_size=3)), st.booleans())
+def test_lists_become_what_the_plain_way_makes_of_them(numbers, as_tuple):
+    given = tuple(numbers) if as_tuple else numbers
+    words = words_of(given)
+    try:
+        expected = array("I", numbers)
+    except (TypeError, OverflowError):
+        assert words is None
+        with pytest.raises(BadArgument, match="integers from 0"):
+            token_array(given)
+        return
+    assert token_array(given).tolist() == expected.tolist()
+    # numpy's integers are left to the plain way.
+    assert (words is None) == any(not isinstance(number, int) for number in numbers)
+    if words is not None:
+        assert (words.dtype, words.tolist()) == (np.uint32, expected.tolist())
+
+
+def test_what_a_list_refused_leaves_behind_is_nothing():
+    """Neither an exception that comes up later nor a reference."""
+    number = 2**70 + 1
+    before = sys.getrefcount(number)
+    for _ in range(1000):
+        assert words_of([1, number]) is None
+        assert words_of((number,)) is None
+    assert sys.getrefcount(number) == before
+    assert words_of([]) is not None
 
 
 @settings(max_examples=30, deadline=None)

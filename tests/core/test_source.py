@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kvpool.core.arrays import SourceArrays
-from kvpool.core.errors import BadArgument, UnknownNamespace, UnknownSession
+from kvpool.core.errors import BadArgument, NoSpace, UnknownNamespace, UnknownSession
 from kvpool.core.ids import Fidelity, KeyArray, NamespaceId, ReservationId, SessionId
 from kvpool.core.namespace import SECTIONS_MAX, GroupKind, GroupSpec, NamespaceSpec
 from kvpool.core.results import ReserveStatus, SourceConfig
@@ -243,3 +243,71 @@ def test_what_ended_early_leaves_no_deadline() -> None:
         w.core.take_wakeups()
     w.core.tick(2 * SECOND)  # over for the finished reservation, too
     assert w.core.next_deadline_us() is None
+
+
+@pytest.mark.parametrize("end", ["abort", "expiry", "completion"])
+def test_a_slot_stays_with_the_reader_of_its_sections(end: str) -> None:
+    """Whatever becomes of the block: nobody else gets the bytes before the last reader is through."""
+    core = SourceCore(SourceConfig(PAGE, 4, unit_bytes=PAGE, high_watermark=1.0))
+    namespace, session = core.register_namespace(spec(sections=2)), core.open_session("client", 0)
+    group = core.group(namespace, 0, 0)
+    reserved = core.reserve(session, namespace, group, keys(1), SECOND, 0)
+    row, digest = np.zeros(1, np.uint32), np.array([7], np.uint64)
+    core.commit(session, reserved.reservation, row, row + np.uint32(1), digest, 0)
+    assert not core.lease(session, namespace, keys(1), 9 * SECOND, 0).lease, "not for who wants whole blocks"
+    leased = core.lease(session, namespace, keys(1), 9 * SECOND, 0, incomplete=True)
+    assert leased.sections.tolist() == [0b10] and int(leased.blocks.digests[0, 1]) == 7
+    if end == "abort":
+        assert core.abort(session, reserved.reservation, 0) == 1
+    elif end == "expiry":
+        core.tick(2 * SECOND)
+        assert core.counts().quarantined == 1
+        core.writer_gone(session, 0)
+    else:
+        assert core.commit(session, reserved.reservation, row, row, digest, 0) == 1
+    core.check_invariants()
+    assert (core.counts().quarantined, core.counts().bytes_used) == (0, PAGE)
+    with pytest.raises(NoSpace):
+        core.reserve(session, namespace, group, keys(2), SECOND, 0)
+    core.release(session, [leased.lease], 0)
+    core.check_invariants()
+    assert core.counts().bytes_used == (PAGE if end == "completion" else 0)
+    assert core.reserve(session, namespace, group, keys(2), SECOND, 0).status.tolist() == [ReserveStatus.RESERVED]
+
+
+def test_sections_that_are_not_wanted_are_not_leased() -> None:
+    """Of another namespace, of less fidelity, or without a committed section."""
+    w = Writer()
+    other = w.core.register_namespace(spec("other", sections=2))
+    group = w.core.group(other, 0, 0)
+    lossy = w.core.reserve(
+        w.session, other, group, keys(1), SECOND, 0, fidelity=Fidelity.INT8, sizes=np.array([100], np.uint64)
+    )
+    bare = w.core.reserve(w.session, other, group, keys(2), SECOND, 0)
+    row, digest = np.zeros(1, np.uint32), np.array([7], np.uint64)
+    w.core.commit(w.session, lossy.reservation, row, row, digest, 0)
+
+    def sections(namespace: bytes, number: int, **options: Fidelity) -> int:
+        leased = w.core.lease(w.session, namespace, keys(number), SECOND, 0, incomplete=True, **options)
+        assert bool(leased.lease) == bool(leased.sections[0])
+        return int(leased.sections[0])
+
+    assert sections(other, 1, fidelity_min=Fidelity.INT8) == 1
+    assert sections(other, 1) == sections(other, 2) == sections(w.namespace, 1, fidelity_min=Fidelity.INT8) == 0
+    w.core.commit(w.session, bare.reservation, row, row, digest, 0)
+    assert sections(other, 2) == 1
+    w.core.check_invariants()
+
+
+def test_what_changed_under_its_key_is_not_removed() -> None:
+    w = Writer()
+    w.publish(1, 2, 3)
+    held = w.core.lease(w.session, w.namespace, keys(1, 2, 3, 4), SECOND, 0).blocks.digests[:, :1]
+    wrong = held.copy()
+    wrong[1] += np.uint64(1)
+    assert w.core.unchanged(w.namespace, keys(1, 2, 3, 4), wrong).tolist() == [True, False, True, False]
+    assert w.core.remove(w.namespace, keys(1, 2, 3, 4), 0, digests=wrong) == 2
+    assert w.core.lookup(w.namespace, keys(1, 2, 3)).tolist() == [False, True, False]
+    for digests in (held[:3], np.zeros((4, SECTIONS_MAX + 1), np.uint64)):
+        with pytest.raises(BadArgument):
+            w.core.remove(w.namespace, keys(1, 2, 3, 4), 0, digests=digests)

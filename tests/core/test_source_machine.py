@@ -240,6 +240,9 @@ class SourceMachine(RuleBasedStateMachine):
                 section % known.blocks[index].sections if known and wrong != 2 and index in known.blocks else section
             )
             chosen.append((index, section, digest_of(key, section) + (wrong == 3)))
+        self.commit_sections(owner, reservation, chosen)
+
+    def commit_sections(self, owner: int, reservation: int, chosen: list[tuple[int, int, int]]) -> None:
         columns = list(zip(*chosen, strict=True))
         self.both(
             lambda: self.core.commit(
@@ -257,6 +260,22 @@ class SourceMachine(RuleBasedStateMachine):
         self.reserve(pick, group, indices, 5, hold, "t" if pick % 3 == 0 else "")
         if len(self.reservations) > before:
             self.finish(self.reservations[-1])
+
+    @rule(pick=pick, indices=indices, ttl=ttls, give_up=st.booleans())
+    @precondition(lambda self: self.model.sessions)
+    def read_while_it_is_written(self, pick: int, indices: list[int], ttl: int, give_up: bool) -> None:
+        """A writer commits the first sections, a reader leases them at once; the writer may give up then."""
+        before, group = len(self.reservations), pick % len(self.groups)
+        self.reserve(pick, group, indices, ttl, None, "")
+        if len(self.reservations) == before:
+            return
+        known = self.model.reservations[self.reservations[-1]]
+        keys = [block.key for block in known.blocks.values()]
+        chosen = [(i, 0, digest_of(block.key, 0)) for i, block in known.blocks.items()]
+        self.commit_sections(known.session, self.reservations[-1], chosen)
+        self.lease_keys(self.some(self.model.sessions, pick), self.namespace, keys, 2 * ttl, "", True)
+        if give_up:
+            self.abort(1, 0)
 
     @rule(number=pick)
     @precondition(lambda self: self.reservations)
@@ -311,20 +330,30 @@ class SourceMachine(RuleBasedStateMachine):
         keys = [KEYS[i] for i in indices if (i >= KEY_COUNT) == objects]
         return self.objects if objects else self.namespace, keys
 
-    @rule(pick=pick, indices=indices, ttl=ttls, handoff=st.sampled_from(["p", "", "q"]))
+    @rule(pick=pick, indices=indices, ttl=ttls, handoff=st.sampled_from(["p", "", "q"]), incomplete=st.booleans())
     @precondition(lambda self: self.model.sessions)
-    def lease(self, pick: int, indices: list[int], ttl: int, handoff: str) -> None:
-        session, (namespace, keys) = self.some(self.model.sessions, pick), self.in_one_namespace(pick, indices)
-        names = [NAMES[OBJECT_KEYS.index(k)] for k in keys] if namespace == self.objects and pick % 2 else None
-        leased = self.core.lease(session, namespace, packed(keys), ttl, self.now, handoff=handoff, names=names)
-        found = self.model.lease(session, int(leased.lease), keys, self.now + ttl, handoff)
+    def lease(self, pick: int, indices: list[int], ttl: int, handoff: str, incomplete: bool) -> None:
+        namespace, keys = self.in_one_namespace(pick, indices)
+        self.lease_keys(self.some(self.model.sessions, pick), namespace, keys, ttl, handoff, incomplete)
+
+    def lease_keys(
+        self, session: int, namespace: bytes, keys: list[bytes], ttl: int, handoff: str, incomplete: bool
+    ) -> None:
+        names = [NAMES[OBJECT_KEYS.index(k)] for k in keys] if namespace == self.objects and ttl % 2 else None
+        leased = self.core.lease(
+            session, namespace, packed(keys), ttl, self.now, handoff=handoff, names=names, incomplete=incomplete
+        )
+        may_read = [self.model.sections(key, incomplete) for key in keys]
+        found = self.model.lease(session, int(leased.lease), keys, self.now + ttl, handoff, incomplete)
         assert leased.found.tolist() == found and bool(leased.lease) == any(found)
-        assert (leased.blocks.generations[leased.found] % 2 == 0).all()
+        assert leased.sections.tolist() == [sum(1 << section for section in sections) for sections in may_read]
+        complete = np.array([self.model.readable(key) for key in keys], dtype=np.bool_)
+        assert ((leased.blocks.generations % 2 == 0) == complete)[leased.found].all()
         assert not leased.blocks.sizes[~leased.found].any()
-        for key, hit, digests in zip(keys, found, leased.blocks.digests.tolist(), strict=True):
-            if hit:
+        for key, sections, digests in zip(keys, may_read, leased.blocks.digests.tolist(), strict=True):
+            if sections:
                 committed = self.digests_of(key)
-                assert digests[: len(committed)] == committed
+                assert [digests[s] for s in sections] == [committed[s] for s in sections]
         if leased.lease:
             self.leases.append(int(leased.lease))
 
@@ -540,7 +569,10 @@ class SourceMachine(RuleBasedStateMachine):
                 writable += [(int(o), int(o) + int(s)) for o, s in zip(slots.offsets, slots.sizes, strict=True)]
         readable = {}
         for number in self.model.leases:
+            # Of a block that is being written others than its writer write nothing either; sections are told apart by
+            # who commits what.
             blocks = self.core.readable_extents(number)
+            blocks = blocks.take(self.arrays.states[self.core.holds.leases[number].entries] != EntryState.WRITING)
             readable.update({int(o): int(o) + int(s) for o, s in zip(blocks.offsets, blocks.sizes, strict=True)})
         spans = sorted(writable + list(readable.items()))
         for (_, end), (begin, _) in pairwise(spans):
@@ -591,7 +623,8 @@ class SourceMachine(RuleBasedStateMachine):
         entry = int(self.core.index.lookup(packed([key]))[0])
         count = self.model.blocks[key].sections
         digests = [int(d) for d in self.core.arrays.digests[entry, :count]]
-        assert all(digests[s] - digest_of(key, s) in (0, 1) for s in range(count))
+        done = self.model.sections(key, True)
+        assert all(digests[s] - digest_of(key, s) in (0, 1) for s in done)
         return digests
 
     def take_changes(self) -> list[tuple[int, bytes]]:

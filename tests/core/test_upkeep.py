@@ -380,6 +380,20 @@ def test_reads_without_a_call_keep_blocks_from_going() -> None:
     assert c.core.counts().touches == 2 and not c.core.arrays.touches.any()
 
 
+@pytest.mark.parametrize("eviction", ["prefix", "lru", "lfu", "s3fifo"])
+@pytest.mark.parametrize("reads", [2, 3, 255])
+def test_each_read_without_a_call_counts(eviction: str, reads: int) -> None:
+    """Also where all of them come between two looks of the source, and the policy wants more than one."""
+    c = Client(20, eviction=eviction)
+    for number in range(10):
+        c.put(number)
+    c.core.arrays.touches[c.core.index.lookup(keys_of(3, 4))] = reads
+    for number in range(100, 118):
+        c.put(number)
+    assert c.here(*range(10)) == [3, 4]
+    assert c.core.counts().touches == 2
+
+
 def test_marks_of_what_is_gone_or_being_written_are_forgotten() -> None:
     c = Client(4, entries=5)
     c.put(1)

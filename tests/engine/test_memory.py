@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
-from engines.torch.hbm import CpuBlocks, CudaBlocks
-from kvpool.tiers.hbm import BlockMemory
+from engines.torch.hbm import CpuBlocks, CudaBlocks, StagingAreas
+from kvpool.core.errors import DeadlineExceeded
+from kvpool.tiers.hbm import BlockMemory, Done
 
 from .late import POISON, LateBlocks
 
@@ -71,3 +74,41 @@ def test_a_late_memory_shows_nothing_before_its_event() -> None:
     assert torch.equal(cache[3], before[1])
     taken.release()
     assert memory.staged == 0
+
+
+class Copy:
+    """The event of a copy that a test ends."""
+
+    def __init__(self) -> None:
+        self.over = threading.Event()
+
+    def wait(self, timeout_s: float) -> bool:
+        return self.over.wait(timeout_s)
+
+
+def test_a_staging_area_is_nobody_elses_before_its_last_copy_is_over() -> None:
+    """Who closes, or fails, gives it back at once; the device may still be writing into it."""
+    first, second = torch.zeros(1), torch.zeros(2)
+    areas, copy = StagingAreas([first, second]), Copy()
+    assert {id(areas.take()), id(areas.take())} == {id(first), id(second)}
+    areas.give(first, copy)
+    with pytest.raises(DeadlineExceeded):
+        areas.take(timeout_s=0.01)
+    with ThreadPoolExecutor(2) as threads:
+        waiting = [threads.submit(areas.take, 20.0) for _ in range(2)]
+        areas.give(second, Done())
+        copy.over.set()
+        assert {id(taken.result(20)) for taken in waiting} == {id(first), id(second)}
+    with pytest.raises(DeadlineExceeded):
+        areas.take(timeout_s=0.01)
+
+
+@pytest.mark.gpu
+def test_a_failed_gather_costs_no_staging_area() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    memory = CudaBlocks(torch.randn(SHAPE).to("cuda"))
+    for _ in range(10):
+        with pytest.raises(TypeError):
+            memory.gather("no blocks")  # type: ignore[arg-type]
+    memory.gather(np.array([0])).release()

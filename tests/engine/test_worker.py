@@ -278,6 +278,12 @@ def test_garbage_is_refused_and_leaves_nothing(llama: LoadedModel, stack: ExitSt
         gateway.send(submit)
         end = gateway.end(submit.request_id)
         assert end.finish_reason == Finish.ERROR and words in end.error, (change, end.error)
+    with Gateway(own) as stranger:
+        # What is another gateway's request is not a stranger's to answer.
+        stranger.first_token("good", 3)
+        stranger.send(engine_pb2.Submit(request_id="last"))
+        stranger.end("last")
+    assert not any(e.finish_reason for e in gateway.events("good"))
     gateway.first_token("good", 3)
     gateway.first_token("nobody", 3)
     gateway.send(engine_pb2.Submit())

@@ -203,7 +203,10 @@ def test_calls_beyond_the_threads_wait_and_waits_beyond_their_bound_are_refused(
             async def one() -> int:
                 return sum([len(news.indices) async for news in client.wait(namespace, keys, deadline_s=30)])
 
-            first = asyncio.ensure_future(one())
+            # Both look at the bound before either has begun.
+            first, second = asyncio.ensure_future(one()), asyncio.ensure_future(one())
+            with pytest.raises(Overloaded):
+                await second
 
             async def waits() -> bool:
                 return (await client.stats()).waiters == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,10 @@ from kvpool.client import (
     Hold,
     PoolClient,
 )
-from kvpool.core.errors import BadArgument, KvpoolError, Unavailable, UnknownNamespace, UnknownReservation
-from kvpool.core.ids import NamespaceId
+from kvpool.core.errors import BadArgument, KvpoolError, Overloaded, Unavailable, UnknownNamespace, UnknownReservation
+from kvpool.core.ids import Fidelity, NamespaceId
+from kvpool.core.namespace import GroupKind, GroupSpec, NamespaceSpec
+from kvpool.service.sessions import WAITING_CALLS_MAX
 from tests.pool.node_process import SECTIONS, NodeProcess, eventually, held, namespace_spec, random_blocks
 
 Connect = Callable[..., PoolClient]
@@ -122,6 +125,27 @@ def test_one_waits_for_what_another_writes(
     client.put(namespace, keys, data)
     thread.join(20)
     assert states == dict.fromkeys(range(8), COMMITTED)
+
+
+def test_waits_of_a_session_are_bounded(
+    shared_node: NodeProcess, connect: Connect, client: PoolClient, namespace: NamespaceId
+) -> None:
+    keys, _ = random_blocks(1, [14, *namespace])
+    waits = [client.wait(namespace, keys, deadline_s=60) for _ in range(WAITING_CALLS_MAX)]
+    with pytest.raises(Overloaded, match="of this session"):
+        next(client.wait(namespace, keys, deadline_s=60))
+    other = connect(shared_node, client="somebody else")
+    other.register(namespace_spec())
+    news = other.wait(namespace, keys, deadline_s=60)
+    assert client.stats().waiters == WAITING_CALLS_MAX + 1
+    waits.pop()  # nobody has it any more, and nobody ever asked it for news: it ends
+    assert eventually(lambda: client.stats().waiters == WAITING_CALLS_MAX)
+    waits.append(client.wait(namespace, keys, deadline_s=60))
+    for wait in [*waits, news]:
+        wait.close()
+    assert eventually(lambda: client.stats().waiters == 0)
+    with pytest.raises(Unavailable, match="was ended"):
+        next(waits[0])
 
 
 def test_waits_end(client: PoolClient, namespace: NamespaceId) -> None:
@@ -330,3 +354,37 @@ def test_holds_end_for_blocks_read_with_and_without_a_call(client: PoolClient, n
     got = client.get(namespace, keys, np.zeros_like(data), handoff="r")
     assert got.found.tolist() == [True] * 4 + [False]
     assert eventually(lambda: client.stats().pins == 0)
+
+
+@pytest.mark.parametrize("fidelity", [Fidelity.EXACT, Fidelity.INT8])
+def test_arguments_of_other_types_are_refused(client: PoolClient, fidelity: Fidelity) -> None:
+    """A typed error each, whatever the call is made of inside; nothing is written to memory that is too short."""
+    group = GroupSpec(0, GroupKind.FULL, (0,), 16, 1, 1, 2 * 16 * 2 * 64 * 4, kv_heads=2, head_dim=64)
+    namespace = client.register(NamespaceSpec("types", "", "float32", "test", "lkthd", "xxh3_128/1", (group,)))
+    keys, _ = random_blocks(2, [17, *namespace])
+    data = np.random.default_rng(18).standard_normal((2, group.block_bytes // 4)).astype(np.float32).view(np.uint8)
+    frozen = data.copy()
+    frozen.flags.writeable = False
+    assert client.put(namespace, keys, data, fidelity=fidelity, rows=[1, 0]).stored.all()  # type: ignore[arg-type]
+    put, get = partial(client.put, fidelity=fidelity), partial(client.get, fidelity_min=fidelity)
+    bad: list[Callable[[], object]] = [
+        lambda: put(namespace, ["ab", "cd"], data),  # type: ignore[arg-type]
+        lambda: get(namespace, ["ab", "cd"], data),  # type: ignore[arg-type]
+        lambda: client.lookup(namespace, ["ab"]),  # type: ignore[arg-type]
+        lambda: list(client.list_blocks(keys=["ab"])),  # type: ignore[arg-type]
+        lambda: put(namespace, keys[:, ::-1], data, rows=np.array([[0], [1]])),
+        lambda: get(namespace, keys, data, rows=["a", "b"]),  # type: ignore[arg-type]
+        lambda: get(namespace, keys, data, rows=np.array([0])),
+        lambda: get(namespace, keys, data[:1]),
+        lambda: get(namespace, keys, data[:, :-1]),
+        lambda: get(namespace, keys, frozen),
+        lambda: put(namespace, random_blocks(2, [19])[0], data[:, :-1]),
+        lambda: put(namespace, random_blocks(2, [19])[0], data, rows=np.array([0, 2])),
+    ]
+    for number, call in enumerate(bad):
+        with pytest.raises(BadArgument):
+            print(number, call())
+    for unknown in (put, get):
+        with pytest.raises(UnknownNamespace):
+            unknown(NamespaceId(b"0" * 16), keys, data)
+    client.remove_all(namespace)

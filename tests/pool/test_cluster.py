@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +21,8 @@ from kvpool.cluster.members import Claim, GivenUp
 from kvpool.cluster.placement import Place, choose, rank
 from kvpool.cluster.spreading import Holders, Stored, make_runs
 from kvpool.core.errors import BadArgument, Unavailable, UnknownNamespace
-from kvpool.core.ids import NamespaceId
+from kvpool.core.ids import NamespaceId, Tier
+from kvpool.core.namespace import NamespaceSpec
 from kvpool.service.rpc import make_channel
 from kvpool.v1 import source_admin_pb2, source_admin_pb2_grpc
 from tests.pool.node_process import eventually, held, namespace_spec, random_blocks
@@ -140,6 +143,52 @@ def test_remove_reaches_every_copy(pool: Pool, client: ClusterClient, namespace:
     assert client.lookup(namespace, keys).tolist() == [False, False, True, True, True]
     assert client.remove_all(namespace).copies == 9
     assert not any(holders(pool, namespace, keys, "test_remove_reaches_every_copy"))
+
+
+def test_what_an_engine_keeps_for_itself_is_not_asked_to_remove(
+    client: ClusterClient, namespace: NamespaceId, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would refuse, be left alone for that, and stand among the unreached for ever."""
+    engine = client._members.all()[0]
+    monkeypatch.setattr(engine, "tier", int(Tier.HBM))
+    keys, data = random_blocks(4, [15, *namespace])
+    files = client.register_objects("not for engines")
+    assert client.put(namespace, keys, data, replicas=2).copies.tolist() == [2] * 4
+    assert client.put_objects(files, ["a"], [b"1"], replicas=3).copies.tolist() == [2]
+    asked = []
+    for call in ("remove", "remove_all", "remove_objects", "lookup"):
+        monkeypatch.setattr(engine, call, lambda *_, call=call, **__: asked.append(call))
+    removed = [
+        client.remove_objects(files, ["a"]), client.remove(namespace, keys[:1]), client.remove_all(namespace),
+    ]  # fmt: skip
+    assert [(r.copies, r.unreached) for r in removed] == [(2, []), (2, []), (6, [])]
+    assert not client.lookup_objects(files, ["a"]).any() and client.get_objects(files, ["a"]).values == [None]
+    assert not asked and not engine.resting
+
+
+def test_a_second_thread_waits_until_the_node_knows_the_namespace(
+    client: ClusterClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    member, spec = client._members.all()[0], namespace_spec("known by two threads at once")
+    begun, answer, calls = threading.Event(), threading.Event(), []
+    register = member.register
+
+    def slow(spec: NamespaceSpec) -> NamespaceId:
+        calls.append(spec)
+        begun.set()
+        assert answer.wait(20)
+        return register(spec)
+
+    monkeypatch.setattr(member, "register", slow)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(member.know, spec.id(), spec)
+        assert begun.wait(20)
+        second = threads.submit(lambda: (member.know(spec.id(), spec), answer.is_set()))
+        answer.set()
+        first.result(20)
+        assert second.result(20)[1] and len(calls) == 1
+    keys, _ = random_blocks(1, [16])
+    assert member.lookup(spec.id(), keys).tolist() == [False]
 
 
 def test_a_bad_copy_is_replaced_by_a_good_one(pool: Pool, client: ClusterClient, namespace: NamespaceId) -> None:
@@ -284,6 +333,8 @@ def test_arguments(client: ClusterClient, namespace: NamespaceId) -> None:
         client.put(namespace, keys, data[:, :100])
     with pytest.raises(BadArgument):
         client.put_objects(client.register_objects("test"), ["a", "b"], [b"1"])
+    with pytest.raises(BadArgument, match="object 'b' is empty"):
+        client.put_objects(client.register_objects("test"), ["a", "b"], [b"1", b""])
     with pytest.raises(Unavailable), ClusterClient("127.0.0.1:1", timeout_s=1.0) as nowhere:
         nowhere.nodes()
 

@@ -12,16 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvpool.client import PoolClient
+from kvpool.client import PoolClient, object_keys
 from kvpool.core.errors import Unavailable
-from kvpool.core.ids import NamespaceId
+from kvpool.core.ids import Fidelity, NamespaceId
+from kvpool.core.namespace import GroupKind, GroupSpec, NamespaceSpec
 from kvpool.service.copy_origin import Origin
 from kvpool.service.node import NodeConfig, NodeServer
 from kvpool.service.removals import Removals
 from kvpool.service.rpc import make_channel
+from kvpool.service.source_calls import key_list
 from kvpool.v1 import source_admin_pb2 as pb
 from kvpool.v1 import source_admin_pb2_grpc
-from tests.pool.node_process import NodeProcess
+from tests.pool.node_process import NodeProcess, eventually, namespace_spec, random_blocks
 
 NAMES = ["a/0", "a/1", "b/0"]
 OLD, NEW = b"old" * 1000, b"new" * 700
@@ -31,13 +33,13 @@ TIMEOUT_S = 60.0
 class Target:
     """A node in this process, so that a test can stand between the steps of its copies."""
 
-    def __init__(self, folder: Path, ssd_bytes: int) -> None:
+    def __init__(self, folder: Path, ssd_bytes: int, **options: Any) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
         config = NodeConfig(
             "target", "127.0.0.1:0", memory_bytes=32 << 20, segment_dir=str(folder),
-            ssd_dir=str(folder / "ssd") if ssd_bytes else "", ssd_bytes=ssd_bytes,
+            ssd_dir=str(folder / "ssd") if ssd_bytes else "", ssd_bytes=ssd_bytes, **options,
         )  # fmt: skip
         self._node = NodeServer(config)
         self._run(self._node.startup())
@@ -53,6 +55,10 @@ class Target:
         *_, last = self._admin.Copy(request, timeout=TIMEOUT_S)
         assert isinstance(last, pb.Progress)
         return last
+
+    def evict(self, namespace: NamespaceId, keys: np.ndarray) -> int:
+        request = pb.EvictRequest(namespace_id=namespace, keys=key_list(keys, 0, 0))
+        return int(self._admin.Evict(request, timeout=TIMEOUT_S).blocks)
 
     def close(self) -> None:
         self._channel.close()
@@ -205,6 +211,86 @@ def test_what_was_here_before_stays(
     during(Origin, "lease", lambda: here.remove_objects(namespace, NAMES[:2]), after=True)
     target.copy(shared_node, namespace)
     assert values(there, namespace) == [OLD, None, OLD]
+
+
+def test_a_move_drops_what_it_has_brought_and_nothing_newer(
+    here: PoolClient, shared_node: NodeProcess, target: Target, there: PoolClient, namespace: NamespaceId,
+    during: Callable[..., None],
+) -> None:  # fmt: skip
+    def replace() -> None:
+        here.remove_objects(namespace, NAMES[:1])
+        here.put_objects(namespace, NAMES[:1], [NEW])
+
+    during(Origin, "drop", replace)
+    last = target.copy(shared_node, namespace, move=True)
+    assert values(here, namespace) == [NEW, None, None]
+    assert values(there, namespace) == [OLD] * 3
+    assert (last.blocks_done, last.blocks_failed) == (2, 1) and "changed at their origin" in last.message
+
+
+def test_a_block_that_takes_its_other_form_meanwhile(
+    here: PoolClient, shared_node: NodeProcess, target: Target, there: PoolClient, during: Callable[..., None]
+) -> None:
+    """Listed as int8, it is exact when it is leased: its slot here would be too short, and its label wrong."""
+    group = GroupSpec(0, GroupKind.FULL, (0, 1), 16, 1, 2, 2 * 2 * 16 * 2 * 64 * 4, kv_heads=2, head_dim=64)
+    spec = NamespaceSpec("forms", "", "float32", "test", "lkthd", "xxh3_128/1", (group,))
+    namespace = here.register(spec)
+    there.register(spec)
+    keys, _ = random_blocks(2, [11])
+    values = np.random.default_rng(12).standard_normal((2, group.block_bytes // 4)).astype(np.float32)
+    blocks = values.view(np.uint8)
+    assert here.put(namespace, keys, blocks, fidelity=Fidelity.INT8).stored.all()
+    during(Origin, "lease", lambda: here.put(namespace, keys[:1], blocks[:1]))
+    last = target.copy(shared_node, namespace)
+    assert (last.blocks_done, last.blocks_failed) == (1, 1) and "replaced" in last.message
+    out = np.zeros_like(blocks)
+    got = there.get(namespace, keys, out, fidelity_min=Fidelity.INT8)
+    assert got.found.tolist() == [False, True]
+    assert target.copy(shared_node, namespace).blocks_done == 2
+    got = there.get(namespace, keys, out, fidelity_min=Fidelity.INT8)
+    assert got.found.all() and np.array_equal(out[0], blocks[0])
+    assert got.fidelities is not None and got.fidelities.tolist() == [Fidelity.EXACT, Fidelity.INT8]
+    for client in (here, there):
+        client.remove_all(namespace)
+
+
+def test_a_node_whose_ssd_is_out_of_reach_takes_no_objects(
+    here: PoolClient, shared_node: NodeProcess, namespace: NamespaceId, connect: Callable[..., PoolClient],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """An older one may lie there, and would come back with it."""
+    (tmp_path / "ssd").write_text("not a folder")
+    blocks_namespace = here.register(namespace_spec("copied without its SSD"))
+    keys, blocks = random_blocks(3, [13])
+    here.put(blocks_namespace, keys, blocks)
+    with closing(Target(tmp_path, 64 << 20)) as target:
+        there = connect(target)
+        last = target.copy(shared_node, namespace)
+        assert (last.blocks_done, last.blocks_failed) == (0, 3) and "SSD is out of reach" in last.message
+        there.register(namespace_spec("copied without its SSD"))
+        assert target.copy(shared_node, blocks_namespace).blocks_done == 3
+        there.register_objects("copy races")
+        assert values(there, namespace) == [None] * 3
+        assert there.get(blocks_namespace, keys, np.zeros_like(blocks)).found.all()
+        there.close()
+    here.remove_all(blocks_namespace)
+
+
+def test_what_lies_on_the_ssd_here_is_compared(
+    here: PoolClient, shared_node: NodeProcess, namespace: NamespaceId, connect: Callable[..., PoolClient],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """Another object under the name would come up again after the copy was evicted; the same one is a copy already."""
+    with closing(Target(tmp_path, 64 << 20, ssd_demote_from=0.0)) as target:
+        there = connect(target)
+        there.register_objects("copy races")
+        assert there.put_objects(namespace, NAMES[:2], [OLD, NEW]).stored.all()
+        assert eventually(lambda: there.stats().ssd.records == 2)
+        assert target.evict(namespace, object_keys(namespace, NAMES[:2])) == 2
+        last = target.copy(shared_node, namespace)
+        assert (last.blocks_done, last.blocks_failed) == (2, 1) and "something else" in last.message
+        assert values(there, namespace) == [OLD, NEW, OLD]
+        there.close()
 
 
 # ---------------------------------------------------------------- the removals alone

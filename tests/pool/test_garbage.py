@@ -122,7 +122,11 @@ TABLE: dict[str, list[tuple[object, Reason]]] = {
     ],
     "Await": keyed(pb.AwaitRequest, session_id=S, deadline_ms=1000),
     "Lookup": keyed(pb.LookupRequest),
-    "Remove": keyed(pb.RemoveRequest),
+    "Remove": [
+        *keyed(pb.RemoveRequest),
+        (pb.RemoveRequest(namespace_id=NS, keys=KEYS, digests=[1, 2, 3]), Reason.BAD_ARGUMENT),
+        (pb.RemoveRequest(namespace_id=NS, all=True, digests=[1]), Reason.BAD_ARGUMENT),
+    ],
     "ListBlocks": [
         (pb.ListBlocksRequest(limit=10_001), Reason.BAD_ARGUMENT),
         (pb.ListBlocksRequest(limit=NEGATIVE), Reason.BAD_ARGUMENT),

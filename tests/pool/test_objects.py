@@ -109,6 +109,25 @@ def test_bad_input(client: PoolClient, domain: NamespaceId, names: list[str], va
     assert held(client.stats()).keys() <= {"sessions"}
 
 
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (b"", "'the name' is empty"),
+        ("text", "'the name': a bytes-like object"),
+        (memoryview(b"abcd")[::2], "'the name': .*contiguous"),
+        (np.zeros((4, 4))[:, ::2], "'the name' must be contiguous"),
+        (np.zeros(64 << 20, np.uint8), "'the name' has 67108864 bytes, this source keeps 1 to 33554432"),
+    ],
+)
+def test_an_object_that_can_not_be_stored_is_named(
+    client: PoolClient, domain: NamespaceId, value: bytes, said: str
+) -> None:
+    with pytest.raises(BadArgument, match=said) as refused:
+        client.put_objects(domain, ["fine", "the name"], [b"1", value])
+    assert refused.value.hint
+    assert client.lookup_objects(domain, ["fine"]).tolist() == [False]
+
+
 def test_arrays_of_any_type_are_their_bytes(client: PoolClient, domain: NamespaceId) -> None:
     value = np.arange(12, dtype=np.float32).reshape(3, 4)
     client.put_objects(domain, ["tensor"], [value])

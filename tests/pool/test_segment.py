@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -254,3 +256,47 @@ def test_the_table_of_writers_is_bounded(tmp_path: Path) -> None:
     table.strike(first)
     assert table.note("/c") == first
     owner.close()
+
+
+def test_a_reader_that_looks_for_the_owner_does_not_keep_the_next_one_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes the lock for a moment to see whether anybody has it."""
+    first = Segment.create(tmp_path, "node", data_bytes=1 << 20, index_bytes=4096)
+    first.close(keep=True)
+    reader = os.open(first.path, os.O_RDWR)
+    fcntl.flock(reader, fcntl.LOCK_SH)
+    rests: list[float] = []
+
+    def rest(seconds: float) -> None:
+        rests.append(seconds)
+        if len(rests) == 2:
+            fcntl.flock(reader, fcntl.LOCK_UN)
+
+    monkeypatch.setattr("kvpool.tiers.dram.time", SimpleNamespace(sleep=rest))
+    second = Segment.create(tmp_path, "node", data_bytes=1 << 20, index_bytes=4096, adopt=True)
+    assert second.adopted and len(rests) == 2
+    os.close(reader)
+    second.close()
+
+
+@pytest.mark.parametrize("call", ["open", "gone"])
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """Nothing is proven there, and nothing is left open."""
+    lock = WriterLock(tmp_path)
+    proof = WriterProof.open(str(lock.path))
+    assert proof is not None
+    before = len(list(Path("/proc/self/fd").iterdir()))
+
+    def flock(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("kvpool.service.writer_lock.fcntl.flock", flock)
+        if call == "open":
+            assert WriterProof.open(str(lock.path)) is None
+        else:
+            assert not proof.gone()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    lock.retire()
+    assert proof.gone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -107,6 +108,62 @@ def test_what_is_removed_stays_removed(start_node: Start, connect: Connect, disk
     assert value is None or value.tobytes() == b"new" * 3000
     assert client.remove_all(namespace) > 0
     assert not client.lookup(namespace, keys).any()
+
+
+def test_what_could_not_be_read_once_does_not_come_back(start_node: Start, connect: Connect, disk: Path) -> None:
+    """A byte on the disk is bad, and later good again: meanwhile the object was put anew, or removed."""
+    options = {"ssd_demote_from": 0.0, "memory_bytes": 16 * MIB, "ssd_dir": str(disk), "ssd_bytes": 256 * MIB}
+    node = start_node(**options)
+    client = connect(node)
+    domain = client.register_objects("d")
+    names = ["put again", "removed", "removed/by prefix"]
+    assert client.put_objects(domain, names, [b"OLD!" * 5000] * 3).stored.all()
+    assert eventually(lambda: client.stats().ssd.records == 3)
+    evict(node, domain, names)
+    segment = next(disk.glob("*/seg-*"))
+    places = flip(segment, b"OLD!" * 100)
+    assert client.get_objects(domain, names).values == [None] * 3
+    assert client.put_objects(domain, ["put again"], [b"NEW!" * 5000]).stored.all()
+    client.remove_objects(domain, ["removed"])
+    client.remove_objects(domain, prefix="removed/")
+    client.close()
+    node.kill()
+    node.segment.unlink()  # as after a reboot
+    assert flip(segment, b"", places) == places
+    client = connect(start_node(**options))
+    client.register_objects("d")
+    for value in client.get_objects(domain, names).values:
+        assert value is None or value.tobytes() == b"NEW!" * 5000
+
+
+def evict(node: NodeProcess, namespace: bytes, names: list[str]) -> None:
+    from kvpool.client import object_keys
+    from kvpool.service.rpc import make_channel
+    from kvpool.service.source_calls import key_list
+    from kvpool.v1 import source_admin_pb2, source_admin_pb2_grpc
+
+    request = source_admin_pb2.EvictRequest(namespace_id=namespace, keys=key_list(object_keys(namespace, names), 0, 0))
+    with make_channel(node.address) as channel:
+        reply = source_admin_pb2_grpc.SourceAdminStub(channel).Evict(request, timeout=10)
+    assert reply.blocks == len(names)
+
+
+def flip(path: Path, pattern: bytes, places: list[int] | None = None) -> list[int]:
+    """Changes a bit of each record that holds a pattern, or of bytes at known places. Returns where."""
+    data = bytearray(path.read_bytes())
+    if places is None:
+        places, at = [], data.find(pattern)
+        while at >= 0:
+            places.append(at)
+            at = data.find(pattern, at + 16_384)
+    with path.open("r+b") as file:
+        for place in places:
+            file.seek(place)
+            file.write(bytes([data[place] ^ 1]))
+        file.flush()
+        os.fsync(file.fileno())
+    assert len(places) >= 3
+    return places
 
 
 def test_a_disk_that_can_not_be_used_costs_the_tier_only(start_node: Start, connect: Connect, tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import grpc
 import pytest
@@ -23,6 +25,7 @@ from kvpool.core.errors import (
 )
 from kvpool.service import rpc
 from kvpool.v1 import common_pb2, directory_pb2, directory_pb2_grpc
+from tests.pool.node_process import eventually
 
 CREDENTIAL = "secret"
 
@@ -50,12 +53,18 @@ class Servicer(directory_pb2_grpc.DirectoryServicer):
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
+    with serving() as address:
+        yield address
+
+
+@contextmanager
+def serving(**options: int) -> Iterator[str]:
     async def run(started: asyncio.Future[str], stop: asyncio.Event) -> None:
         def register(server: grpc.aio.Server) -> list[str]:
             directory_pb2_grpc.add_DirectoryServicer_to_server(Servicer(), server)
             return ["kvpool.v1.Directory"]
 
-        server, port = await rpc.serve("127.0.0.1:0", register, credential=CREDENTIAL)
+        server, port = await rpc.serve("127.0.0.1:0", register, credential=CREDENTIAL, **options)
         started.set_result(f"127.0.0.1:{port}")
         await stop.wait()
         await server.stop(0)
@@ -67,9 +76,11 @@ def address() -> Iterator[str]:
         running = pool.submit(loop.run_until_complete, run(started, stop))
         while not started.done():
             assert not running.done(), running.result()
-        yield started.result()
-        loop.call_soon_threadsafe(stop.set)
-        running.result(timeout=10)
+        try:
+            yield started.result()
+        finally:
+            loop.call_soon_threadsafe(stop.set)
+            running.result(timeout=10)
 
 
 def ask(address: str, lists: int = 0, *, credential: str = CREDENTIAL, timeout: float = 5.0, **keys: bytes) -> int:
@@ -150,3 +161,34 @@ def test_a_stream_ends_with_its_error(address: str) -> None:
 def test_a_taken_port_is_named(address: str) -> None:
     with pytest.raises(Unavailable, match="can't listen"):
         asyncio.run(rpc.serve(address, lambda server: []))
+
+
+def test_calls_at_a_time_are_bounded() -> None:
+    """Streams count too; what is beyond is refused at once, and served again when one has ended."""
+    with serving(rpcs_max=2) as address, rpc.make_channel(address, credential=CREDENTIAL) as channel:
+        stub = directory_pb2_grpc.DirectoryStub(channel)
+        ended = [threading.Event(), threading.Event()]
+
+        def messages(end: threading.Event) -> Iterator[directory_pb2.SourceMessage]:
+            yield directory_pb2.SourceMessage()
+            end.wait(20)
+
+        streams = [stub.Attach(messages(end)) for end in ended]
+        for stream in streams:
+            next(stream)
+        with pytest.raises(Overloaded) as refused:
+            ask(address)
+        assert "at a time" in refused.value.hint
+
+        def served() -> bool:
+            try:
+                return ask(address) == 7
+            except Overloaded:
+                return False
+
+        ended[0].set()
+        assert not list(streams[0])
+        # The server has its place back a moment after the client has the end.
+        assert eventually(served)
+        ended[1].set()
+        assert not list(streams[1])

@@ -1,4 +1,4 @@
-"""Repeats histories: python -m tests.simulation --seed N [--steps M] [--count C] [--trace]"""
+"""Repeats histories: python -m tests.simulation --seed N [--steps M] [--count C] [--ssd] [--trace]"""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=Plan().steps)
     parser.add_argument("--count", type=int, default=1, help="so many seeds from this one on")
     parser.add_argument("--check-every", type=int, default=None)
+    parser.add_argument("--ssd", action="store_true", help="every node has one (otherwise the seed says)")
     parser.add_argument("--trace", action="store_true", help="say what happens")
     parser.add_argument("--raise", dest="raise_it", action="store_true", help="show the traceback of the first failure")
     args = parser.parse_args()
@@ -21,7 +22,7 @@ def main() -> int:
     failed, begin_s = 0, time.process_time()
     totals: dict[str, int] = {}
     for seed in range(args.seed, args.seed + args.count):
-        world = World(seed, Plan(args.steps, check_every, args.trace))
+        world = World(seed, Plan(args.steps, check_every, args.trace, ssd=args.ssd or None))
         try:
             world.run()
         except BaseException as error:

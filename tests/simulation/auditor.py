@@ -102,6 +102,17 @@ class Auditor:
                     if put.settled is not None and put.settled < begun and covers(put.item):
                         put.ends(at)
 
+    def blocks_may_be_back(self, source: str) -> None:
+        """Damage took records of removals, or the disk was away when they were acknowledged: the one exception.
+
+        Blocks are named by their content, so that what comes back is right. Objects have no exception.
+        """
+        for (name, _), puts in self._puts.items():
+            if name == source:
+                for put in puts:
+                    if not put.item.is_object:
+                        put.ended_at = None
+
     # ------------------------------------------------------------ reads
 
     def read(self, source: str, item: Item, content: Bytes, begun: int, fidelity_min: Fidelity, *, how: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,11 +17,13 @@ class Chaos:
 
     def __init__(self, world: World) -> None:
         self._world, self._rng = world, world.rng
+        world.chaos = self
         #: How seldom something goes wrong; some worlds are quiet.
         self._rest_s = self._rng.choice((0.5, 1.0, 3.0))
         self._faults = (
             (self.kill_node, 4), (self.kill_node_within_a_call, 6), (self.reboot, 2), (self.kill_client, 4),
             (self.partition, 5), (self.harm_memory, 3), (self.harm_disk, 2), (self.cut_power_while_writing, 3),
+            (self.refuse_writes, 4), (self.refuse_reads, 3),
         )  # fmt: skip
 
     async def run(self) -> None:
@@ -127,3 +130,32 @@ class Chaos:
     def cut_power_while_writing(self, node: Node) -> None:
         if node.alive and node.ssd_segments:
             node.files.steps = self._rng.randint(1, 8)
+
+    def refuse_writes(self, node: Node) -> None:
+        """The disk fails for a while, or for some calls; the node lives on."""
+        if not node.ssd_segments:
+            return
+        kinds = self._rng.choice(_WRITING)
+        files, times = node.files, self._rng.choice((1, 2, 1000))
+        self._world.note(f"{node.name}'s disk refuses {', '.join(kinds)} {times} times")
+        node.disk_failed = True
+        for kind in kinds:
+            files.faults[kind] = [errno.EIO] * times
+
+        def heal() -> None:
+            for kind in kinds:
+                files.faults.pop(kind, None)
+                node.files.faults.pop(kind, None)
+
+        self._world.later(3.0, heal)
+
+    def refuse_reads(self, node: Node) -> None:
+        if node.ssd_segments:
+            node.disk_failed = True
+            kind, times = self._rng.choice((("read", 1), ("read", 1), ("read", 4), ("open", 1), ("open", 2)))
+            node.files.faults[kind] = [errno.EIO] * times
+            self._world.note(f"{node.name}'s disk refuses {kind} {times} times")
+
+
+#: Calls of a disk that fail together.
+_WRITING = (("write",), ("sync",), ("write", "sync", "truncate"), ("create",), ("remove",), ("sync_names",))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from kvpool.channels.base import ChannelError
 from kvpool.core.errors import KvpoolError
-from tests.simulation import operating, reading, writing
+from tests.simulation import operating, reading, troubling, writing
 from tests.simulation.content import ITEMS, Item
 from tests.simulation.link import Link
 from tests.simulation.loop import Life
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 ACTIONS = (
     (writing.put, 34), (reading.get, 34), (reading.get_twice, 3), (writing.copy, 4), (operating.remove, 6),
     (operating.hold, 5), (operating.wait, 3), (operating.evict, 4), (operating.set_quota, 2), (operating.drain, 1),
-    (operating.reconnect, 2), (operating.remove_beside_read, 3),
+    (operating.reconnect, 2), (operating.remove_beside_read, 3), (operating.remove_under_lease, 2),
+    (troubling.disturb, 5),
 )  # fmt: skip
 _WEIGHTS = [weight for _, weight in ACTIONS]
 

@@ -51,8 +51,9 @@ class InlineWriter(LogWriter):
     def start(self) -> None:
         """There is no thread."""
 
-    def stop(self) -> None:
+    def stop(self, timeout_s: float) -> bool:
         """There is no thread."""
+        return True
 
     def submit(self, request: Request, timeout_s: float) -> bool:
         request.started = True

@@ -33,6 +33,7 @@ async def epilogue(world: World, chaos: Chaos) -> None:
         if node.alive:
             node.driver.lines_left = 0
         node.files.steps = None
+        node.files.faults.clear()
     await asyncio.sleep(2.5)
     world.cut.clear()
     for node in world.nodes:
@@ -42,6 +43,7 @@ async def epilogue(world: World, chaos: Chaos) -> None:
     await _all_end(world)
     world.check()
     await _read_everything(world)
+    await _crash_once_more(world, chaos)
     _close_all(world)
     await asyncio.sleep(REST_S)
     world.check()
@@ -73,6 +75,19 @@ async def _read_everything(world: World) -> None:
                     break
 
 
+async def _crash_once_more(world: World, chaos: Chaos) -> None:
+    """What is on a disk must be true also for those who have nothing else."""
+    chosen = [node for node in world.nodes if node.ssd_segments and world.rng.random() < 0.7]
+    for node in chosen:
+        if world.rng.random() < 0.7:
+            node.reboot()
+        else:
+            node.kill("once more")
+        chaos.restart(node)
+    if chosen:
+        await _read_everything(world)
+
+
 def _close_all(world: World) -> None:
     for client in world.clients:
         for link in client.links.values():
@@ -102,10 +117,30 @@ def _check_at_rest(node: Node) -> None:
     slots_bytes = int(core.store.slots.slots_bytes(core.store.footprints(used)).sum())
     if counts.bytes_used != slots_bytes:
         raise Violation(f"{node.name} counts {counts.bytes_used} bytes, and {slots_bytes} are readable")
-    if node.store is not None and not node.harmed and node.world.rng.random() < 0.2:
+    if node.tier is not None:
+        _check_marks(node)
+    sound = not node.harmed and not node.disk_failed
+    if node.store is not None and sound and node.world.rng.random() < 0.2:
         faults = node.store.audit()
         if faults:
             raise Violation(f"the SSD of {node.name}: {'; '.join(faults)}")
+
+
+def _check_marks(node: Node) -> None:
+    """Raises: Violation if something in memory is taken for saved that is not on the SSD as it is in memory."""
+    assert node.tier is not None and node.store is not None
+    node.tier._marks.settle()
+    core, arrays = node.core, node.core.arrays
+    entries = np.flatnonzero(core.store.on_lower & (arrays.states == EntryState.READABLE)).astype(np.int32)
+    facts = node.store.describe(core.index.key_array(entries))
+    saved = facts.present & (facts.fidelities <= arrays.fidelities[entries])
+    if not saved.all():
+        raise Violation(f"{node.name} takes {int((~saved).sum())} blocks for saved that its SSD does not have")
+    objects = entries[arrays.name_bytes[entries] > 0]
+    stored = node.store.describe_stored(core.index.key_array(objects))
+    same = stored.digests[:, 0] == arrays.digests[objects, 0]
+    if not (same | ~stored.facts.present).all():
+        raise Violation(f"{node.name} takes objects for saved of which its SSD has others")
 
 
 async def _directory_converges(world: World) -> None:

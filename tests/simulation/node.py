@@ -14,7 +14,7 @@ import numpy as np
 
 from kvpool.core.arrays import EntryState, SourceArrays
 from kvpool.core.catalog import Catalog
-from kvpool.core.errors import BadArgument, KvpoolError
+from kvpool.core.errors import BadArgument, KvpoolError, NoSsd
 from kvpool.core.ids import Tier
 from kvpool.core.results import SourceConfig
 from kvpool.core.source import SourceCore
@@ -35,6 +35,13 @@ from tests.ssd.crash_files import CrashFiles
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
+
+
+def _at_once(coroutine: Any) -> None:
+    """Runs a coroutine that waits for nobody."""
+    with contextlib.suppress(StopIteration):
+        while True:
+            coroutine.send(None)
 
 
 class Connection:
@@ -145,6 +152,12 @@ class Node:
         #: What was asked to be removed, and numbers of items that may be replaced in place.
         self.removals: list[Removal] = []
         self.replaced: dict[int, None] = {}
+        #: While it starts, nothing else happens.
+        self.starting = False
+        #: Whether calls of its disk ever failed.
+        self.disk_failed = False
+        #: Whether it has run without its disk since that was last open.
+        self.disk_away = False
         #: Keys on the SSD when the last process died.
         self._durable: frozenset[bytes] = frozenset()
 
@@ -177,35 +190,50 @@ class Node:
         self.numbers = [core.namespace_number(namespace_id) for namespace_id in IDS]
         self.tier: SsdTier | None = None
         self.store: SsdStore | None = None
-        if self.ssd_segments:
-            self.store = self._open_store()
-            self.tier = SsdTier(self.store, self.driver, memory.data, demote_from=world.rng.choice((0.0, 0.4)))
+        ssd_failure = self._open_ssd(memory) if self.ssd_segments else ""
         self.data_server = DataServer()
         self.sessions = Sessions(self.driver, self.grants, [self.data_server], writers)
         facts = SourceFacts(self.name, self.epoch, Tier.DRAM)
         self.servicer = BlockSourceServicer(
-            self.driver, self.sessions, self.grants, memory.data, facts, [], 1.0, self.tier
+            self.driver, self.sessions, self.grants, memory.data, facts, [], 1.0, self.tier, ssd_failure
         )
         self.driver.announcer = LifeLine(world, self, self.name, Tier.DRAM, self.core.snapshot_keys)  # type: ignore[assignment]
         if self.tier is not None:
             self.tier.announcer = LifeLine(world, self, f"{self.name}.ssd", Tier.SSD, self._on_ssd)  # type: ignore[assignment]
             self.tier.start()
 
+    def _open_ssd(self, memory: Memory) -> str:
+        """Why there is no SSD tier in this process; empty: there is."""
+        self.starting = True
+        try:
+            store = self._open_store()
+            tier = SsdTier(store, self.driver, memory.data, demote_from=self.world.rng.choice((0.0, 0.0, 0.4)))
+            _at_once(tier.startup())
+        except NoSsd as error:
+            self.world.note(f"{self.name} runs without its SSD: {error}")
+            self.world.count("starts without the SSD")
+            self.disk_away = True
+            return str(error)
+        finally:
+            self.starting = False
+        self.tier, self.store = tier, store
+        if self.disk_away or store.stats().counters.recovery_damaged:
+            self.world.auditor.blocks_may_be_back(self.name)
+        self.disk_away = False
+        return ""
+
     def _open_store(self) -> SsdStore:
+        fails = any(self.files.faults.values())
         store = disk.open_store(self.files, self.ssd_segments)
         missing = self._durable - disk.listed(store)
-        if missing and not self.harmed:
+        if missing and not self.harmed and not fails:
             raise Violation(f"{self.name}: {len(missing)} keys that the SSD had acknowledged are lost")
         return store
 
     def _on_ssd(self) -> Any:
         assert self.tier is not None
-        self.tier._settle()
-        return [
-            (listing.keys[listing.facts.fidelities == fidelity], fidelity)
-            for listing in self.tier._pages()
-            for fidelity in (1, 2)
-        ]
+        self.tier._marks.settle()
+        return self.tier._marks.held()
 
     def _open_core(self) -> SourceCore:
         entries = self.config.entries_max
@@ -239,8 +267,8 @@ class Node:
             cut_off = self.files.steps == 0
             self._durable = frozenset() if cut_off else disk.listed(self.store)
             # A write under way may have come through in part, and the next one never begins.
-            self.files = self.files.copy()
-            self.files.direct = False
+            faults, self.files = self.files.faults, self.files.copy()
+            self.files.direct, self.files.faults = False, faults
 
     def reboot(self) -> None:
         """The host loses power: memory is gone, and of unsynced writes chance keeps what it wants."""

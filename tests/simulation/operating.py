@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING
 
+from kvpool.channels.base import ChannelError
+from kvpool.core.errors import KvpoolError
 from kvpool.core.ids import Fidelity
 from kvpool.core.waits import WaitState
 from kvpool.v1 import block_source_pb2 as pb
@@ -33,10 +36,11 @@ async def remove(client: Client) -> None:
         numbers = [item.number for item in ITEMS[spec] if item.name.startswith(request.name_prefix)]
     else:
         request.keys.CopyFrom(key_list(items))
-    await _remove(link, [item for item in ALL_ITEMS if item.number in numbers], request)
+    await remove_items(link, [item for item in ALL_ITEMS if item.number in numbers], request)
 
 
-async def _remove(link: Link, items: list[Item], request: pb.RemoveRequest) -> None:
+async def remove_items(link: Link, items: list[Item], request: pb.RemoveRequest) -> None:
+    """Removes these items, as the request says. Raises: KvpoolError."""
     world, node, numbers = link.client.world, link.node, [item.number for item in items]
     begun = world.auditor.now()
     removal = Removal(numbers)
@@ -60,7 +64,21 @@ async def remove_beside_read(client: Client) -> None:
     node.now_or_never(lambda now: node.core.evict_keys(IDS[items[0].spec], key_array(items), now))
     reading_on = world.spawn(reading.read_quietly(link, items), client.life.context)
     await world.pause(0.3)
-    await _remove(link, items, pb.RemoveRequest(namespace_id=IDS[items[0].spec], keys=key_list(items)))
+    await remove_items(link, items, pb.RemoveRequest(namespace_id=IDS[items[0].spec], keys=key_list(items)))
+    await reading_on
+
+
+async def remove_under_lease(client: Client) -> None:
+    """Somebody removes what is leased, and puts other things where there is room."""
+    world, link, items = client.world, client.link(client.choose()), client.choose_items()
+    versions = [world.next_version() if item.is_object else 0 for item in items]
+    await put_versions(link, items, versions, Fidelity.EXACT)
+    reading_on = world.spawn(reading.read_slowly(link, items), client.life.context)
+    await asyncio.sleep(0.3)
+    await remove_items(link, items, pb.RemoveRequest(namespace_id=IDS[items[0].spec], keys=key_list(items)))
+    with contextlib.suppress(KvpoolError, ChannelError):
+        for spec in (0, 1):
+            await put_versions(link, list(ITEMS[spec][:5]), [0] * 5, Fidelity.EXACT)
     await reading_on
 
 

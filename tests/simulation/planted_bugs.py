@@ -176,9 +176,9 @@ def _promotion_after_removal() -> list[Patch]:
     from kvpool.service import ssd_tier
 
     async def remove(self: Any, namespace_id: Any, keys: Any, name_prefix: Any, remove_above: Any) -> Any:
-        async with self._changing:
+        async with self._alone():
             below = await ssd_tier.in_thread(self._remove_below, namespace_id, keys, name_prefix)
-            self._settle()
+            self._marks.settle()
             return max(below, remove_above())
 
     return [(SsdTier, "remove", remove)]
@@ -271,6 +271,59 @@ def _acknowledged_before_the_disk() -> list[Patch]:
     return [(InlineWriter, "submit", submit)]
 
 
+def _names_free_while_unreadable() -> list[Patch]:
+    """As if a record that can't be read were gone."""
+
+    async def make_way(self: Any, keys: Any) -> None:
+        self.check_objects()
+
+    return [(SsdTier, "make_way", make_way), (SsdTier, "holds", SsdTier.contains)]
+
+
+def _removal_forgets_unreadable() -> list[Patch]:
+    from kvpool.tiers.ssd.store import SsdStore
+
+    return [(SsdStore, "undead", lambda self, keys: _absent(self, keys))]
+
+
+def _absent(store: Any, keys: Any) -> Any:
+    from kvpool.core.ssd.rows import NO_ROW
+
+    return store._log.core.facts(np.full(len(keys), NO_ROW, dtype=np.int32))
+
+
+def _prefix_forgets_unreadable() -> list[Patch]:
+    from kvpool.tiers.ssd.store import SsdStore
+
+    return [(SsdStore, "lost_objects", lambda self, namespace_id: np.zeros((0, 16), dtype=np.uint8))]
+
+
+def _puts_without_the_disk() -> list[Patch]:
+    from kvpool.service.block_source import BlockSourceServicer
+
+    return [(BlockSourceServicer, "_check_objects", lambda self: None)]
+
+
+def _unsure_taken_for_sure() -> list[Patch]:
+    from kvpool.tiers.ssd.open_log import OpenLog
+
+    return [(OpenLog, "give_up", lambda self, message: self.set_state("failed", message))]
+
+
+def _marks_without_a_look() -> list[Patch]:
+    """Blocks are taken for saved because something has their key."""
+    from kvpool.core.index import NO_ENTRY
+    from kvpool.service.ssd_marks import SsdMarks
+
+    def mark(self: Any, keys: Any) -> Any:
+        self.settle()
+        there = self._store.contains(keys) & (self._core.index.lookup(keys) != NO_ENTRY)
+        self._core.mark_lower(keys[there], True)
+        return there
+
+    return [(SsdMarks, "mark", mark)]
+
+
 BUGS = (
     Bug("digests are not checked, nor is the entry looked at again", _no_digests_and_no_second_look),
     Bug("digests are not checked", _no_digests, seeds_max=150),
@@ -287,6 +340,12 @@ BUGS = (
     Bug("removals forget the SSD", _removal_only_above, ssd=True),
     Bug("removals are acknowledged before the disk has them", _acknowledged_before_the_disk, ssd=True),
     Bug("removals do not wait for promotions", _promotion_after_removal, seeds_max=400, ssd=True),
+    Bug("a name is free while its record can't be read", _names_free_while_unreadable, seeds_max=400, ssd=True),
+    Bug("removals forget what can't be read", _removal_forgets_unreadable, seeds_max=400, ssd=True),
+    Bug("removals by prefix forget what can't be read", _prefix_forgets_unreadable, seeds_max=400, ssd=True),
+    Bug("objects are changed while the disk is away", _puts_without_the_disk, seeds_max=400, ssd=True),
+    Bug("a write that can't be undone is taken for undone", _unsure_taken_for_sure, seeds_max=400, ssd=True),
+    Bug("blocks are taken for saved by their keys alone", _marks_without_a_look, seeds_max=400, ssd=True),
     Bug("removals by prefix forget the memory", _removal_forgets_memory),
     Bug("lossy copies for readers who want exact ones", _lossy_for_exact),
     Bug("connections write without a right", _rights_outlive_their_reservation, seeds_max=300),

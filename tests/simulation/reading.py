@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from typing import TYPE_CHECKING
 
@@ -108,12 +109,20 @@ async def _read_torn(link: Link, hits: shared_index.Found, buffers: list[Bytes])
 # ---------------------------------------------------------------- under a lease
 
 
-async def read_leased(link: Link, items: list[Item], fidelity_min: Fidelity) -> dict[int, Bytes]:
+async def read_slowly(link: Link, items: list[Item]) -> None:
+    """Takes a lease, and its time."""
+    with contextlib.suppress(KvpoolError, ChannelError):
+        await read_leased(link, items, Fidelity.EXACT, slowly=True)
+
+
+async def read_leased(
+    link: Link, items: list[Item], fidelity_min: Fidelity, *, slowly: bool = False
+) -> dict[int, Bytes]:
     """Raises: KvpoolError."""
     world, spec = link.client.world, items[0].spec
     rng = world.rng
     begun, begin_us = world.auditor.now(), world.loop.now_us()
-    ttl_ms = rng.choice((100, 500, 2500))
+    ttl_ms = 2500 if slowly else rng.choice((100, 500, 2500))
     named = items[0].is_object
     reply = await link.call(
         "Lease",
@@ -129,6 +138,8 @@ async def read_leased(link: Link, items: list[Item], fidelity_min: Fidelity) -> 
     leased = np.flatnonzero(np.fromiter(reply.found, dtype=bool, count=len(items)))
     held: dict[int, Bytes] = {}
     corrupt: list[Item] = []
+    if slowly:
+        await asyncio.sleep(1.0)
     for row in leased.tolist():
         item, one = items[row], blocks.take(np.array([row]))
         content = await _copy_out(link, reply.lease_id, one)

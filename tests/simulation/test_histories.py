@@ -11,7 +11,7 @@ import pytest
 
 from tests.simulation.world import Plan, run_history
 
-HISTORIES = int(os.environ.get("KVPOOL_HISTORIES", "1000"))
+HISTORIES = int(os.environ.get("KVPOOL_HISTORIES", "10000"))
 FIRST_SEED = int(os.environ.get("KVPOOL_SEED", "1"))
 #: Histories that one task of a worker plays.
 CHUNK = 50
@@ -49,3 +49,5 @@ def test_no_history_breaks_a_promise() -> None:
     # That nothing failed means nothing where nothing happened.
     for what in ("puts", "hits", "shared", "leased", "removals", "pins", "crashes"):
         assert counts.get(what, 0) >= HISTORIES // 10, f"{what} happened {counts.get(what, 0)} times only"
+    for what in ("NoSsd", "starts without the SSD"):
+        assert counts.get(what, 0) >= HISTORIES // 50, f"{what} happened {counts.get(what, 0)} times only"

@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from kvpool.core.catalog import Catalog
 from kvpool.core.directory import Directory
 from kvpool.core.namespace import NamespaceSpec
-from kvpool.service import sessions, source_driver, ssd_tier
+from kvpool.service import sessions, source_driver, ssd_demotion, ssd_promotion, ssd_tier
 from tests.simulation import disk
 from tests.simulation.auditor import Auditor, Violation
 from tests.simulation.chaos import Chaos
@@ -43,7 +44,7 @@ class Plan:
     between two checks of its invariants; 0 = never."""
 
     steps: int = 40
-    check_every: int = 40
+    check_every: int = 100
     trace: bool = False
     ssd: bool | None = None
 
@@ -65,6 +66,7 @@ class World:
         self.counts: dict[str, int] = {}
         self.cut: dict[tuple[str, str], int] = {}
         self.clients: list[Client] = []
+        self.chaos: Chaos
         self.nodes = [self._new_node(i) for i in range(self.rng.choice((1, 1, 1, 2, 2, 3)))]
 
     def _new_node(self, i: int) -> Node:
@@ -187,10 +189,12 @@ def here() -> World:
     return _world
 
 
-async def _in_thread(call: Callable[..., Any], *args: object) -> Any:
+async def _in_thread(call: Callable[..., Any], *args: object, threads: object = None) -> Any:
     """For the SSD tier: the call takes time before and after, and the process may die in the middle of it."""
     world = here()
     life = LIFE.get()
+    if isinstance(life.owner if life is not None else None, Node) and life.owner.starting:  # type: ignore[union-attr]
+        return call(*args)
     await world.pause(0.1)
     try:
         return call(*args)
@@ -228,11 +232,15 @@ class _Proofs:
 
 _REPLACED: tuple[tuple[Any, str, Any], ...] = (
     (asyncio, "to_thread", _to_thread),
-    (ssd_tier, "in_thread", _in_thread),
+    *((module, "in_thread", _in_thread) for module in (ssd_tier, ssd_promotion, ssd_demotion)),
     (source_driver, "now_us", lambda: here().loop.now_us()),
     (sessions, "WriterProof", _Proofs),
-    # The same answer, a thousand times a history.
+    # What looks around when there is nothing to do does so less often: it is most of what would happen.
+    (sessions, "PROOF_INTERVAL_S", 1.0),
+    (ssd_demotion, "IDLE_S", 0.5),
+    # The same answers, a thousand times a history.
     (NamespaceSpec, "canonical", functools.cache(NamespaceSpec.canonical)),
+    (Catalog, "to_bytes", functools.cache(Catalog.to_bytes)),
     *disk.REPLACED,
 )
 
@@ -282,6 +290,7 @@ def run_history(seed: int, plan: Plan = Plan()) -> World:
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
-        command = f"python -m tests.simulation --seed {seed} --steps {plan.steps} --trace"
+        ssd = " --ssd" if plan.ssd else ""
+        command = f"python -m tests.simulation --seed {seed} --steps {plan.steps}{ssd} --trace"
         raise Violation(f"seed {seed}: {type(error).__name__}: {error}\n  repeat: {command}") from error
     return world

@@ -21,6 +21,7 @@ class CrashFile:
         self._files, self._inode = files, inode
 
     def read(self, buffers, offset):
+        self._files.wait("read")
         with self._files.lock:
             self._files.fault("read")
             done = 0
@@ -38,6 +39,7 @@ class CrashFile:
             assert offset % 4096 == 0
             assert all(len(buffer) % 4096 == 0 for buffer in buffers)
             assert all(np.frombuffer(buffer, np.uint8).ctypes.data % 4096 == 0 for buffer in buffers)
+        self._files.wait("write")
         with self._files.lock:
             self._files.step("write")
             self._inode.pending.append((offset, data))
@@ -78,8 +80,15 @@ class CrashFiles:
         self.inodes, self.durable_inodes = {}, {}
         #: Calls that fail with an errno: {kind: [errno or None, ...]}, used up one a call.
         self.faults = {}
+        #: Calls that hang: {kind: event that they wait for}. `waiting` is set when one does.
+        self.hanging, self.waiting = {}, threading.Event()
         #: Kinds of calls that changed something, in order.
         self.calls = []
+
+    def wait(self, kind):
+        if kind in self.hanging:
+            self.waiting.set()
+            self.hanging[kind].wait()
 
     def step(self, kind):
         self.fault(kind)

@@ -73,11 +73,12 @@ def test_a_group_torn_at_any_byte_takes_nothing_else_along(sizes):
             continue
         files = before.copy()
         files.add(name, torn)
-        log, suspects = open_log(files, segment_bytes=SEGMENT_BYTES, capacity_bytes=CAPACITY_BYTES, rows_max=1024)
+        log, damage = open_log(files, segment_bytes=SEGMENT_BYTES, capacity_bytes=CAPACITY_BYTES, rows_max=1024)
         found = live_keys(log)
         assert kept <= set(found), cut
         assert set(found) <= kept | new, cut
-        assert not suspects
+        assert not damage.suspects
+        assert not damage.files
         seen.add(frozenset(found))
         log.core.check_invariants()
     # From none of the new records to all of them.

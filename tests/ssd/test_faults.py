@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from kvpool.core.ssd.records import SsdState
 from kvpool.tiers.ssd.store import SsdStore
 
 from .crash_files import CrashFiles
-from .records_made import batch_of, content, keys_of, read_all
+from .records_made import NAMESPACE, batch_of, content, keys_of, read_all
 from .test_crash import SEGMENT_BYTES, open_on
 
 RECORD_BYTES = 20_000
@@ -163,6 +164,172 @@ def test_reclaiming_that_fails_loses_nothing_that_stays():
     again = open_on(files.copy(), 6 * SEGMENT_BYTES)
     assert again.audit() == ()
     again.close()
+
+
+def test_what_a_failed_write_has_left_is_not_said_to_be_gone():
+    """It could not be undone: the record may be on disk, whole, though the index does not know it."""
+    files = CrashFiles()
+    store = open_on(files)
+    assert fill(store, [1]) == [1]
+    files.faults.update(sync=[errno.EIO], truncate=[errno.EIO])
+    assert fill(store, [2]) == []
+    assert store.unsure
+    assert store.remove(keys_of([1, 2])).tolist() == [False, False]
+    assert store.remove_namespace(NAMESPACE) is None
+    found = read_all(open_on(files.copy()), [2])
+    assert found[2] == content(2, 0, RECORD_BYTES).tobytes(), "it was there, as it may be"
+
+
+def test_what_could_not_be_read_can_be_removed_for_good():
+    files = CrashFiles()
+    store = open_on(files)
+    assert fill(store, [1, 2]) == [1, 2]
+    files.faults["read"] = [errno.EIO] * 3
+    assert read_all(store, [1, 2]) == {1: None, 2: None}
+    files.faults.clear()
+    assert store.undead(keys_of([1, 2, 3])).present.tolist() == [True, True, False]
+    assert {key.tobytes() for key in store.lost_objects(NAMESPACE)} == {key.tobytes() for key in keys_of([1, 2])}
+    assert not len(store.lost_objects(bytes(16)))
+    assert store.remove(keys_of([1])).tolist() == [True]
+    assert store.undead(keys_of([1, 2])).present.tolist() == [False, True]
+    # As after a crash: what was not removed is back, what was is not.
+    found = read_all(open_on(files.copy()), [1, 2])
+    assert found == {1: None, 2: content(2, 0, RECORD_BYTES).tobytes()}
+    assert fill(store, [2], version=1) == [2]
+    assert not store.undead(keys_of([2])).present.any()
+    store.close()
+
+
+def test_a_segment_whose_file_does_not_go_keeps_its_objects_undead():
+    files = CrashFiles()
+    store = open_on(files, 6 * SEGMENT_BYTES)
+    files.faults["remove"] = [errno.EIO] * 1000
+    for number in range(40):
+        fill(store, [number])
+        files.faults["remove"] = [errno.EIO] * 1000
+    keys = keys_of(range(40))
+    gone = ~store.contains(keys) & store.undead(keys).present
+    assert gone.any(), "none was evicted"
+    evicted = np.flatnonzero(gone).tolist()
+    files.faults.clear()
+    assert store.remove(keys_of(evicted[:1])).all()
+    again = open_on(files.copy(), 6 * SEGMENT_BYTES)
+    assert read_all(again, evicted[:1]) == {evicted[0]: None}
+    again.close()
+    store.close()
+
+
+# ---------------------------------------------------------------- a disk that fails while a store is opened
+
+
+def removed_at_the_end():
+    """Files of a store that was killed after object 1 was removed; the removal is the last that was written."""
+    files = CrashFiles()
+    store = open_on(files)
+    assert store.append(batch_of([(1, 0, 3000), (2, 0, 3000)])).all()
+    assert store.remove(keys_of([1])).all()
+    return files.copy()
+
+
+@pytest.mark.parametrize("kind", ["open", "read"])
+def test_a_call_that_fails_once_at_the_start_costs_nothing(kind):
+    for calls_before in range(6):
+        files = removed_at_the_end()
+        files.faults[kind] = [None] * calls_before + [errno.EIO]
+        try:
+            store = open_on(files)
+        except NoSsd:
+            assert calls_before == 0, "only the store's own header is read by itself"
+            continue
+        files.faults.clear()
+        assert read_all(store, [1, 2]) == {1: None, 2: small(2)}, calls_before
+        store.close()
+
+
+@pytest.mark.parametrize("kind", ["open", "read"])
+def test_what_can_not_be_read_at_the_start_may_hide_removals(kind):
+    """Also at the log's end, where a record that is missing was usually never acknowledged."""
+    for calls_before in range(1, 8):
+        files = removed_at_the_end()
+        files.faults[kind] = [None] * calls_before + [errno.EIO] * 6
+        try:
+            store = open_on(files)
+        except NoSsd:
+            continue
+        files.faults.clear()
+        assert read_all(store, [1])[1] is None, calls_before
+        store.close()
+        assert read_all(open_on(files.copy()), [1])[1] is None, calls_before
+
+
+@pytest.mark.parametrize("kind", ["write", "sync", "create"])
+def test_damage_that_can_not_be_put_right_is_seen_again(kind):
+    damaged = with_a_damaged_removal([3, 4])
+    damaged.faults[kind] = [errno.EIO] * 1000
+    with pytest.raises(NoSsd):
+        open_on(damaged)
+    damaged.faults.clear()
+    again = open_on(damaged.copy())
+    assert read_all(again, [1, 2]) == {1: None, 2: None}
+
+
+def test_a_segment_that_can_not_be_used_goes_before_anything_is_written():
+    files = CrashFiles()
+    store = open_on(files)
+    for number in range(10):
+        fill(store, [number])
+    damaged = files.copy()
+    damaged.faults["open"] = [None, None, errno.EIO, errno.EIO]
+    damaged.faults["remove"] = [errno.EIO]
+    with pytest.raises(NoSsd):
+        open_on(damaged)
+    damaged.faults["open"] = [None, None, errno.EIO, errno.EIO]
+    again = open_on(damaged)
+    assert again.stats().counters.recovery_damaged == 1
+    assert again.audit() == ()
+    again.close()
+
+
+# ---------------------------------------------------------------- a disk that hangs
+
+
+def test_a_store_on_a_disk_that_hangs_can_be_left():
+    files = CrashFiles()
+    store = open_on(files)
+    assert fill(store, [1]) == [1]
+    files.hanging["write"] = threading.Event()
+    writer = threading.Thread(target=fill, args=(store, [2]))
+    writer.start()
+    assert files.waiting.wait(60)
+    assert store.remove(keys_of([1]), timeout_s=0.05).tolist() == [False]
+    assert store.close(timeout_s=0.05) is False
+    files.hanging["write"].set()
+    writer.join(60)
+    assert not writer.is_alive()
+    check_all(open_on(files.copy()), [1])
+
+
+def test_a_process_ends_though_its_disk_hangs():
+    script = f"""
+import sys, threading
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+from tests.ssd.test_crash import open_on
+from tests.ssd.crash_files import CrashFiles
+from tests.ssd.records_made import batch_of, keys_of
+import numpy as np
+files = CrashFiles()
+store = open_on(files)
+assert store.append(batch_of([(n, 0, 20_000) for n in range(4)])).all()
+files.hanging.update(read=threading.Event(), write=threading.Event())
+read = lambda: store.read(keys_of(range(4)), [np.zeros(20_000, np.uint8) for _ in range(4)])
+for call in (read, lambda: store.append(batch_of([(9, 0, 20_000)]))):
+    files.waiting.clear()
+    threading.Thread(target=call, daemon=True).start()
+    assert files.waiting.wait(60)
+print("left", store.close(timeout_s=0.1))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["left", "False"], done.stderr
 
 
 # ---------------------------------------------------------------- damage

@@ -264,3 +264,17 @@ def test_headers_and_footers_verify_only_where_they_belong():
     assert FORMAT_VERSION == 1
     assert [segment_number(segment_name(n)) for n in (0, 7, 1 << 40)] == [0, 7, 1 << 40]
     assert segment_number("store") is segment_number("seg-xyz") is segment_number("seg-" + "0" * 15 + "G") is None
+
+
+@pytest.mark.parametrize("limit", [1, 7, 64, 1000])
+def test_pages_list_each_readable_row_once(monkeypatch, limit):
+    monkeypatch.setattr("kvpool.core.ssd.log._PAGE_ROWS", 16)
+    core = LogCore(LogConfig(8 * PAGE_BYTES, 8, 1024))
+    rng = np.random.default_rng(limit)
+    core.rows.states[:] = np.where(rng.random(1024) < 0.2, RowState.LIVE, rng.integers(0, 6, 1024))
+    found, cursor = [], 0
+    while cursor is not None:
+        rows, cursor = core.live_page(cursor, limit)
+        assert len(rows) == limit or cursor is None
+        found += rows.tolist()
+    assert found == np.flatnonzero(core.rows.states == RowState.LIVE).tolist()

@@ -1,8 +1,10 @@
 """The SSD tier beside what the disk allows in the same run: append, read, recovery.
 
-Limits: fio at the same size and depth (libaio, O_DIRECT; it writes new files as the store does), where it is
-installed, and a plain loop of pwrite/pread with O_DIRECT in as many threads. Rounds of all kinds are interleaved;
-medians are reported. Reads of the store verify digests; `copy then hash` says what that alone costs in memory.
+Limits: fio at the same size, depth and file size (its options are printed; it writes new files as the store does),
+where it is installed, and a plain loop of pwrite/pread with O_DIRECT in as many threads. Rounds of all kinds are
+interleaved; medians are reported, of ratios those of each round's ratio. fio reads into the same few buffers again and
+again, the others fill all of the memory. Reads of the store verify digests, and read a page more a block; `copy then
+hash` says what verifying alone costs in memory.
 
 python tools/bench/ssd.py [--dir FOLDER] [--json FILE]
 """
@@ -35,6 +37,17 @@ SECTIONS = 4
 SIZES = {"2 MiB": 2 << 20, "256 KiB": 256 << 10, "64 KiB": 64 << 10}
 #: Blocks of one call.
 CALL_BYTES = 32 << 20
+
+
+#: One job, which is a process: what more jobs add is not this disk's, but other CPUs'.
+FIO_OPTIONS = [
+    "--ioengine=libaio",
+    "--direct=1",
+    "--numjobs=1",
+    "--fallocate=native",
+    "--end_fsync=1",
+    "--randrepeat=0",
+]
 
 
 def memory(size_bytes: int) -> NDArray[np.uint8]:
@@ -132,8 +145,7 @@ def fio(folder: Path, kind: str, block_bytes: int, total_bytes: int, depth: int)
         path.unlink(missing_ok=True)
     command = [
         "fio", "--name=x", f"--filename={path}", f"--rw={kind}", f"--bs={block_bytes}", f"--size={total_bytes}",
-        f"--iodepth={depth}", "--ioengine=libaio", "--direct=1", "--fallocate=native", "--end_fsync=1",
-        "--output-format=json", "--randrepeat=0",
+        f"--iodepth={depth}", *FIO_OPTIONS, "--output-format=json",
     ]  # fmt: skip
     job = json.loads(subprocess.run(command, capture_output=True, check=True, timeout=120).stdout)["jobs"][0]
     side = job["write" if kind == "write" else "read"]
@@ -141,7 +153,7 @@ def fio(folder: Path, kind: str, block_bytes: int, total_bytes: int, depth: int)
 
 
 def measure_size(folder: Path, block_bytes: int, total_bytes: int, depth: int, rounds: int) -> dict[str, float]:
-    """Median GB/s of each kind; the first round warms up."""
+    """Median GB/s of each kind, and median ratio of each pair of RATIOS; the first round warms up."""
     blocks = Blocks(folder, block_bytes, total_bytes, depth)
     plain = PlainFile(folder / "plain", blocks, depth)
     speeds: dict[str, list[float]] = {}
@@ -167,7 +179,12 @@ def measure_size(folder: Path, block_bytes: int, total_bytes: int, depth: int, r
                 speeds.setdefault(name, []).append(fio(folder, kind, block_bytes, total_bytes, depth))
         assert np.array_equal(blocks.out, blocks.data)
     blocks.store.close()
-    return {name: statistics.median(values[1:]) for name, values in speeds.items()}
+    medians = {name: statistics.median(values[1:]) for name, values in speeds.items()}
+    for ours, limit in RATIOS:
+        if limit in speeds:
+            shares = [one / other for one, other in zip(speeds[ours][1:], speeds[limit][1:], strict=True)]
+            medians[f"{ours} / {limit}"] = statistics.median(shares)
+    return medians
 
 
 def measure_recovery(folder: Path, block_bytes: int, total_bytes: int) -> dict[str, float]:
@@ -193,16 +210,13 @@ RATIOS = [("append", "fio write"), ("append", "plain write"), ("random read", "f
           ("random read", "plain random read")]  # fmt: skip
 
 
-def show(result: dict[str, dict[str, float]], recovery: dict[str, float]) -> None:
+def show(result: dict[str, dict[str, float]], recovery: dict[str, float], depth: int) -> None:
     names = list(result)
-    print(f"{'GB/s, median':28}" + "".join(f"{name:>10}" for name in names))
+    print(f"{'median':40}" + "".join(f"{name:>10}" for name in names))
     for kind in result[names[0]]:
-        print(f"{kind:28}" + "".join(f"{result[name][kind]:10.2f}" for name in names))
-    print()
-    for ours, limit in RATIOS:
-        if limit in result[names[0]]:
-            text = "".join(f"{result[name][ours] / result[name][limit]:10.2f}" for name in names)
-            print(f"{ours + ' / ' + limit:40}{text}   (aim 0.9)")
+        unit = "aim 0.9" if "/" in kind else "GB/s"
+        print(f"{kind:40}" + "".join(f"{result[name][kind]:10.2f}" for name in names) + f"   ({unit})")
+    print(f"\nfio: --iodepth={depth} " + " ".join(FIO_OPTIONS))
     print("\nrecovery, s per GB: " + ", ".join(f"{name} {value:.4f}" for name, value in recovery.items()))
 
 
@@ -220,11 +234,18 @@ def main() -> None:
             result[name] = measure_size(Path(folder), block_bytes, args.mib << 20, args.depth, args.rounds)
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         recovery = measure_recovery(Path(folder), 2 << 20, args.mib << 20)
-    show(result, recovery)
+    show(result, recovery, args.depth)
     if args.json:
         args.json.write_text(
             json.dumps(
-                {"gb_per_s": result, "recovery_s_per_gb": recovery, "mib": args.mib, "depth": args.depth}, indent=2
+                {
+                    "medians": result,
+                    "recovery_s_per_gb": recovery,
+                    "mib": args.mib,
+                    "depth": args.depth,
+                    "fio": FIO_OPTIONS,
+                },
+                indent=2,
             )
         )
 

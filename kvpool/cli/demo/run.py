@@ -18,7 +18,7 @@ from kvpool.cli.demo import play, report, workload
 from kvpool.cli.demo.reference import Reference
 from kvpool.cli.kvctl import Cluster
 from kvpool.cli.local import LocalCluster, LocalOptions
-from kvpool.cli.main import addresses, watch
+from kvpool.cli.serving import addresses, watch
 
 SETTLE_TIMEOUT_S = 20.0
 
@@ -172,4 +172,4 @@ def _show(result: dict[str, Any], out: Path) -> None:
 
 
 def _share(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.0f} % (median of split requests)"
+    return "- (no request was split)" if value is None else f"{100 * value:.0f} % (median of split requests)"

@@ -8,7 +8,21 @@ from typing import Annotated
 import typer
 
 from kvpool.cli import output
-from kvpool.cli.kvctl import bench, blocks, holds, looking, moving, overview, requests, settings, top
+from kvpool.cli.kvctl import (
+    advise,
+    bench,
+    blocks,
+    holds,
+    looking,
+    moving,
+    overview,
+    requests,
+    settings,
+    simulate,
+    top,
+    trace,
+)
+from kvpool.cli.kvctl.access import with_access_options
 
 app = typer.Typer(
     name="kvctl",
@@ -53,12 +67,14 @@ _COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
         "namespaces": settings.namespaces,
         "bench": bench.bench,
     },
+    "planning": {"simulate": simulate.simulate, "advise": advise.advise},
 }
 for _panel, _commands in _COMMANDS.items():
     for _name, _command in _commands.items():
-        app.command(_name, rich_help_panel=_panel)(_command)
+        app.command(_name, rich_help_panel=_panel)(with_access_options(_command))
+app.add_typer(trace.app, name="trace", rich_help_panel="planning")
 # Its name until `ls` came.
-app.command("blocks", hidden=True)(blocks.ls)
+app.command("blocks", hidden=True)(with_access_options(blocks.ls))
 
 
 def main() -> None:

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from kvpool.cli import output
 from kvpool.cli.kvctl import tables
-from kvpool.cli.kvctl.cluster import chosen_nodes
-from kvpool.cli.kvctl.options import DEFAULT_SCHEDULER, Credential, Json, OneNode, Scheduler
+from kvpool.cli.kvctl.cluster import Node, chosen_nodes
+from kvpool.cli.kvctl.options import ANYBODY, DEFAULT_SCHEDULER, Access, Json, OneNode, Scheduler
 from kvpool.client import PoolClient
 from kvpool.core.ids import NamespaceId
 from kvpool.core.namespace import HASHES, GroupKind, GroupSpec, NamespaceSpec
@@ -40,17 +40,18 @@ class Figure:
 def bench(
     scheduler: Scheduler = DEFAULT_SCHEDULER,
     node: OneNode = "",
-    credential: Credential = "",
+    access: Access = ANYBODY,
     json: Json = False,
     channel: Annotated[str, typer.Option("--channel", help="Data channel: shm, tcp, ...; empty = the best.")] = "",
     size: Annotated[str, typer.Option("--size", help="Bytes of a block.")] = "2MiB",
     count: Annotated[int, typer.Option("--count", min=1, max=65_536, help="Blocks of a pass.")] = 64,
     repeat: Annotated[int, typer.Option("--repeat", min=1, max=1000, help="Passes; medians are shown.")] = 5,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check digests when reading.")] = True,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Evict what the node holds if there is no room.")] = False,
 ) -> None:
-    """Puts, gets and looks up blocks of a namespace of its own, and removes them again."""
+    """Puts, gets and looks up blocks of a namespace of its own, and removes them again. Evicts nothing unasked."""
     block_bytes = output.parse_size(size)
-    with chosen_nodes(scheduler, node, credential) as nodes:
+    with chosen_nodes(scheduler, node, access) as nodes:
         if len(nodes) > 1:
             known = ", ".join(one.source_id for one in nodes)
             output.fail("there are several nodes", hint=f"name one with --node: {known}", code=output.EXIT_USAGE)
@@ -58,8 +59,11 @@ def bench(
         options: dict[str, Any] = {"channels": (channel,)} if channel else {}
         with (
             output.reported_errors(one.address, "node"),
-            PoolClient(one.address, client="kvctl-bench", credential=credential, **options) as client,
+            PoolClient(
+                one.address, client="kvctl-bench", credential=access.credential, tls=access.tls, **options
+            ) as client,
         ):
+            _check_room(one, block_bytes, count, yes)
             figures = _run(client, block_bytes, count, repeat, verify)
             used = client.channel
     if json:
@@ -83,6 +87,23 @@ def bench(
     ]  # fmt: skip
     title = f"{one.source_id} over {used}: {count} blocks of {output.size(block_bytes)}, median of {repeat}"
     tables.table(title, ("operation", "GB/s:", "µs a block:", "keys/s:", "ms a pass:"), rows)
+
+
+def _check_room(node: Node, block_bytes: int, count: int, may_evict: bool) -> None:
+    """Ends the command where the blocks would not fit, or would push out others."""
+    stats, bytes_needed = node.stats(), block_bytes * count
+    free, total = output.size(stats.bytes_free), output.size(stats.bytes_total)
+    if bytes_needed > stats.bytes_total:
+        output.fail(
+            f"{output.size(bytes_needed)} are more than all memory of {node.source_id}, {total}",
+            hint="--count or --size: fewer bytes", code=output.EXIT_USAGE,
+        )  # fmt: skip
+    fits = bytes_needed <= stats.bytes_free and block_bytes <= stats.bytes_largest_extent
+    if not fits and not may_evict:
+        output.fail(
+            f"{output.size(bytes_needed)} would evict what {node.source_id} holds: {free} of {total} are free",
+            hint="--count or --size: fewer bytes; --yes: evict", code=output.EXIT_USAGE,
+        )  # fmt: skip
 
 
 def _run(client: PoolClient, block_bytes: int, count: int, repeat: int, verify: bool) -> list[Figure]:

@@ -11,8 +11,9 @@ from kvpool.cli import output
 from kvpool.cli.kvctl import tables
 from kvpool.cli.kvctl.cluster import Node, chosen_nodes
 from kvpool.cli.kvctl.options import (
+    ANYBODY,
     DEFAULT_SCHEDULER,
-    Credential,
+    Access,
     Json,
     Names,
     Namespace,
@@ -32,18 +33,18 @@ Prefix = Annotated[str, typer.Option("--prefix", help="Objects whose names begin
 def ls(
     scheduler: Scheduler = DEFAULT_SCHEDULER,
     node: OneNode = "",
-    credential: Credential = "",
+    access: Access = ANYBODY,
     json: Json = False,
     namespace: Namespace = "",
     objects: Objects = "",
     prefix: Prefix = "",
     limit: Annotated[int, typer.Option("--limit", min=1, max=100_000, help="At most this many a node.")] = 50,
 ) -> None:
-    """Blocks and objects that lie on the nodes, one line each."""
+    """Blocks and objects that lie on the nodes, one line each: in memory, then those on an SSD alone."""
     namespace_id = parse_namespace(namespace, objects)
     _check_prefix(prefix, objects)
     found: list[dict[str, Any]] = []
-    with chosen_nodes(scheduler, node, credential) as nodes:
+    with chosen_nodes(scheduler, node, access) as nodes:
         for one in nodes:
             with output.reported_errors(one.address, "node"):
                 listed = one.records(limit, namespace_id=namespace_id, name_prefix=prefix)
@@ -54,7 +55,7 @@ def ls(
     rows = [
         (
             b["node"], b["name"] or b["key"], b["state"], output.size(b["size"]),
-            b["tier"] + (" + ssd" if b["on_ssd"] else ""), b["fidelity"], b["leases"], b["pins"], b["tenant"] or "-",
+            tiers(b), b["fidelity"], b["leases"], b["pins"], b["tenant"] or "-",
         )
         for b in found
     ]  # fmt: skip
@@ -62,11 +63,16 @@ def ls(
     tables.table("blocks", columns, rows)
 
 
+def tiers(block: dict[str, Any]) -> str:
+    """Where a listed block lies."""
+    return str(block["tier"]) + (" + ssd" if block["on_ssd"] and block["tier"] != "ssd" else "")
+
+
 def rm(
     names: Names = None,
     scheduler: Scheduler = DEFAULT_SCHEDULER,
     node: OneNode = "",
-    credential: Credential = "",
+    access: Access = ANYBODY,
     json: Json = False,
     namespace: Namespace = "",
     objects: Objects = "",
@@ -85,7 +91,7 @@ def rm(
     if prefix or everything:
         _confirm(f"remove all of it from {node or 'every node'}?", yes)
     removed: dict[str, int] = {}
-    with chosen_nodes(scheduler, node, credential) as nodes:
+    with chosen_nodes(scheduler, node, access) as nodes:
         for one in nodes:
             with output.reported_errors(one.address, "node"):
                 request = pb.RemoveRequest(
@@ -100,7 +106,7 @@ def evict(
     names: Names = None,
     scheduler: Scheduler = DEFAULT_SCHEDULER,
     node: OneNode = "",
-    credential: Credential = "",
+    access: Access = ANYBODY,
     json: Json = False,
     namespace: Namespace = "",
     objects: Objects = "",
@@ -112,7 +118,7 @@ def evict(
         output.fail("name what to evict: keys or names, or --bytes", code=output.EXIT_USAGE)
     keys = parse_keys(names or [], objects)
     result: dict[str, dict[str, int]] = {}
-    with chosen_nodes(scheduler, node, credential) as nodes:
+    with chosen_nodes(scheduler, node, access) as nodes:
         for one in nodes:
             with output.reported_errors(one.address, "node"):
                 requests = (
@@ -135,14 +141,18 @@ def evict(
 
 
 def by_namespace(node: Node, keys: KeyArray, namespace_id: bytes) -> dict[bytes, bytes]:
-    """Packed keys by the namespace that they are of; one that is not in memory counts for the namespace given."""
+    """Packed keys by the namespace, of those that the node knows, that they are of.
+
+    One that is not in memory counts for the namespace given.
+    """
     found: dict[bytes, bytes] = {}
     packed = keys.tobytes()
-    known = {block.key: block.namespace_id for block in node.find(packed)}
+    listed = {block.key: block.namespace_id for block in node.find(packed)}
+    known = {info.namespace_id for info in node.namespaces()}
     for at in range(0, len(packed), 16):
         key = packed[at : at + 16]
-        of = known.get(key, namespace_id)
-        if of and namespace_id in (b"", of):
+        of = listed.get(key, namespace_id)
+        if of in known and namespace_id in (b"", of):
             found[of] = found.get(of, b"") + key
     return found
 

@@ -10,8 +10,10 @@ from typing import Any
 import grpc
 
 from kvpool.cli import output
+from kvpool.cli.kvctl.access import ANYBODY, Access
 from kvpool.service import rpc
 from kvpool.service.host import host_id
+from kvpool.service.scheduler_list import split, target
 from kvpool.v1 import (
     block_source_pb2,
     block_source_pb2_grpc,
@@ -25,14 +27,17 @@ from kvpool.v1 import (
 )
 
 PAGE = 1000
+#: What clients hold on a node.
+HELD = ("leases", "pins", "reservations", "quarantined")
 
 
 class Cluster:
     """Stubs of one cluster's scheduler process; every answer is plain data."""
 
-    def __init__(self, address: str, credential: str = "") -> None:
-        self.address, self._credential = address, credential
-        self._channel = rpc.make_channel(address, credential=credential)
+    def __init__(self, address: str, access: Access = ANYBODY) -> None:
+        self.address, self.access = address, access
+        # Of several schedulers whichever answers: they know the same.
+        self._channel = rpc.make_channel(target(address), credential=access.credential, tls=access.tls)
         self._scheduler: Any = scheduler_pb2_grpc.SchedulerStub(self._channel)
         self._directory: Any = directory_pb2_grpc.DirectoryStub(self._channel)
 
@@ -55,10 +60,21 @@ class Cluster:
         return output.to_dict(self._directory.Match(request))
 
     def explain(self, request_id: str) -> dict[str, Any]:
-        return output.to_dict(self._scheduler.Explain(scheduler_pb2.ExplainRequest(request_id=request_id)))
+        """Of several schedulers the one that placed a request knows: each is asked."""
+        request, error = scheduler_pb2.ExplainRequest(request_id=request_id), None
+        for address in split(self.address):
+            with rpc.make_channel(address, credential=self.access.credential, tls=self.access.tls) as channel:
+                try:
+                    return output.to_dict(scheduler_pb2_grpc.SchedulerStub(channel).Explain(request))
+                except grpc.RpcError as failed:
+                    # One that is away says less than one that does not know it.
+                    if error is None or failed.code() is grpc.StatusCode.NOT_FOUND:
+                        error = failed
+        assert error is not None
+        raise error
 
     def source_stats(self, address: str) -> dict[str, Any]:
-        with Node(address, self._credential) as node:
+        with Node(address, self.access) as node:
             return output.to_dict(node.stats())
 
     def nodes(self) -> list[dict[str, Any]]:
@@ -77,18 +93,22 @@ class Cluster:
 
     def held(self) -> dict[str, int]:
         """What clients hold, over all nodes: all zero when nobody does anything."""
-        names = ("leases", "pins", "reservations", "quarantined")
-        # A node with an SSD is two sources at one address.
-        nodes = {node["source"]["address"]: node for node in self.nodes()}
-        return {n: sum(node.get("stats", {}).get(n, 0) for node in nodes.values()) for n in names}
+        return held_on(self.nodes())
+
+
+def held_on(nodes: list[dict[str, Any]]) -> dict[str, int]:
+    """What clients hold on nodes, as `Cluster.nodes` lists them."""
+    # A node with an SSD is two sources at one address.
+    counted = {node["source"]["address"]: node for node in nodes}
+    return {n: sum(node.get("stats", {}).get(n, 0) for node in counted.values()) for n in HELD}
 
 
 class Node:
     """Stubs of one node. Every call has a deadline: that of `rpc` where none is given."""
 
-    def __init__(self, address: str, credential: str = "", *, source_id: str = "") -> None:
-        self.address, self.credential, self._source_id = address, credential, source_id
-        self._channel = rpc.make_channel(address, credential=credential)
+    def __init__(self, address: str, access: Access = ANYBODY, *, source_id: str = "") -> None:
+        self.address, self._source_id = address, source_id
+        self._channel = rpc.make_channel(address, credential=access.credential, tls=access.tls)
         self.blocks: Any = block_source_pb2_grpc.BlockSourceStub(self._channel)
         self.admin: Any = source_admin_pb2_grpc.SourceAdminStub(self._channel)
 
@@ -110,24 +130,27 @@ class Node:
     def records(
         self, limit: int, *, namespace_id: bytes = b"", name_prefix: str = ""
     ) -> Iterator[block_source_pb2.BlockInfo]:
-        """At most `limit` blocks; none of a namespace that the node does not know."""
-        if namespace_id and not self.knows(namespace_id):
-            return
-        cursor = 0
-        while limit > 0:
-            request = block_source_pb2.ListBlocksRequest(
-                cursor=cursor, limit=min(PAGE, limit), namespace_id=namespace_id, name_prefix=name_prefix
-            )
-            reply = self.blocks.ListBlocks(request)
-            yield from reply.blocks
-            limit -= len(reply.blocks)
-            cursor = reply.next_cursor
-            if not cursor:
-                return
+        """At most `limit` blocks: those in memory, then those on the SSD alone."""
+        for below in (False, True):
+            # Of a namespace that it does not know a node has nothing in memory, and says so with an error.
+            cursor, more = 0, below or not namespace_id or self.knows(namespace_id)
+            while more and limit > 0:
+                request = block_source_pb2.ListBlocksRequest(
+                    cursor=cursor, limit=min(PAGE, limit), namespace_id=namespace_id, name_prefix=name_prefix,
+                    below=below,
+                )  # fmt: skip
+                reply = self.blocks.ListBlocks(request)
+                yield from reply.blocks
+                limit -= len(reply.blocks)
+                cursor = reply.next_cursor
+                more = bool(cursor)
 
-    def find(self, keys: bytes, namespace_id: bytes = b"") -> list[block_source_pb2.BlockInfo]:
-        """Records of packed keys, of those that are in memory, whichever namespace (or only one) they are of."""
-        reply = self.blocks.ListBlocks(block_source_pb2.ListBlocksRequest(keys=keys))
+    def find(self, keys: bytes, namespace_id: bytes = b"", *, below: bool = False) -> list[block_source_pb2.BlockInfo]:
+        """Records of packed keys, whichever namespace (or only one) they are of.
+
+        Args: below: those on the SSD alone; else those in memory.
+        """
+        reply = self.blocks.ListBlocks(block_source_pb2.ListBlocksRequest(keys=keys, below=below))
         return [block for block in reply.blocks if namespace_id in (b"", block.namespace_id)]
 
     def knows(self, namespace_id: bytes) -> bool:
@@ -156,16 +179,16 @@ class Node:
 
 
 @contextmanager
-def chosen_nodes(scheduler: str, node: str, credential: str) -> Iterator[list[Node]]:
+def chosen_nodes(scheduler: str, node: str, access: Access) -> Iterator[list[Node]]:
     """The node that is named, or all of the cluster, by id. Ends the command if there is none.
 
     Args: node: id, or HOST:PORT, which needs no scheduler; empty = all.
     """
     if ":" in node:
-        found = [Node(node, credential)]
+        found = [Node(node, access)]
     else:
         with output.reported_errors(scheduler, "scheduler"):
-            found = _nodes_of(Cluster(scheduler, credential), node)
+            found = _nodes_of(Cluster(scheduler, access), node)
     try:
         for one in found:
             with output.reported_errors(one.address, "node"):
@@ -185,6 +208,6 @@ def _nodes_of(cluster: Cluster, node: str) -> list[Node]:
         names = ", ".join(sorted(known.values())) or "none"
         output.fail(f"no node {node!r}" if node else "no node has joined", hint=f"nodes of this cluster: {names}")
     return [
-        Node(address, cluster._credential, source_id=name)
+        Node(address, cluster.access, source_id=name)
         for address, name in sorted(chosen.items(), key=lambda item: (item[1], item[0]))
     ]

@@ -11,8 +11,9 @@ from kvpool.cli.kvctl import tables
 from kvpool.cli.kvctl.blocks import by_namespace
 from kvpool.cli.kvctl.cluster import Node, chosen_nodes
 from kvpool.cli.kvctl.options import (
+    ANYBODY,
     DEFAULT_SCHEDULER,
-    Credential,
+    Access,
     Json,
     Names,
     Namespace,
@@ -35,7 +36,7 @@ def pin(
     names: Names = None,
     scheduler: Scheduler = DEFAULT_SCHEDULER,
     node: OneNode = "",
-    credential: Credential = "",
+    access: Access = ANYBODY,
     json: Json = False,
     namespace: Namespace = "",
     objects: Objects = "",
@@ -54,26 +55,29 @@ def pin(
         )
     keys, namespace_id = parse_keys(names, objects), parse_namespace(namespace, objects)
     made: list[dict[str, Any]] = []
-    with chosen_nodes(scheduler, node, credential) as nodes:
+    below = False
+    with chosen_nodes(scheduler, node, access) as nodes:
         for one in nodes:
             with output.reported_errors(one.address, "node"):
+                below |= bool(one.find(keys.tobytes(), namespace_id, below=True))
                 made += _pin(one, keys, namespace_id, owner, ttl_s)
     if json:
         output.print_json({"pins": made})
     else:
         rows = [(p["node"], p["pin_id"], p["blocks"], owner, ttl if ttl_s else "until unpinned") for p in made]
         tables.table("pinned", ("node", "pin:", "blocks:", "owner", "for"), rows)
+    if not made and below:
+        output.fail(
+            "they lie on an SSD alone, and pins hold what is in memory", hint="pin them once they were read again"
+        )
     if not made:
         output.fail("none of them is there", hint="`kvctl ls` shows what there is")
 
 
 def _pin(node: Node, keys: KeyArray, namespace_id: bytes, owner: str, ttl_s: float) -> list[dict[str, Any]]:
     made = []
-    known = {info.namespace_id for info in node.namespaces()}
     with node.session() as session:
         for namespace, packed in by_namespace(node, keys, namespace_id).items():
-            if namespace not in known:
-                continue
             request = pb.PinRequest(
                 session_id=session, namespace_id=namespace, keys=common_pb2.KeyList(keys=packed), owner=owner,
                 ttl_ms=round(ttl_s * 1000),
@@ -87,7 +91,7 @@ def _pin(node: Node, keys: KeyArray, namespace_id: bytes, owner: str, ttl_s: flo
 def unpin(
     scheduler: Scheduler = DEFAULT_SCHEDULER,
     node: OneNode = "",
-    credential: Credential = "",
+    access: Access = ANYBODY,
     json: Json = False,
     owner: Owner = "kvctl",
     pin_id: Annotated[int, typer.Option("--pin", min=0, help="Only this pin (with --node); 0 = all of the owner.")] = 0,
@@ -98,7 +102,7 @@ def unpin(
     if pin_id and not node:
         output.fail("each node numbers its own pins: name one with --node", code=output.EXIT_USAGE)
     released: dict[str, int] = {}
-    with chosen_nodes(scheduler, node, credential) as nodes:
+    with chosen_nodes(scheduler, node, access) as nodes:
         for one in nodes:
             with output.reported_errors(one.address, "node"):
                 reply = one.blocks.Unpin(pb.UnpinRequest(pin_id=pin_id, owner=owner))
@@ -112,11 +116,11 @@ def unpin(
 
 
 def pins(
-    scheduler: Scheduler = DEFAULT_SCHEDULER, node: OneNode = "", credential: Credential = "", json: Json = False
+    scheduler: Scheduler = DEFAULT_SCHEDULER, node: OneNode = "", access: Access = ANYBODY, json: Json = False
 ) -> None:
     """What is held, by whom, and how long still: leases, pins, hand-off holds."""
     found: list[dict[str, Any]] = []
-    with chosen_nodes(scheduler, node, credential) as nodes:
+    with chosen_nodes(scheduler, node, access) as nodes:
         for one in nodes:
             with output.reported_errors(one.address, "node"):
                 reply = one.admin.ListPins(source_admin_pb2.ListPinsRequest())

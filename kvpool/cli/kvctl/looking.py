@@ -8,10 +8,12 @@ import typer
 
 from kvpool.cli import output
 from kvpool.cli.kvctl import tables
+from kvpool.cli.kvctl.blocks import tiers
 from kvpool.cli.kvctl.cluster import Node, chosen_nodes
 from kvpool.cli.kvctl.options import (
+    ANYBODY,
     DEFAULT_SCHEDULER,
-    Credential,
+    Access,
     Json,
     Namespace,
     Objects,
@@ -33,7 +35,7 @@ def inspect(
     name: Annotated[str, typer.Argument(metavar="[KEY|NAME]", help="A block's key in hex, or an object's name.")] = "",
     scheduler: Scheduler = DEFAULT_SCHEDULER,
     node: OneNode = "",
-    credential: Credential = "",
+    access: Access = ANYBODY,
     json: Json = False,
     namespace: Namespace = "",
     objects: Objects = "",
@@ -46,12 +48,12 @@ def inspect(
     if bool(name) == bool(text):
         output.fail("name a block, an object (with --objects DOMAIN), or a prompt with --text", code=output.EXIT_USAGE)
     if text:
-        inspect_prompt(scheduler, credential, text, model, chat, salt, json)
+        inspect_prompt(scheduler, access, text, model, chat, salt, json)
         return
     key = parse_keys([name], objects).tobytes()
     namespace_id = parse_namespace(namespace, objects)
     copies: list[dict[str, Any]] = []
-    with chosen_nodes(scheduler, node, credential) as nodes:
+    with chosen_nodes(scheduler, node, access) as nodes:
         for one in nodes:
             with output.reported_errors(one.address, "node"):
                 copies += _copies(one, key, namespace_id)
@@ -70,18 +72,8 @@ def _copies(node: Node, key: bytes, namespace_id: bytes) -> list[dict[str, Any]]
         if block.state == "readable":
             found["digests"] = [f"{digest:016x}" for digest in _digests(node, block)]
         copies.append(found)
-    if copies:
-        return copies
-    # What lies on the SSD alone is in no listing of memory; its namespace has to be guessed where none is named.
-    for info in node.namespaces():
-        if namespace_id in (b"", info.namespace_id):
-            request = pb.LookupRequest(namespace_id=info.namespace_id, keys=common_pb2.KeyList(keys=key))
-            reply = node.blocks.Lookup(request)
-            if reply.found[0]:
-                tier = output.to_dict(pb.BlockInfo(tier=reply.tiers[0]))["tier"]
-                copies.append({"node": node.source_id, "key": key.hex(), "namespace_id": info.namespace_id.hex(),
-                               "tier": tier, "state": "readable"})  # fmt: skip
-    return copies
+    below = node.find(key, namespace_id, below=True)
+    return copies + [{"node": node.source_id, **output.to_dict(block)} for block in below]
 
 
 def _digests(node: Node, block: pb.BlockInfo) -> list[int]:
@@ -106,9 +98,9 @@ def _print(key: bytes, name: str, copies: list[dict[str, Any]]) -> None:
     tables.facts(f"object {name}" if name else "block", {"key": key.hex(), "copies": len(copies)})
     rows = [
         (
-            c["node"], c["tier"] + (" + ssd" if c.get("on_ssd") else ""), c["state"],
-            output.size(c["size"]) if "size" in c else "-", c.get("fidelity", "-"), c.get("generation", "-"),
-            c.get("leases", "-"), c.get("pins", "-"), c.get("tenant") or "-", " ".join(c.get("digests", [])) or "-",
+            c["node"], tiers(c), c["state"],
+            output.size(c["size"]), c["fidelity"], c["generation"] or "-",
+            c["leases"], c["pins"], c["tenant"] or "-", " ".join(c.get("digests", [])) or "-",
         )
         for c in copies
     ]  # fmt: skip

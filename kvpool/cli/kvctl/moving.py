@@ -9,8 +9,9 @@ import typer
 from kvpool.cli import output
 from kvpool.cli.kvctl.cluster import chosen_nodes
 from kvpool.cli.kvctl.options import (
+    ANYBODY,
     DEFAULT_SCHEDULER,
-    Credential,
+    Access,
     Json,
     Names,
     Namespace,
@@ -34,13 +35,13 @@ def copy(
     target: To,
     names: Names = None,
     scheduler: Scheduler = DEFAULT_SCHEDULER,
-    credential: Credential = "",
+    access: Access = ANYBODY,
     json: Json = False,
     namespace: Namespace = "",
     objects: Objects = "",
 ) -> None:
-    """Copies blocks from one node to another: those named, all of a namespace, or all there are."""
-    _copy(source, target, names, scheduler, credential, json, namespace, objects, move=False)
+    """Copies blocks from one node to another, from its SSD too: those named, all of a namespace, or all there are."""
+    _copy(source, target, names, scheduler, access, json, namespace, objects, move=False)
 
 
 def move(
@@ -48,30 +49,31 @@ def move(
     target: To,
     names: Names = None,
     scheduler: Scheduler = DEFAULT_SCHEDULER,
-    credential: Credential = "",
+    access: Access = ANYBODY,
     json: Json = False,
     namespace: Namespace = "",
     objects: Objects = "",
 ) -> None:
     """As copy; each block leaves the first node once it is on the second."""
-    _copy(source, target, names, scheduler, credential, json, namespace, objects, move=True)
+    _copy(source, target, names, scheduler, access, json, namespace, objects, move=True)
 
 
 def _copy(
-    source: str, target: str, names: list[str] | None, scheduler: str, credential: str, json: bool, namespace: str,
+    source: str, target: str, names: list[str] | None, scheduler: str, access: Access, json: bool, namespace: str,
     objects: str, *, move: bool,
 ) -> None:  # fmt: skip
     keys, namespace_id = parse_keys(names or [], objects), parse_namespace(namespace, objects)
     word = "moved" if move else "copied"
     if len(keys) > KEYS_PER_CALL:
         output.fail(f"at most {KEYS_PER_CALL} keys at once", code=output.EXIT_USAGE)
-    with chosen_nodes(scheduler, source, credential) as origins, chosen_nodes(scheduler, target, credential) as targets:
+    with chosen_nodes(scheduler, source, access) as origins, chosen_nodes(scheduler, target, access) as targets:
         origin, one = origins[0], targets[0]
         if origin.source_id == one.source_id:
             output.fail(f"{origin.source_id} is both where from and where to", code=output.EXIT_USAGE)
         with output.reported_errors(origin.address, "node"):
+            packed = keys.tobytes()
             if len(keys) and not namespace_id:
-                namespace_id = _namespace_of(origin.find(keys.tobytes()))
+                namespace_id = _namespace_of(origin.find(packed) + origin.find(packed, below=True))
         request = pb.CopyRequest(
             from_address=origin.address, namespace_id=namespace_id, move=move,
             keys=common_pb2.KeyList(keys=keys.tobytes()),
@@ -102,22 +104,26 @@ def drain(
         list[str] | None, typer.Option("--to", metavar="NODE", help="Where its blocks go; may be given several times.")
     ] = None,
     scheduler: Scheduler = DEFAULT_SCHEDULER,
-    credential: Credential = "",
+    access: Access = ANYBODY,
     json: Json = False,
     undo: Annotated[bool, typer.Option("--undo", help="Let it take new blocks again.")] = False,
+    ssd: Annotated[bool, typer.Option("--ssd", help="Move what lies on its SSD alone, too.")] = False,
 ) -> None:
     """Lets a node take no new blocks, and moves all it has to other nodes; without --to they stay until it ends."""
     if undo and to:
         output.fail("--undo needs no --to", code=output.EXIT_USAGE)
-    with chosen_nodes(scheduler, node, credential) as nodes:
+    if ssd and not to:
+        output.fail("--ssd says what moves: name where to with --to", code=output.EXIT_USAGE)
+    with chosen_nodes(scheduler, node, access) as nodes:
         one = nodes[0]
         addresses = []
         for name in to or []:
-            with chosen_nodes(scheduler, name, credential) as targets:
+            with chosen_nodes(scheduler, name, access) as targets:
                 addresses.append(targets[0].address)
         with output.reported_errors(one.address, "node"):
+            request = pb.DrainRequest(target_addresses=addresses, undo=undo, below=ssd)
             last = follow(
-                f"draining {one.source_id}", one.admin.Drain(pb.DrainRequest(target_addresses=addresses, undo=undo)),
+                f"draining {one.source_id}", one.admin.Drain(request),
                 interrupted="the node stays draining; `kvctl drain NODE --undo` takes it back",
             )  # fmt: skip
         if not json and not addresses:
@@ -130,7 +136,7 @@ def drain(
 def verify(
     scheduler: Scheduler = DEFAULT_SCHEDULER,
     node: OneNode = "",
-    credential: Credential = "",
+    access: Access = ANYBODY,
     json: Json = False,
     namespace: Namespace = "",
     objects: Objects = "",
@@ -140,7 +146,7 @@ def verify(
     namespace_id = parse_namespace(namespace, objects)
     bytes_per_s_max = 0 if rate == "0" else output.parse_size(rate)
     results: dict[str, pb.Progress] = {}
-    with chosen_nodes(scheduler, node, credential) as nodes:
+    with chosen_nodes(scheduler, node, access) as nodes:
         for one in nodes:
             request = pb.VerifyRequest(namespace_id=namespace_id, bytes_per_s_max=bytes_per_s_max)
             with output.reported_errors(one.address, "node"):

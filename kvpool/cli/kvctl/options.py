@@ -9,15 +9,13 @@ import numpy as np
 import typer
 
 from kvpool.cli import output
+from kvpool.cli.kvctl.access import ANYBODY, Access
 from kvpool.core import hashing
 from kvpool.core.ids import KEY_BYTES, KeyArray
 from kvpool.core.namespace import NamespaceSpec
 
 Scheduler = Annotated[
     str, typer.Option("--scheduler", "-s", envvar="KVPOOL_SCHEDULER", help="Address of the scheduler.")
-]
-Credential = Annotated[
-    str, typer.Option("--credential", envvar="KVPOOL_CREDENTIAL", help="Credential, where one is asked for.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 OneNode = Annotated[
@@ -32,6 +30,10 @@ Names = Annotated[
     typer.Argument(metavar="[KEY|NAME]...", help="Keys of blocks in hex; with --objects, names of objects."),
 ]
 DEFAULT_SCHEDULER = "127.0.0.1:7700"
+__all__ = [
+    "ANYBODY", "DEFAULT_SCHEDULER", "Access", "Json", "Names", "Namespace", "Objects", "OneNode", "Scheduler",
+    "parse_keys", "parse_namespace", "parse_seconds",
+]  # fmt: skip
 
 _UNITS_S = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 

@@ -11,13 +11,13 @@ import typer
 from kvpool.cli import output
 from kvpool.cli.kvctl import tables
 from kvpool.cli.kvctl.cluster import Cluster
-from kvpool.cli.kvctl.options import DEFAULT_SCHEDULER, Credential, Json, Scheduler
+from kvpool.cli.kvctl.options import ANYBODY, DEFAULT_SCHEDULER, Access, Json, Scheduler
 from kvpool.core import hashing
 from kvpool.service import wire
 from kvpool.v1 import scheduler_pb2
 
 
-def inspect_prompt(scheduler: str, credential: str, text: str, model: str, chat: bool, salt: str, json: bool) -> None:
+def inspect_prompt(scheduler: str, access: Access, text: str, model: str, chat: bool, salt: str, json: bool) -> None:
     """Which blocks of a prompt are cached, and where; text "-" is read from standard input."""
     try:
         extras = hashing.Extras(salt=bytes.fromhex(salt))
@@ -31,7 +31,7 @@ def inspect_prompt(scheduler: str, credential: str, text: str, model: str, chat:
         except UnicodeDecodeError as error:
             output.fail(f"standard input is not UTF-8: {error}", code=output.EXIT_USAGE)
     with output.reported_errors(scheduler, "scheduler"):
-        cluster = Cluster(scheduler, credential)
+        cluster = Cluster(scheduler, access)
         chosen = _choose_model(cluster.models(), model)
         tokens = _tokenize(chosen.tokenizer, text, chat)
         spec = chosen.namespace
@@ -100,12 +100,12 @@ def _tokenize(tokenizer: str, text: str, chat: bool) -> np.ndarray:
 def explain(
     request_id: Annotated[str, typer.Argument(help="The `id` of a completion.")],
     scheduler: Scheduler = DEFAULT_SCHEDULER,
-    credential: Credential = "",
+    access: Access = ANYBODY,
     json: Json = False,
 ) -> None:
     """Why a request went where it went: candidates, predictions, choice and outcome."""
     with output.reported_errors(scheduler, "scheduler"):
-        data = Cluster(scheduler, credential).explain(request_id)
+        data = Cluster(scheduler, access).explain(request_id)
     if json:
         output.print_json(data)
         return
@@ -127,7 +127,10 @@ def _print_explanation(data: dict[str, Any]) -> None:
         )
         lines["choice"] = f"{'split' if placement['split'] else 'co-located'}: {where}"
         lines["reused"] = f"{placement['cached_tokens']} tokens predicted"
-        lines["predicted TTFT"] = output.milliseconds(placement["predicted_ttft_us"])
+        waited = f", {output.milliseconds(data['waited_us'])} of it for a place" if data["waited_us"] else ""
+        lines["predicted TTFT"] = output.milliseconds(placement["predicted_ttft_us"]) + waited
+    elif data["waiting"]:
+        lines["choice"] = "none yet: it waits for a place"
     if refusal:
         lines["choice"] = (
             f"refused ({refusal['reason']}): {refusal['message']}; retry after {refusal['retry_after_ms']} ms"
@@ -146,6 +149,12 @@ def _print_explanation(data: dict[str, Any]) -> None:
                     f"for {times['computed_tokens']} tokens; reused {times['cached_tokens_hbm']} own + "
                     f"{times['cached_tokens_pool']} pulled"
                 )
+        if placement and placement["split"] and outcome.get("prefill") and outcome.get("decode"):
+            published, read = outcome["prefill"]["publish_us"], outcome["decode"]["read_us"]
+            lines["hand-off"] = (
+                f"published in {output.milliseconds(published)}, read in {output.milliseconds(read)}; decode waited "
+                f"{output.milliseconds(outcome['decode']['exposed_us'])} for it"
+            )
     else:
         lines["outcome"] = "still running" if placement else "-"
     tables.facts(f"request {data['request_id']}", lines)

@@ -21,7 +21,7 @@ from rich.table import Table
 from kvpool.cli import output
 from kvpool.cli.kvctl import tables
 from kvpool.cli.kvctl.cluster import Node, chosen_nodes
-from kvpool.cli.kvctl.options import DEFAULT_SCHEDULER, Credential, Json, OneNode, Scheduler
+from kvpool.cli.kvctl.options import ANYBODY, DEFAULT_SCHEDULER, Access, Json, OneNode, Scheduler
 from kvpool.service import rpc
 from kvpool.v1 import block_source_pb2
 
@@ -42,7 +42,7 @@ class Sample:
 def top(
     scheduler: Scheduler = DEFAULT_SCHEDULER,
     node: OneNode = "",
-    credential: Credential = "",
+    access: Access = ANYBODY,
     json: Json = False,
     interval: Annotated[float, typer.Option("--interval", min=0.1, max=3600, help="Seconds between samples.")] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="Two samples, one table, and out.")] = False,
@@ -50,7 +50,7 @@ def top(
     """A live table of the nodes; `q` or Ctrl-C ends it. --once --json is for scripts."""
     if json and not once:
         output.fail("--json goes with --once", code=output.EXIT_USAGE)
-    with chosen_nodes(scheduler, node, credential) as nodes:
+    with chosen_nodes(scheduler, node, access) as nodes:
         before = _sample(nodes)
         if once:
             time.sleep(interval)

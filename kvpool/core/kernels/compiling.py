@@ -23,6 +23,7 @@ def compile_kernels() -> None:
     # One input for each length class of the hash: up to 128, up to 240, and more bytes.
     for block_tokens in (16, 32, 64):
         keys = block_keys(bytes(16), np.arange(8 * block_tokens, dtype=np.uint32), block_tokens)
+    block_keys(bytes(16), list(range(16)), 16)
     _use_directory(keys)
     for eviction in EVICTORS:
         _use_source(keys, eviction)

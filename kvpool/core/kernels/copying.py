@@ -20,7 +20,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from kvpool.core.kernels.atomics import fence_stores
-from kvpool.core.kernels.stripes import BLOCK_BYTES, move_bytes, stream_blocks
+from kvpool.core.kernels.stripes import BLOCK_BYTES, GROUP_BYTES, move_bytes, stream_blocks, stream_groups
 from kvpool.core.kernels.xxh3_64 import HASH_ONLY, SCRATCH_WORDS, STORE, STREAM, move_and_hash
 
 U64: TypeAlias = NDArray[np.uint64]
@@ -96,9 +96,12 @@ def copy_blocks(sources: U64, targets: U64, sizes: U64) -> None:
     for i in range(len(sizes)):
         streamed = np.uint64(0)
         if _how_to_store(large, targets[i], _LINE) == STREAM:
-            blocks = sizes[i] // np.uint64(BLOCK_BYTES)
-            stream_blocks(sources[i], targets[i], blocks)
-            streamed = blocks * np.uint64(BLOCK_BYTES)
+            groups = sizes[i] // np.uint64(GROUP_BYTES)
+            stream_groups(sources[i], targets[i], groups)
+            streamed = groups * np.uint64(GROUP_BYTES)
+            blocks = (sizes[i] - streamed) // np.uint64(BLOCK_BYTES)
+            stream_blocks(sources[i] + streamed, targets[i] + streamed, blocks)
+            streamed += blocks * np.uint64(BLOCK_BYTES)
         move_bytes(sources[i] + streamed, targets[i] + streamed, sizes[i] - streamed)
     fence_stores()
 

@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from kvpool.core.arrays import TABLE_VERSION, EntryState, SourceArrays
+from kvpool.core.arrays import TABLE_VERSION, TOUCHES_MAX, EntryState, SourceArrays
 from kvpool.core.ids import Fidelity
 from kvpool.core.kernels.atomics import fence_acquire, load_acquire
 from kvpool.core.kernels.entries import _home
@@ -33,7 +33,7 @@ RETRIES_MAX: Final = 512
 
 _READABLE, _EXACT = int(EntryState.READABLE), int(Fidelity.EXACT)
 _NOWHERE: Final = -1
-_ONE_32, _ONE_64, _ZERO_64 = np.uint32(1), np.uint64(1), np.uint64(0)
+_ONE_8, _ONE_32, _ONE_64, _ZERO_64 = np.uint8(1), np.uint32(1), np.uint64(1), np.uint64(0)
 
 
 @njit(inline="always")
@@ -165,15 +165,15 @@ def find(
 
 @njit(nogil=True, cache=True)
 def confirm(entries: I64, generations_then: U32, generations: U32, touches: U8, good: Bools) -> None:
-    """After copying: good[i] stays true if the entry has not changed since it was found; it is then marked as used."""
+    """After copying: good[i] stays true if the entry has not changed since it was found; its use is counted then."""
     fence_acquire()
     for i in range(len(entries)):
         entry = entries[i]
         if good[i]:
             good[i] = load_acquire(generations, entry) == generations_then[i]
-        # Written once between two looks of the source, since others may have the mark in their caches.
-        if good[i] and touches[entry] == 0:
-            touches[entry] = 1
+        # Written a few times between two looks of the source, since others may have the mark in their caches.
+        if good[i] and touches[entry] < TOUCHES_MAX:
+            touches[entry] += _ONE_8
 
 
 def read_only(array: NDArray[Any]) -> NDArray[Any]:

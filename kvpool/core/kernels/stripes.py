@@ -19,6 +19,9 @@ from numba.extending import intrinsic
 STRIPE_BYTES = 64
 BLOCK_STRIPES = 16
 BLOCK_BYTES = STRIPE_BYTES * BLOCK_STRIPES
+#: Pages that are copied side by side, and how much of one at a time.
+_PAGE_BYTES, _TURN_BYTES = 4096, 4 * STRIPE_BYTES
+GROUP_BYTES = 4 * _PAGE_BYTES
 #: How far ahead of loads and of plain stores memory is asked for: the CPU's own prefetching stops at each page, and
 #: does not fetch what is about to be stored to.
 LOAD_AHEAD_BYTES, STORE_AHEAD_BYTES = 2048, 1024
@@ -168,6 +171,30 @@ def stream_blocks(typing_context: Any, source: Any, target: Any, count: Any) -> 
                 _prefetch(builder, _offset(builder, begin, STRIPE_BYTES * stripe + LOAD_AHEAD_BYTES))
                 data = _load_shared(builder, _offset(builder, begin, STRIPE_BYTES * stripe))
                 _store(builder, data, _offset(builder, end, STRIPE_BYTES * stripe), "streaming")
+        return context.get_dummy_value()
+
+    return types.void(types.uint64, types.uint64, types.uint64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator,unused-ignore]
+def stream_groups(typing_context: Any, source: Any, target: Any, count: Any) -> Any:
+    """Copies groups of GROUP_BYTES with stores that bypass the caches; `target` is a multiple of 64.
+
+    A few stripes of each of a group's pages in turn: the CPU then fetches ahead in all of them, and memory has more of
+    its banks open. About a tenth quicker than page after page.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        with cgutils.for_range(builder, arguments[2], intp=_I64) as group:
+            first = builder.mul(group.index, ir.Constant(_I64, GROUP_BYTES))
+            with cgutils.for_range(builder, ir.Constant(_I64, _PAGE_BYTES // _TURN_BYTES), intp=_I64) as turn:
+                at = builder.add(first, builder.mul(turn.index, ir.Constant(_I64, _TURN_BYTES)))
+                begin, end = builder.add(arguments[0], at), builder.add(arguments[1], at)
+                for page in range(0, GROUP_BYTES, _PAGE_BYTES):
+                    places = range(page, page + _TURN_BYTES, STRIPE_BYTES)
+                    stripes = [_load_shared(builder, _offset(builder, begin, place)) for place in places]
+                    for place, data in zip(places, stripes, strict=True):
+                        _store(builder, data, _offset(builder, end, place), "streaming")
         return context.get_dummy_value()
 
     return types.void(types.uint64, types.uint64, types.uint64), generate

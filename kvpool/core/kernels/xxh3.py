@@ -14,6 +14,9 @@ from numba import njit, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from kvpool.core.kernels.atomics import array_address
+from kvpool.core.kernels.stripes import load_64
+
 _SECRET_BYTES = bytes.fromhex(
     "b8fe6c3923a44bbe7c01812cf721ad1cded46de9839097db7240a4a4b7b3671f"
     "cb79e64eccc0e578825ad07dccff7221b8084674f743248ee03590e6813a264c"
@@ -33,6 +36,9 @@ LOW32 = np.uint64(0xFFFFFFFF)
 ACCUMULATORS = np.array([P32_3, P64_1, P64_2, P64_3, P64_4, P32_2, P64_5, P32_1], dtype=np.uint64)
 STRIPE_WORDS = 16  # 64 bytes
 BLOCK_STRIPES = 16  # (secret size - 64) / 8
+#: Tokens of a block whose message is hashed in one of up to 128 bytes, no later half of which reaches into its parent.
+SHORT_TOKENS_MIN, SHORT_TOKENS_MAX = 8, 28
+_EIGHT = np.uint64(8)
 
 
 @intrinsic  # type: ignore[untyped-decorator,unused-ignore]
@@ -166,6 +172,54 @@ def _hash_128(message: NDArray[np.uint32], words: int, accumulators: NDArray[np.
     return _hash_long(message, words, accumulators)
 
 
+@njit(inline="always")
+def _mix16_at(address: np.uint64, secret: int) -> np.uint64:
+    return fold_multiply(load_64(address) ^ SECRET[secret], load_64(address + _EIGHT) ^ SECRET[secret + 8])
+
+
+@njit(inline="always")
+def _mix32_at(
+    low: np.uint64, high: np.uint64, first: np.uint64, second: np.uint64, secret: int
+) -> tuple[np.uint64, np.uint64]:
+    low += _mix16_at(first, secret)
+    low ^= load_64(second) + load_64(second + _EIGHT)
+    high += _mix16_at(second, secret + 16)
+    high ^= load_64(first) + load_64(first + _EIGHT)
+    return low, high
+
+
+@njit
+def _chain_short(
+    first: np.uint64, second: np.uint64, tokens: NDArray[np.uint32], block_tokens: int, keys: NDArray[np.uint64]
+) -> None:
+    """`chain_keys` of messages whose parent is needed in the last round only: the CPU does the others ahead of it.
+
+    The message is not put together: all but its parent is read where the tokens are.
+    """
+    words = 4 + block_tokens
+    size = np.uint64(4 * words)
+    # Where the message would begin, and the last 16 bytes of it.
+    at = array_address(tokens) - np.uint64(16)
+    for block in range(keys.shape[0]):
+        last = at + size - np.uint64(16)
+        low, high = size * P64_1, np.uint64(0)
+        if words > 24:
+            low, high = _mix32_at(low, high, at + np.uint64(48), last - np.uint64(48), 96)
+        if words > 16:
+            low, high = _mix32_at(low, high, at + np.uint64(32), last - np.uint64(32), 64)
+        if words > 8:
+            low, high = _mix32_at(low, high, at + np.uint64(16), last - np.uint64(16), 32)
+        low += fold_multiply(first ^ SECRET[0], second ^ SECRET[8])
+        low ^= load_64(last) + load_64(last + _EIGHT)
+        high += _mix16_at(last, 16)
+        high ^= first + second
+        low, high = _finish_mid(low, high, size)
+        first, second = swap_bytes(high), swap_bytes(low)
+        keys[block, 0] = first
+        keys[block, 1] = second
+        at += size - np.uint64(16)
+
+
 @njit(nogil=True, cache=True)
 def chain_keys(
     parent_first: np.uint64, parent_second: np.uint64, tokens: NDArray[np.uint32], block_tokens: int,
@@ -175,6 +229,9 @@ def chain_keys(
 
     A key's two words are the library's digest (big-endian) read as little-endian words, as the next message has it.
     """
+    if SHORT_TOKENS_MIN <= block_tokens <= SHORT_TOKENS_MAX:
+        _chain_short(parent_first, parent_second, tokens, block_tokens, keys)
+        return
     words = 4 + block_tokens
     message = np.empty(words, dtype=np.uint32)
     accumulators = np.empty(8, dtype=np.uint64)

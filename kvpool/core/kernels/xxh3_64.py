@@ -1,7 +1,8 @@
 """XXH3-64 with a seed over bytes at an address, which are stored while they are hashed; bit-exact with xxhash.
 
 What is hashed is what was stored, also when somebody changes the source meanwhile. Numba's cache does not notice that
-a function of another file has changed: touch `copying.py` after a change here or in `stripes.py`.
+a function of another file has changed: touch `copying.py` and `tiers/ssd/read_loop.py` after a change here or in
+`stripes.py`, and `xxh3.py` after one there.
 Source: Yann Collet, xxHash 0.8, xxhash.h.
 """
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpool.core.errors import BadArgument
-from kvpool.core.ids import KeyArray
+from kvpool.core.ids import KEY_BYTES, KeyArray
 from kvpool.core.ssd.format import (
     FOOTER_ENTRY,
     PAGE_BYTES,
@@ -33,6 +33,8 @@ SEGMENTS_MIN: Final = 4
 NAMESPACES_MAX: Final = 65_535
 #: A segment takes at most this part of the rows, so that one can be reclaimed when they are used up.
 _ROWS_SHARE: Final = 8
+#: Rows that are looked at together for a page of a listing.
+_PAGE_ROWS: Final = 65_536
 _COUNTED: Final = (RowState.LIVE, RowState.TOMBSTONE)
 
 
@@ -145,9 +147,24 @@ class LogCore:
 
     def live_page(self, cursor: int, limit: int) -> tuple[Rows, int | None]:
         """Readable rows from `cursor` on, at most `limit`; and where to go on, None at the end."""
-        found = np.flatnonzero(self.rows.states[cursor:] == RowState.LIVE)[: limit + 1] + cursor
-        more = len(found) > limit
-        return found[:limit].astype(np.int32), int(found[limit]) if more else None
+        states, parts, missing, at = self.rows.states, [np.zeros(0, np.int64)], limit + 1, cursor
+        while at < len(states) and missing > 0:
+            # A part at a time: each page looks at its own rows only, not at all behind it.
+            part = np.flatnonzero(states[at : at + _PAGE_ROWS] == RowState.LIVE)[:missing] + at
+            parts.append(part)
+            missing, at = missing - len(part), at + _PAGE_ROWS
+        found = np.concatenate(parts)
+        return found[:limit].astype(np.int32), int(found[limit]) if len(found) > limit else None
+
+    def lost_objects(self, namespace_id: bytes) -> KeyArray:
+        """Objects of a namespace that are `undead`; see `LogRows`. A removal by name can't know which they are."""
+        number = self.namespace_number(namespace_id)
+        if number is None:
+            return np.zeros((0, KEY_BYTES), np.uint8)
+        rows = self.rows
+        lost = (rows.states == RowState.LOST) & (rows.kinds == RecordKind.DATA)
+        lost &= (rows.name_bytes > 0) & (rows.namespaces == number)
+        return rows.key_bytes(np.flatnonzero(lost).astype(np.int32))
 
     def space(self) -> Space:
         size = self.config.segment_bytes

@@ -33,7 +33,7 @@ class RowState(IntEnum):
     FREE = 0
     LIVE = 1
     TOMBSTONE = 2  # removed; stale records remain
-    LOST = 3  # does not verify, or its removal could not be written: reads as absent, still hides stale records
+    LOST = 3  # does not verify, is on its way out, or was not removed durably: absent, but still hides stale records
     STALE = 4
     OBSOLETE = 5  # a tombstone that hides nothing any more, or not by itself; in no table
 
@@ -110,6 +110,15 @@ class LogRows:
         """Row of each readable key, or NO_ROW."""
         rows = self.heads(keys)
         rows[self.states[rows] != RowState.LIVE] = NO_ROW
+        return rows
+
+    def undead(self, keys: KeyArray) -> Rows:
+        """Row of each key whose record can't be read, but is on disk as it was written; or NO_ROW.
+
+        Nothing on disk says that it is gone: the next start may find it readable.
+        """
+        rows = self.heads(keys)
+        rows[(self.states[rows] != RowState.LOST) | (self.kinds[rows] != RecordKind.DATA)] = NO_ROW
         return rows
 
     def in_segment(self, number: int) -> Rows:

@@ -173,7 +173,7 @@ class LogAppender:
         except OSError as second:
             used_bytes = placed.end
             self._log.count(io_errors=1)
-            self._log.set_state(SsdState.FAILED, f"a failed write could not be undone: {second.strerror}")
+            self._log.give_up(f"a failed write could not be undone: {second.strerror}")
         with self._log.lock:
             self._log.core.abandon(used_bytes)
 

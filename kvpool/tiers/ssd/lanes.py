@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvpool.core.ssd.format import PAGE_BYTES, align
+from kvpool.tiers.ssd.daemon_threads import DaemonThreads
 from kvpool.tiers.ssd.files import Buffers
 
 #: Buffers of one system call (IOV_MAX is 1024).
@@ -47,7 +48,7 @@ class Lanes:
 
     def __init__(self, depth: int, name: str, arena_bytes: int) -> None:
         self.depth = depth
-        self._threads = ThreadPoolExecutor(depth, thread_name_prefix=name)
+        self._threads = DaemonThreads(depth, name)
         self._arena_bytes = arena_bytes
         #: Arenas that nobody uses; appending and popping need no lock.
         self._arenas: list[Arena] = []

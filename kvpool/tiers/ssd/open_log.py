@@ -36,6 +36,8 @@ class OpenLog:
         self.counters = SsdCounters()
         self.changes = ChangeFeed(CHANGES_MAX)
         self.state, self.message = SsdState.OK, ""
+        #: Why records may be on disk that the index does not name, and that the next start would find; mostly empty.
+        self.unsure = ""
 
     def add(self, number: int, file: File) -> SegmentFile:
         segment = SegmentFile(file, number, segment_seed(self.uuid, number))
@@ -85,6 +87,11 @@ class OpenLog:
         with self.lock:
             if self.state in (SsdState.OK, SsdState.FULL) or state is SsdState.OFF:
                 self.state, self.message = state, message
+
+    def give_up(self, message: str) -> None:
+        """What a failed write has left on disk is not known: nothing more is written, or said to be gone."""
+        self.set_state(SsdState.FAILED, message)
+        self.unsure = message
 
     def check_open(self) -> None:
         """Raises: NoSsd after `close`."""

@@ -1,4 +1,8 @@
-"""Reads records into memory of the caller, several at a time, and verifies each before it counts as read."""
+"""Reads records into memory of the caller, several at a time, and verifies each before it counts as read.
+
+Most records go through a compiled loop, see `direct_reading`. Here is the plain way, for what that leaves: records that
+are larger or have no target, files of another I/O layer, and whatever could not be read at the first try.
+"""
 
 from __future__ import annotations
 
@@ -25,15 +29,12 @@ from kvpool.core.ssd.format import (
 )
 from kvpool.core.ssd.records import SsdRead
 from kvpool.core.ssd.rows import Rows
+from kvpool.tiers.ssd.direct_reading import GAP_BYTES, RUN_BYTES, read_directly
 from kvpool.tiers.ssd.files import File
 from kvpool.tiers.ssd.lanes import Arena, Bytes, Lanes, address_of, cut, is_aligned
 from kvpool.tiers.ssd.open_log import OpenLog, SegmentFile
 
-#: One system call reads about this much: neighbours in the log are read together.
-RUN_BYTES = 1 << 20
 _RUN_RECORDS = 128
-#: Packed records this near to each other are read together with what lies between.
-_GAP_BYTES = 2 * PAGE_BYTES
 #: One system call reads at most this much of a larger record.
 _PART_BYTES = 2 << 20
 #: Bytes that are read, and then verified, together.
@@ -109,15 +110,21 @@ def locate(log: OpenLog, rows: Rows, segments: Sequence[SegmentFile], targets: S
 def read_records(log: OpenLog, lanes: Lanes, wanted: Wanted, answer: SsdRead) -> NDArray[np.int64]:
     """Fills targets and `answer`. The segments are acquired.
 
-    Slices overlap: while one is read, the one before is verified.
-
     Returns: int64, rows whose records are damaged or can't be read.
     """
+    quick = read_directly(lanes, wanted, answer, direct=log.files.direct)
+    log.count(reads=quick.reads, read_bytes=quick.read_bytes, digest_errors=len(quick.bad))
+    bad = quick.bad + (_read_plainly(log, lanes, wanted, quick.left, answer) if quick.left else [])
+    return np.array(bad, np.int64)
+
+
+def _read_plainly(log: OpenLog, lanes: Lanes, wanted: Wanted, rows: list[int], answer: SsdRead) -> list[int]:
+    """As `read_records`, of some rows. Slices overlap: while one is read, the one before is verified."""
     reader = _Reader(log, lanes, wanted, answer)
     arenas = [lanes.borrow_arena(), lanes.borrow_arena()]
     under_way: list[tuple[list[_Laid], Callable[[], None]]] = []
     try:
-        for number, runs in enumerate(_slices(wanted)):
+        for number, runs in enumerate(_slices(wanted, rows)):
             arenas[number % 2].reset()
             laid = [reader.lay(run, arenas[number % 2]) for run in runs]
             under_way.append((laid, lanes.start([task for one in laid for task in one.read.tasks()])))
@@ -134,11 +141,11 @@ def read_records(log: OpenLog, lanes: Lanes, wanted: Wanted, answer: SsdRead) ->
     log.count(
         reads=reader.reads, read_bytes=reader.read_bytes, io_errors=reader.io_errors, digest_errors=len(reader.bad)
     )
-    return np.array(reader.bad + reader.unreadable, np.int64)
+    return reader.bad + reader.unreadable
 
 
 class _Reader:
-    """One call of `read_records`."""
+    """One call of `_read_plainly`."""
 
     def __init__(self, log: OpenLog, lanes: Lanes, wanted: Wanted, answer: SsdRead) -> None:
         self._direct, self._lanes, self._wanted, self._answer = log.files.direct, lanes, wanted, answer
@@ -196,11 +203,11 @@ class _Reader:
         self._lanes.return_arena(arena)
 
 
-def _slices(wanted: Wanted) -> Iterator[list[list[int]]]:
+def _slices(wanted: Wanted, rows: list[int]) -> Iterator[list[list[int]]]:
     """Runs that are read, and then verified, together."""
     runs: list[list[int]] = []
     size = 0
-    for run in _runs(wanted):
+    for run in _runs(wanted, rows):
         runs.append(run)
         size += wanted.ends[run[-1]] - wanted.offsets[run[0]]
         if size >= SLICE_BYTES:
@@ -210,11 +217,11 @@ def _slices(wanted: Wanted) -> Iterator[list[list[int]]]:
         yield runs
 
 
-def _runs(wanted: Wanted) -> list[list[int]]:
+def _runs(wanted: Wanted, rows: list[int]) -> list[list[int]]:
     """Rows that one system call can read, by place: packed ones with small gaps, large ones without any."""
     places = [(segment.number, offset) for segment, offset in zip(wanted.segments, wanted.offsets, strict=True)]
     runs: list[list[int]] = []
-    for row in sorted(range(len(places)), key=places.__getitem__):
+    for row in sorted(rows, key=places.__getitem__):
         if runs and _joins(wanted, runs[-1], row):
             runs[-1].append(row)
         else:
@@ -235,7 +242,7 @@ def _joins(wanted: Wanted, run: list[int], row: int) -> bool:
         return False
     gap = wanted.offsets[row] - wanted.ends[last]
     # Packed ones are read as one piece, and cut up in memory.
-    return gap <= _GAP_BYTES if is_packed(wanted.sizes[row]) else gap == 0
+    return gap <= GAP_BYTES if is_packed(wanted.sizes[row]) else gap == 0
 
 
 def _lay_packed(wanted: Wanted, run: list[int], arena: Arena) -> _Laid:

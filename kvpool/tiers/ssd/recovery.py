@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import time
 import uuid as uuids
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -38,8 +38,20 @@ from kvpool.tiers.ssd.open_log import OpenLog
 
 _WINDOW_BYTES: Final = 8 << 20
 _STORE = "store"
+#: A disk may fail once.
+_ATTEMPTS: Final = 2
 #: Above all sequences.
 _EVERYTHING: Final = 1 << 63
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Damage:
+    """What has to be put right before the log is used. First `suspects`, keys of objects that damage may have brought
+    back, are removed durably; only then `files`, segments that can't be used, may go: they are what shows the damage.
+    """
+
+    suspects: list[bytes]
+    files: list[str]
 
 
 @dataclass(slots=True, eq=False)
@@ -47,7 +59,7 @@ class Found:
     """One segment file as it was found.
 
     first_sequence: from its header, None if that is damaged; next_sequence: above all that were seen in it;
-    suspect_sequence: as in `Scan`; scanned: it had no footer that verifies.
+    suspect_sequence: as in `Scan`; scanned: it had no footer that verifies; incomplete: not all of it could be read.
     """
 
     number: int
@@ -58,6 +70,7 @@ class Found:
     next_sequence: int
     suspect_sequence: int
     scanned: bool
+    incomplete: bool = False
 
 
 class WindowReader:
@@ -69,6 +82,8 @@ class WindowReader:
         self._window = arena.take(_WINDOW_BYTES)
         self._start = self._filled = 0
         self.read_bytes = 0
+        #: Whether something could not be read: what was found is not all that may be there.
+        self.failed = False
 
     def __call__(self, offset: int, size: int) -> NDArray[np.uint8]:
         """uint8 (up to size,): fewer at the end of the file, or where it can't be read."""
@@ -101,6 +116,7 @@ class WindowReader:
         try:
             done = self._file.read([self._window[:want].data], start)
         except OSError:
+            self.failed = True
             # Somewhere in the window is a bad page: go on with as little as possible.
             try:
                 done = self._file.read([self._window[:PAGE_BYTES].data], start)
@@ -111,12 +127,12 @@ class WindowReader:
         return done
 
 
-def open_log(files: Files, *, segment_bytes: int, capacity_bytes: int, rows_max: int) -> tuple[OpenLog, list[bytes]]:
+def open_log(files: Files, *, segment_bytes: int, capacity_bytes: int, rows_max: int) -> tuple[OpenLog, Damage]:
     """The store in a folder, recovered; a new one if there is none.
 
     Args:
         segment_bytes: for a new store; one that is there keeps its own.
-    Returns: the log, and keys of objects that damage may have brought back: remove them before anything is read.
+    Returns: the log, and what is to be put right before anything is read or written.
     Raises: NoSsd if the folder holds something else or another version, or the disk refuses; OSError.
     """
     begin_s = time.perf_counter()
@@ -128,12 +144,11 @@ def open_log(files: Files, *, segment_bytes: int, capacity_bytes: int, rows_max:
     found: list[Found] = []
     for number in numbers:
         segment = _read_segment(log, number, arena, newest=number == numbers[-1])
-        if segment is None:
-            # What it removed or replaced is unknown from here on.
-            _remove_quietly(files, segment_name(number))
-            continue
-        found.append(segment)
-    unreadable = len(numbers) - len(found)
+        if segment is not None:
+            found.append(segment)
+    readable = [segment.number for segment in found]
+    damaged = [segment_name(number) for number in numbers if number not in readable]
+    unreadable = len(damaged)
     _suspect_ends(log, found)
     suspect = max([segment.suspect_sequence for segment in found] + [_EVERYTHING if unreadable else 0])
     log.counters.recovery_damaged = sum(segment.suspect_sequence > 0 for segment in found) + unreadable
@@ -147,7 +162,15 @@ def open_log(files: Files, *, segment_bytes: int, capacity_bytes: int, rows_max:
     counters = log.counters
     counters.recovered_records = core.space().records
     counters.recovery_s = time.perf_counter() - begin_s
-    return log, _suspects(core, suspect)
+    return log, Damage(_suspects(core, suspect), damaged)
+
+
+def remove_files(files: Files, names: Sequence[str]) -> None:
+    """Removes segments for good. Raises: OSError: they may come back, and with them what is not true any more."""
+    for name in names:
+        files.remove(name)
+    if names:
+        files.sync_names()
 
 
 def seal_scanned(log: OpenLog) -> None:
@@ -191,11 +214,22 @@ def _open_store(files: Files, segment_bytes: int) -> tuple[bytes, int]:
 
 
 def _read_segment(log: OpenLog, number: int, arena: Arena, *, newest: bool) -> Found | None:
-    """What is in a segment file; None if it can't be read at all."""
+    """What is in a segment file; None if it can't be read at all, not even at a second attempt."""
+    found: Found | None = None
+    for _ in range(_ATTEMPTS):
+        if found is not None:
+            found.file.close()
+        found = _try_segment(log, number, arena, newest=newest)
+        if found is not None and not found.incomplete:
+            return found
+        log.counters.io_errors += 1
+    return found
+
+
+def _try_segment(log: OpenLog, number: int, arena: Arena, *, newest: bool) -> Found | None:
     try:
         file = log.files.open(segment_name(number))
     except OSError:
-        log.counters.io_errors += 1
         return None
     try:
         fetch = WindowReader(file, arena)
@@ -211,7 +245,6 @@ def _read_segment(log: OpenLog, number: int, arena: Arena, *, newest: bool) -> F
         file.close()
         if not isinstance(error, OSError):
             raise
-        log.counters.io_errors += 1
         return None
     log.counters.recovered_bytes += fetch.read_bytes
     return found
@@ -224,7 +257,10 @@ def _scan(log: OpenLog, number: int, file: File, fetch: WindowReader, first: int
     if first is None and not newest and not len(scan.entries):
         # Nothing of it is left.
         suspect = _EVERYTHING
-    return Found(number, file, scan.entries, scan.used_bytes, first, scan.next_sequence, suspect, True)
+    if fetch.failed:
+        # Also at the end, where missing records are no damage otherwise: they may have been acknowledged.
+        suspect = _EVERYTHING
+    return Found(number, file, scan.entries, scan.used_bytes, first, scan.next_sequence, suspect, True, fetch.failed)
 
 
 def _suspect_ends(log: OpenLog, found: list[Found]) -> None:
@@ -266,9 +302,7 @@ def _drop_empty(log: OpenLog, found: list[Found]) -> list[Found]:
     empty = [segment for segment in found if not len(segment.entries)]
     for segment in empty:
         segment.file.close()
-        log.files.remove(segment_name(segment.number))
-    if empty:
-        log.files.sync_names()
+    remove_files(log.files, [segment_name(segment.number) for segment in empty])
     return [segment for segment in found if len(segment.entries)]
 
 
@@ -282,13 +316,7 @@ def _restore(log: OpenLog, found: list[Found]) -> None:
             return
         oldest = found.pop(0)
         oldest.file.close()
-        _remove_quietly(log.files, segment_name(oldest.number))
-
-
-def _remove_quietly(files: Files, name: str) -> None:
-    with contextlib.suppress(OSError):
-        files.remove(name)
-        files.sync_names()
+        remove_files(log.files, [segment_name(oldest.number)])
 
 
 def _suspects(core: LogCore, sequence: int) -> list[bytes]:

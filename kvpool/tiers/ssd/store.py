@@ -39,7 +39,7 @@ from kvpool.tiers.ssd.cleaning import LogCleaner
 from kvpool.tiers.ssd.files import DiskFiles, Files
 from kvpool.tiers.ssd.lanes import Bytes, Lanes
 from kvpool.tiers.ssd.open_log import OpenLog
-from kvpool.tiers.ssd.recovery import open_log, seal_scanned
+from kvpool.tiers.ssd.recovery import Damage, open_log, remove_files, seal_scanned
 from kvpool.tiers.ssd.writer import LogWriter, Request
 
 TIMEOUT_S: Final = 30.0
@@ -71,17 +71,15 @@ class SsdStored:
 class SsdStore:
     """See the module's head. Made by `open`."""
 
-    def __init__(self, log: OpenLog, *, io_depth: int, suspects: list[bytes]) -> None:
+    def __init__(self, log: OpenLog, *, io_depth: int, damage: Damage) -> None:
+        """Raises: NoSsd, OSError if what was found damaged can't be put right now."""
         self._log = log
         self._reads = Lanes(io_depth, "ssd-read", reading.ARENA_BYTES)
         self._writes = Lanes(io_depth, "ssd-write", reading.ARENA_BYTES)
         appender = LogAppender(log, self._writes)
         self._appender = appender
         self._writer = LogWriter(log, LogCleaner(log, appender, self._writes))
-        if suspects:
-            # Damage took records that may have replaced or removed these objects: better none than an old one.
-            self._writer.remove(np.frombuffer(b"".join(suspects), np.uint8).reshape(-1, KEY_BYTES))
-        seal_scanned(log)
+        self._repair(damage)
         log.changes.take()
         self._writer.start()
 
@@ -105,25 +103,46 @@ class SsdStore:
         if not name or "/" in name:
             raise BadArgument(f"{name!r} is no name for an SSD store")
         if capacity_bytes < CAPACITY_BYTES_MIN and segment_bytes is None:
-            raise BadArgument(f"an SSD store needs at least {CAPACITY_BYTES_MIN} bytes", hint="give it more bytes")
+            raise BadArgument(f"an SSD store needs at least {CAPACITY_BYTES_MIN} bytes", hint="--ssd-size 64MiB")
         if not 1 <= io_depth <= 256:
             raise BadArgument("io_depth must be 1 to 256")
         rows_max = records_max or min(_ROWS_MAX, max(_ROWS_MIN, capacity_bytes // _BYTES_A_ROW))
         files = DiskFiles(folder / f"kvpool-{name}", direct=direct) if files is None else files
         try:
-            log, suspects = open_log(
+            log, damage = open_log(
                 files,
                 segment_bytes=segment_bytes or segment_bytes_for(capacity_bytes),
                 capacity_bytes=capacity_bytes,
                 rows_max=rows_max,
             )
-            return cls(log, io_depth=io_depth, suspects=suspects)
+            return cls(log, io_depth=io_depth, damage=damage)
         except OSError as error:
             files.close()
             raise NoSsd(f"the SSD store in {folder} can't be opened: {error.strerror}") from error
         except BaseException:
             files.close()
             raise
+
+    def _repair(self, damage: Damage) -> None:
+        """Leaves a log that the next start finds in order.
+
+        In this order, since damage that is not seen any more must not have left anything behind.
+        """
+        if damage.suspects:
+            # It took records that may have replaced or removed these objects: better none than an old one.
+            keys = np.frombuffer(b"".join(damage.suspects), np.uint8).reshape(-1, KEY_BYTES)
+            if not self._writer.remove(keys).all():
+                raise NoSsd(
+                    "the SSD log is damaged, and objects that may be out of date can't be removed from it",
+                    hint="see whether the disk can be written, then start again; or delete the folder: it is a cache",
+                )
+        remove_files(self._log.files, damage.files)
+        seal_scanned(self._log)
+
+    @property
+    def unsure(self) -> str:
+        """Why records may be on disk that the index does not name, and the next start would find; empty: none are."""
+        return self._log.unsure
 
     @property
     def payload_bytes_max(self) -> int:
@@ -152,7 +171,7 @@ class SsdStore:
         """Removes keys, durably: a removed key never comes back by itself.
 
         Returns: bool (n), whether a key is gone for good (or was not there). If not, it may be readable after the next
-            start, and is still readable now if the queue was full.
+            start, and is still readable now if the queue was full, or time up.
         """
         self._log.check_open()
         request = Request(keys=_checked(keys), acknowledged=np.zeros(len(keys), np.bool_))
@@ -197,6 +216,20 @@ class SsdStore:
         with self._log.lock:
             answer: NDArray[np.bool_] = self._log.core.rows.live(_checked(keys)) != NO_ROW
         return answer
+
+    def undead(self, keys: KeyArray) -> SsdFacts:
+        """Of keys that can't be read, but whose records may be readable after the next start; the others are absent.
+
+        A read of them failed, or their segment is being given back, or their removal was not made durable. `remove`
+        ends it for good. Reads nothing.
+        """
+        with self._log.lock:
+            return self._log.core.facts(self._log.core.rows.undead(_checked(keys)))
+
+    def lost_objects(self, namespace_id: bytes) -> KeyArray:
+        """All objects of a namespace that are `undead`; uint8 (n, 16)."""
+        with self._log.lock:
+            return self._log.core.lost_objects(namespace_id)
 
     def describe(self, keys: KeyArray) -> SsdFacts:
         """What the index knows; reads nothing."""
@@ -243,18 +276,24 @@ class SsdStore:
             rows, following = self._log.core.live_page(cursor, limit)
             return SsdListing(self._log.core.rows.key_bytes(rows), self._log.core.facts(rows), following)
 
-    def close(self) -> None:
-        """Ends what is under way, seals the log so that the next start is quick, gives the folder back."""
+    def close(self, *, timeout_s: float = TIMEOUT_S) -> bool:
+        """Ends what is under way, seals the log so that the next start is quick, gives the folder back.
+
+        Returns: false if a write does not end in time: all is left as it is then, the folder is not given back.
+        """
         if self._log.state is SsdState.OFF:
-            return
-        self._writer.stop()
+            return True
+        if not self._writer.stop(timeout_s):
+            self._log.set_state(SsdState.OFF)
+            return False
         if self._log.state is not SsdState.FAILED:
             self._appender.seal()
         self._log.set_state(SsdState.OFF)
         with contextlib.suppress(OSError):
-            self._log.close(TIMEOUT_S)
+            self._log.close(timeout_s)
         self._reads.close()
         self._writes.close()
+        return True
 
     def _read(self, keys: KeyArray, targets: Sequence[Bytes | None]) -> SsdRead:
         """`targets` None: the descriptor only."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from kvpool.core.ids import KeyArray
 from kvpool.core.ssd.format import RecordKind
-from kvpool.core.ssd.records import RecordBatch, SsdState
+from kvpool.core.ssd.records import RecordBatch
 from kvpool.core.ssd.rows import NO_ROW, Rows, RowState
 from kvpool.tiers.ssd.appending import GROUP_BYTES, distinct_prefix, fits
 from kvpool.tiers.ssd.cleaning import LogCleaner, Writing
@@ -63,7 +63,8 @@ class LogWriter:
     def submit(self, request: Request, timeout_s: float) -> bool:
         """Waits until a request is done. False: it was not begun, since the queue is full or time was up.
 
-        Once begun, it is waited for: the writer reads the caller's memory until then.
+        An append that has begun is waited for: the writer reads the caller's memory until then. Of anything else that
+        is not done in time, False says that nobody knows what becomes of it.
         """
         size = request.size_bytes
         with self._wake:
@@ -79,15 +80,18 @@ class LogWriter:
                     self._waiting.remove(request)
                     self._waiting_bytes -= size
                     return False
+            if request.batch is None:
+                return False
             request.done.wait()
         return True
 
-    def stop(self) -> None:
-        """Ends the thread when what waits is done."""
+    def stop(self, timeout_s: float) -> bool:
+        """Ends the thread when what waits is done. False: it has not ended in time, and may still write."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        self._thread.join()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     # ------------------------------------------------------------ the thread
 
@@ -101,7 +105,7 @@ class LogWriter:
                         request.done.set()
         except BaseException as error:
             # A bug of ours must neither leave callers waiting nor write on.
-            self._log.set_state(SsdState.FAILED, f"the writer failed: {error!r}")
+            self._log.give_up(f"the writer failed: {error!r}")
             self._give_up()
             raise
 
@@ -216,6 +220,9 @@ class LogWriter:
         gone[held[done:]] = False
         if done < len(held):
             self._hide(distinct[held[done:]])
+        if self._log.unsure:
+            # What is not known to be there can't be said to be gone either.
+            gone[:] = False
         self._log.count(removed=removed)
         answer: NDArray[np.bool_] = gone[at.reshape(-1)]
         return answer
@@ -237,6 +244,8 @@ class LogWriter:
             )
             keys = index.key_bytes(found.astype(np.int32))
         gone = [self.remove(keys[at : at + _REMOVE_KEYS]) for at in range(0, len(keys), _REMOVE_KEYS)]
+        if self._log.unsure:
+            gone.append(np.zeros(1, np.bool_))
         answer: NDArray[np.bool_] = np.concatenate([np.zeros(0, np.bool_), *gone])
         return answer
 

@@ -1,0 +1,135 @@
+"""Batches of records read by `read_loop` in several threads: arrays out of what is wanted, answers out of arrays."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpool.core.index import key_words
+from kvpool.core.ssd.format import DESCRIPTOR, DESCRIPTOR_BYTES, PACKED_BYTES_MAX, PAGE_BYTES, place_seed
+from kvpool.core.ssd.records import SsdRead
+from kvpool.tiers.ssd.files import DiskFile, File
+from kvpool.tiers.ssd.lanes import Bytes, Lanes
+from kvpool.tiers.ssd.read_loop import BAD, GOOD, LEFT, RUN_RECORDS, cut_runs, read_runs
+
+if TYPE_CHECKING:
+    from kvpool.tiers.ssd.reading import Wanted
+
+#: One system call reads about this much: neighbours in the log are read together.
+RUN_BYTES: Final = 1 << 20
+#: Packed records this near to each other are read together with what lies between.
+GAP_BYTES: Final = 2 * PAGE_BYTES
+#: Larger records are left to others, which read parts of them at once.
+RECORD_BYTES_MAX: Final = (2 << 20) + PAGE_BYTES
+#: A thread's memory: a run that is read through it, and the pages where it begins and ends.
+_MEMORY_BYTES: Final = RECORD_BYTES_MAX + 2 * PAGE_BYTES
+_NO_FILE: Final = -1
+
+assert max(RUN_BYTES, 2 * RUN_RECORDS * PAGE_BYTES) + 2 * PAGE_BYTES <= _MEMORY_BYTES
+
+I64: TypeAlias = NDArray[np.int64]
+U8: TypeAlias = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DirectlyRead:
+    """What a batch gave. bad: rows read that did not verify; left: rows that were not read in full, or not tried."""
+
+    bad: list[int]
+    left: list[int]
+    reads: int = 0
+    read_bytes: int = 0
+
+
+def read_directly(lanes: Lanes, wanted: Wanted, answer: SsdRead, *, direct: bool) -> DirectlyRead:
+    """Fills targets and the answers of rows that verify. The segments are acquired.
+
+    Args: direct: whether the files take only whole pages of memory.
+    """
+    order, left = _suitable(wanted)
+    if not len(order):
+        return DirectlyRead([], left)
+    rows = order.tolist()
+    segments = [wanted.segments[row] for row in rows]
+    numbers = np.array([segment.number for segment in segments], np.int64)
+    offsets, ends = np.array(wanted.offsets, np.uint64)[order], np.array(wanted.ends, np.uint64)[order]
+    sizes, name_bytes = np.array(wanted.sizes, np.uint64)[order], np.array(wanted.name_bytes, np.uint64)[order]
+    targets = np.array([_address_of(wanted.targets[row]) for row in rows], np.uint64)
+    packed = sizes <= PACKED_BYTES_MAX
+    straight = ~packed & (targets % PAGE_BYTES == 0) if direct else ~packed
+    runs = cut_runs(numbers, offsets, ends, straight, packed, RUN_BYTES, GAP_BYTES)
+    raw = np.empty((len(rows), DESCRIPTOR_BYTES + int(name_bytes.max())), np.uint8)
+    outcomes = np.full(len(rows), LEFT, np.uint8)
+    arguments = (
+        np.zeros(1, np.uint64), runs, np.array([_descriptor(segment.file) for segment in segments], np.int64),
+        straight, offsets, ends, sizes, name_bytes, wanted.sequences[order], key_words(wanted.keys[order]),
+        np.array([place_seed(s.seed, wanted.offsets[row]) for s, row in zip(segments, rows, strict=True)], np.uint64),
+        targets,
+    )  # fmt: skip
+    lanes.run([partial(_work, lanes, arguments, raw, outcomes)] * min(lanes.depth, len(runs) - 1))
+    _answer(answer, order, outcomes, raw, name_bytes)
+    done = outcomes[runs[:-1]] != LEFT
+    return DirectlyRead(
+        order[outcomes == BAD].tolist(), left + order[outcomes == LEFT].tolist(),
+        int(done.sum()), int((ends[runs[1:] - 1] - offsets[runs[:-1]])[done].sum()),
+    )  # fmt: skip
+
+
+def _suitable(wanted: Wanted) -> tuple[I64, list[int]]:
+    """Rows for the loop, as they lie in the log, which is the quickest for the disk too; and the others.
+
+    Those are without a target, large, or in a file that is not the system's.
+    """
+    suits = np.array([target is not None for target in wanted.targets], np.bool_)
+    suits &= np.array([_descriptor(segment.file) != _NO_FILE for segment in wanted.segments], np.bool_)
+    offsets = np.array(wanted.offsets, np.int64)
+    suits &= np.array(wanted.ends, np.int64) - offsets <= RECORD_BYTES_MAX
+    order = np.lexsort((offsets, np.array([segment.number for segment in wanted.segments], np.int64)))
+    chosen: I64 = order[suits[order]]
+    return chosen, np.flatnonzero(~suits).tolist()
+
+
+def _work(lanes: Lanes, arguments: tuple[NDArray[np.generic], ...], raw: U8, outcomes: U8) -> None:
+    arena = lanes.borrow_arena()
+    try:
+        read_runs(*arguments, arena.take(_MEMORY_BYTES), raw, outcomes)
+    finally:
+        lanes.return_arena(arena)
+
+
+def _answer(answer: SsdRead, order: I64, outcomes: U8, raw: U8, name_bytes: NDArray[np.uint64]) -> None:
+    good = np.flatnonzero(outcomes == GOOD)
+    at = order[good]
+    found = np.ascontiguousarray(raw[good, :DESCRIPTOR_BYTES]).view(DESCRIPTOR).reshape(-1)
+    answer.digests[at], answer.section_counts[at] = found["digests"], found["section_count"]
+    answer.fidelities[at] = found["fidelity"]
+    for i in good[name_bytes[good] > 0].tolist():
+        answer.names[int(order[i])] = raw[i, DESCRIPTOR_BYTES : DESCRIPTOR_BYTES + int(name_bytes[i])].tobytes()
+    answer.good[at] = True
+
+
+def _address_of(target: Bytes | None) -> int:
+    """Where a target begins; a quarter of the time of asking numpy."""
+    assert target is not None
+    return ctypes.addressof(ctypes.c_char.from_buffer(target.data))
+
+
+def _descriptor(file: File) -> int:
+    """Of the system's file; _NO_FILE if there is another layer, whose own `read` must be called."""
+    return file._fd if isinstance(file, DiskFile) else _NO_FILE
+
+
+def warm_up() -> None:
+    """Compiles the loop, or loads it from the cache, without reading anything."""
+    none, words = np.zeros(0, np.int64), np.zeros(0, np.uint64)
+    runs = cut_runs(none, words, words, np.zeros(0, np.bool_), np.zeros(0, np.bool_), RUN_BYTES, GAP_BYTES)
+    read_runs(
+        np.zeros(1, np.uint64), runs, none, np.zeros(0, np.bool_), words, words, words, words, words,
+        np.zeros((0, 2), np.uint64), words, words, np.zeros(1, np.uint8), np.zeros((0, DESCRIPTOR_BYTES), np.uint8),
+        np.zeros(0, np.uint8),
+    )  # fmt: skip

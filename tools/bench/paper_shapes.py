@@ -1,0 +1,202 @@
+"""Published figures of Mooncake (FAST'25), modelled: the same experiments in the simulator, beside what was printed.
+
+What is compared is the shape: who is better and by about how much. Of the figures shown here none was used to fit the
+hardware (that was Fig. 14). The paper's system is `mooncake_algorithm1` here; its own policy is not published further.
+
+    python tools/bench/paper_shapes.py --trace conversation_trace.jsonl.gz [--only fig5 ...] [--jobs 2] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPOSITORY))
+
+from scheduler.core.config import SECOND_US, SchedulerConfig  # noqa: E402
+from scheduler.simulator.driver import simulate  # noqa: E402
+from scheduler.simulator.hardware import PROFILES  # noqa: E402
+from scheduler.simulator.metrics import Result  # noqa: E402
+from scheduler.simulator.settings import SimulationConfig  # noqa: E402
+from scheduler.simulator.traces import Trace, read_trace  # noqa: E402
+
+A800 = PROFILES["a800x8-llama3-70b"]
+GBPS = 1e9 / 8
+BASE = SimulationConfig(hardware=A800, nodes=16, policy="mooncake_algorithm1", refuses=False)
+#: Mooncake's matching restricted to an instance's own node: nothing is ever worth pulling.
+LOCAL_ONLY = SchedulerConfig(mooncake_threshold=1e9)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One simulation and the printed figure that belongs to it."""
+
+    label: str
+    config: SimulationConfig
+    printed: str
+    prefill_only: bool = False  # answers of one token
+
+
+@dataclass(frozen=True)
+class Experiment:
+    title: str
+    figures: tuple[tuple[str, Callable[[Result], float]], ...]  # (name, what is shown)
+    rows: tuple[Row, ...]
+
+
+def _within(limit_ms: int) -> Callable[[Result], float]:
+    def share(result: Result) -> float:
+        good = sum(r.within(result.ttft_slo_us, limit_ms * 1000) for r in result.records)
+        return 100 * good / len(result.records)
+
+    return share
+
+
+def _figure(key: str, factor: float) -> Callable[[Result], float]:
+    return lambda result: result.figures()[key] * factor
+
+
+def _gpu_s(result: Result) -> float:
+    """Seconds that instances computed prompts, a request."""
+    busy_s = sum(i.prefill_share for i in result.instances) * result.duration_us / 1e6
+    return busy_s / len(result.records)
+
+
+TTFT = ("mean TTFT, s", _figure("ttft_ms", 0.001))
+HITS = ("hit ratio, %", _figure("hit_ratio", 100))
+
+
+def _prefill(label: str, policy: str, printed: str, nodes: int, scheduler: SchedulerConfig | None = None) -> Row:
+    config = replace(BASE, policy=policy, nodes=nodes, scheduler=scheduler or SchedulerConfig())
+    return Row(label, config, printed, prefill_only=True)
+
+
+def _fig5() -> Experiment:
+    rows = (
+        _prefill("global cache-aware", "mooncake_algorithm1", "3.07", 6),
+        _prefill("local cache-aware", "mooncake_algorithm1", "3.58", 6, LOCAL_ONLY),
+        _prefill("load balance", "least_loaded", "5.27", 6),
+        _prefill("random", "random", "19.65", 6),
+        _prefill("kvpool (not in the paper)", "kvpool", "", 6),
+    )
+    return Experiment("Fig. 5: where to prefill, 6 nodes that do nothing else", (TTFT, HITS), rows)
+
+
+def _fig10() -> Experiment:
+    rows = (
+        _prefill("local cache", "mooncake_algorithm1", "16.9 %, 1.38 s", 10, LOCAL_ONLY),
+        _prefill("global cache", "mooncake_algorithm1", "37.5 %, 1.05 s", 10),
+        _prefill("kvpool (not in the paper)", "kvpool", "", 10),
+    )
+    return Experiment("Fig. 10: 10 prefill nodes of 3M tokens", (HITS, ("GPU s a request", _gpu_s), TTFT), rows)
+
+
+def _fig13() -> Experiment:
+    printed = {24: "5.09", 40: "2.40", 80: "1.73", 100: "1.60", 160: "1.41", 320: "1.24", 400: "1.25"}
+    rows = []
+    for gbps, seconds in printed.items():
+        hardware = replace(A800, nic_bytes_s=gbps * GBPS, pull_bytes_s=gbps * GBPS)
+        config = replace(BASE, hardware=hardware, nodes=10)
+        rows.append(Row(f"{gbps} Gbps", config, seconds, prefill_only=True))
+        rows.append(Row(f"{gbps} Gbps, kvpool", replace(config, policy="kvpool"), "", prefill_only=True))
+    return Experiment("Fig. 13: TTFT by a node's bandwidth (the paper: synthetic trace)", (TTFT, HITS), tuple(rows))
+
+
+def _fig15() -> Experiment:
+    printed = {5: "77.7", 6: "97.2", 7: "99.1", 8: "99.0", 9: "99.2", 10: "98.4", 11: "86.1"}
+    rows = [
+        Row(f"{p}P{16 - p}D", replace(BASE, split=(p, 16 - p), tbt_slo_us=SECOND_US // 10), share)
+        for p, share in printed.items()
+    ]
+    rows.append(Row("8P8D, kvpool", replace(BASE, split=(8, 8), policy="kvpool", tbt_slo_us=SECOND_US // 10), ""))
+    return Experiment(
+        "Fig. 15: splits of 16 nodes, requests within TTFT 30 s and TBT 100 ms, %",
+        (("%", _within(100)), TTFT),
+        tuple(rows),
+    )
+
+
+def _capacity() -> Experiment:
+    """Co-located engines with and without chunks stand for vLLM's modes."""
+    whole = replace(A800, chunk_tokens=0)
+    figures = tuple((f"TBT {ms} ms", _within(ms)) for ms in (100, 200, 300))
+    rows = (
+        Row("Mooncake, 8P8D", replace(BASE, split=(8, 8)), "96.6 / 99.9 / 100"),
+        Row(
+            "vLLM: balanced, whole prompts", replace(BASE, hardware=whole, policy="least_loaded"), "16.1 / 38.8 / 62.7"
+        ),
+        Row("vLLM, prefix caching", replace(BASE, hardware=whole, policy="sglang_cache_aware"), "15.0 / 34.3 / 55.5"),
+        Row("vLLM, chunked prefill", replace(BASE, policy="least_loaded"), "9.4 / 28.8 / 55.2"),
+        Row("kvpool, 8P8D (not in the paper)", replace(BASE, policy="kvpool", split=(8, 8)), ""),
+        Row("kvpool, all do both (not in the paper)", replace(BASE, policy="kvpool"), ""),
+    )
+    return Experiment("Effective capacity: requests within TTFT 30 s and TBT, %", figures, rows)
+
+
+EXPERIMENTS: dict[str, Callable[[], Experiment]] = {
+    "fig5": _fig5,
+    "fig10": _fig10,
+    "fig13": _fig13,
+    "fig15": _fig15,
+    "capacity": _capacity,
+}
+
+
+def _run(trace: Trace, row: Row) -> Result:
+    if row.prefill_only:
+        trace = replace(trace, output_tokens=np.ones_like(trace.output_tokens))
+    return simulate(trace, row.config)
+
+
+def _results(trace: Trace, rows: tuple[Row, ...], jobs: int) -> list[Result]:
+    if jobs == 1:
+        return [_run(trace, row) for row in rows]
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(_run, [trace] * len(rows), rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trace", required=True, help="Mooncake's conversation trace")
+    parser.add_argument("--requests", type=int, default=0, help="only the first N; 0 = all")
+    parser.add_argument("--speed", type=float, default=1.0, help="requests come X times as fast")
+    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
+    parser.add_argument("--jobs", type=int, default=1, help="simulations at a time")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    trace = read_trace(arguments.trace)
+    trace = (trace[: arguments.requests] if arguments.requests else trace).sped_up(arguments.speed)
+    shown: dict[str, Any] = {"trace": arguments.trace, "requests": len(trace), "modelled": True, "experiments": {}}
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    for name in arguments.only:
+        experiment = EXPERIMENTS[name]()
+        results = _results(trace, experiment.rows, arguments.jobs)
+        table = Table(title=f"{experiment.title} (modelled, {len(trace):,} requests)", title_justify="left")
+        for column in ("", *(f for f, _ in experiment.figures), "printed"):
+            table.add_column(column, justify="left" if column == "" else "right")
+        rows = []
+        for row, result in zip(experiment.rows, results, strict=True):
+            values = {figure: shown_by(result) for figure, shown_by in experiment.figures}
+            rows.append({"label": row.label, "printed": row.printed, **values})
+            table.add_row(row.label, *(f"{value:.2f}" for value in values.values()), row.printed)
+        shown["experiments"][name] = {"title": experiment.title, "rows": rows}
+        if not arguments.json:
+            console.print(table)
+    if arguments.json:
+        print(json.dumps(shown, indent=2))
+
+
+if __name__ == "__main__":
+    main()
