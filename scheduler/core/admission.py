@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from kvpool.core.errors import Reason
 from kvpool.core.ids import KEY_BYTES
@@ -11,10 +12,15 @@ from scheduler.core.commands import Refused
 from scheduler.core.config import SchedulerConfig
 from scheduler.core.events import PlaceRequested
 from scheduler.core.options import NO_CAPACITY, NO_HANDOFF, SLOW, TOO_LONG, Appraiser, Option, token_limit
+from scheduler.core.waiting import TENANT_WEIGHT_MAX
 
 #: Retry-After where nothing tells when it would help.
 RETRY_DEFAULT_US = 1_000_000
 PROMPT_TOKENS_MAX = 1 << 26
+#: Options of each kind that are asked when they become feasible.
+CHANCES_MAX = 2
+#: Times after which those who wait are worth another look.
+ROUGHLY_US = (0, 100_000, 500_000, 2_000_000, 8_000_000, 30_000_000)
 KEY_LISTS_MAX = 256
 
 
@@ -35,6 +41,8 @@ def bad_request(request: PlaceRequested, policies: Sequence[str]) -> str:
         return f"policy {request.policy!r} is not one of {', '.join(policies)}"
     if len(request.keys) > KEY_LISTS_MAX:
         return f"at most {KEY_LISTS_MAX} key lists"
+    if not 0 <= request.tenant_weight <= TENANT_WEIGHT_MAX:
+        return f"tenant_weight must be 0 to {TENANT_WEIGHT_MAX:g}"
     if any(len(batch.keys) % KEY_BYTES for batch in request.keys):
         return f"keys must be a whole number of {KEY_BYTES}-byte keys"
     return ""
@@ -78,36 +86,150 @@ def too_long(request: PlaceRequested, instances: Sequence[Instance]) -> Refused 
     return refuse(request, Reason.CONTEXT_TOO_LONG, message)
 
 
+def deadline_us(request: PlaceRequested, arrived_us: int, option: Option, config: SchedulerConfig) -> int:
+    """Until when a request may wait for a place: as long as its TTFT objective allows, or as long as it says."""
+    limit_us = request.wait_us_max
+    if request.ttft_slo_us:
+        latest_us = max(request.ttft_slo_us - option.service_us, 0)
+        return arrived_us + (latest_us if limit_us is None else min(latest_us, limit_us))
+    return arrived_us + (config.wait_us_max if limit_us is None else limit_us)
+
+
+@dataclass(frozen=True, slots=True)
+class Chance:
+    """The best that a request which can't be placed now may hope for.
+
+    Fields:
+        wait_us: from now until the option's instances have what it needs.
+        servable: whether a request that waits so long is still served within its objectives.
+        retry_us: from now until a request like this one would be taken in, were it to come then.
+    """
+
+    option: Option
+    wait_us: int
+    servable: bool
+    retry_us: int
+
+
+def chance(options: Sequence[Option], appraiser: Appraiser, config: SchedulerConfig, precise: bool) -> Chance | None:
+    """The option that becomes feasible first, by the predictions that made it infeasible. None if none ever does.
+
+    Work queued drains, decodes end as predicted, nobody else comes: as true for the request that waits as for one that
+    comes back then.
+
+    Args:
+        precise: times to a millisecond, as somebody who is told to come back needs them; else to one of `ROUGHLY_US`.
+    """
+    best: Chance | None = None
+    for option in _most_promising(options):
+        found = _chance_of(option, appraiser, config, precise)
+        if found is None:
+            continue
+        if best is None or (not found.servable, found.retry_us, found.wait_us) < (
+            not best.servable, best.retry_us, best.wait_us,
+        ):  # fmt: skip
+            best = found
+    return best
+
+
+def _most_promising(options: Sequence[Option]) -> list[Option]:
+    """A few that are cheapest, and a few with most room: one of these becomes feasible first, or nearly."""
+    able = [o for o in options if not o.reason.startswith((TOO_LONG, NO_HANDOFF))]
+    cheapest = sorted(able, key=lambda o: o.order)[:CHANCES_MAX]
+    roomiest = sorted(able, key=lambda o: (-o.kv_tokens_left, *o.order))[:CHANCES_MAX]
+    return list({id(o): o for o in (*cheapest, *roomiest)}.values())
+
+
+def _chance_of(option: Option, appraiser: Appraiser, config: SchedulerConfig, precise: bool) -> Chance | None:
+    request, horizon_us = appraiser.request, config.retry_after_us_max
+    if not _has_room(option, appraiser, horizon_us):
+        # What nobody placed here ends some time, and nothing tells when.
+        others = option.decode.kv_tokens_foreign > 0 and option.kv_tokens_left < 0
+        return Chance(option, RETRY_DEFAULT_US, True, RETRY_DEFAULT_US) if others else None
+
+    def has_room(delay_us: int) -> bool:
+        return _has_room(option, appraiser, delay_us)
+
+    free_us = _first_time(has_room, horizon_us) if precise else _first_of(has_room, horizon_us)
+    begin_us = max(option.queue_us, free_us)
+    if request.ttft_slo_us:
+        # What is left of the wait when it comes back counts; what it has waited so far would not.
+        def in_time(delay_us: int) -> bool:
+            parts_us = max(begin_us - delay_us, 0) + option.service_us
+            return appraiser.corrected_us(option.prefill.id, parts_us) <= request.ttft_slo_us
+
+        if not in_time(begin_us):
+            return None
+        retry_us = _first_time(in_time, begin_us)
+        parts_us = option.waited_us + begin_us + option.service_us
+        servable = appraiser.corrected_us(option.prefill.id, parts_us) <= request.ttft_slo_us
+        return Chance(option, free_us, servable, retry_us)
+    patience_us = config.wait_us_max if request.wait_us_max is None else request.wait_us_max
+    return Chance(option, free_us, free_us + option.waited_us <= patience_us, max(free_us - patience_us, 0))
+
+
+def _has_room(option: Option, appraiser: Appraiser, delay_us: int) -> bool:
+    """Whether KV and, where there is an objective, decode steps allow the option after a delay."""
+    if option.kv_tokens_left + appraiser.kv_tokens_freed(option.decode, delay_us) < 0:
+        return False
+    if option.split:
+        room = appraiser.prefill_room(option)
+        if room < 0 and room + appraiser.kv_tokens_freed(option.prefill, delay_us) < 0:
+            return False
+    if appraiser.breaks_objectives(option, delay_us):
+        return False
+    objective_us = appraiser.request.tpot_slo_us
+    if not objective_us:
+        return True
+    begin_us = appraiser.now_us + max(option.queue_us, delay_us) + option.service_us
+    return appraiser.peak_step_us(option, begin_us) <= objective_us
+
+
+def _first_of(holds: Callable[[int], bool], last_us: int) -> int:
+    for delay_us in ROUGHLY_US:
+        if delay_us < last_us and holds(delay_us):
+            return delay_us
+    return last_us
+
+
+def _first_time(holds: Callable[[int], bool], last_us: int) -> int:
+    """The earliest delay at which something holds that goes on to hold, and does at `last_us`; to a millisecond."""
+    if holds(0):
+        return 0
+    low_us, high_us = 0, last_us
+    while high_us - low_us > 1000:
+        middle_us = (low_us + high_us) // 2
+        if holds(middle_us):
+            high_us = middle_us
+        else:
+            low_us = middle_us
+    return high_us
+
+
 def refusal(
-    request: PlaceRequested, options: Sequence[Option], appraiser: Appraiser, config: SchedulerConfig
+    request: PlaceRequested, options: Sequence[Option], retry_us: int | None, config: SchedulerConfig
 ) -> Refused:
-    """Why none of the options can be taken; the obstacle that comes closest to none is named."""
+    """Why none of the options can be taken; the obstacle that comes closest to none is named.
+
+    Args:
+        retry_us: after which time it would be taken; None = as things are, never: no time to come back is given.
+    """
     assert not any(option.feasible for option in options)
+    wait_us = 0 if retry_us is None else _clamp(retry_us, config)
     slow = [o for o in options if o.reason.startswith(SLOW)]
     if slow:
-        nearest = min(slow, key=lambda o: (o.ttft_us, o.order))
-        excess_us = nearest.ttft_us - request.ttft_slo_us if request.ttft_slo_us else 0
-        wait_us = excess_us if excess_us > 0 else RETRY_DEFAULT_US
-        return refuse(request, Reason.SLO_UNREACHABLE, nearest.reason, _clamp(wait_us, config))
+        nearest = min(slow, key=lambda o: (o.announced_us, o.order))
+        return refuse(request, Reason.SLO_UNREACHABLE, nearest.reason, wait_us)
     full = [o for o in options if o.reason.startswith(NO_CAPACITY)]
     if full:
         nearest = max(full, key=lambda o: (o.kv_tokens_left, o.order))
-        wait_us = min(_next_end_us(o, appraiser) for o in full)
-        return refuse(request, Reason.NO_CAPACITY, nearest.reason, _clamp(wait_us, config))
+        return refuse(request, Reason.NO_CAPACITY, nearest.reason, wait_us)
     for option in options:
         if option.reason.startswith(TOO_LONG):
             return refuse(request, Reason.CONTEXT_TOO_LONG, option.reason)
     assert all(option.reason.startswith(NO_HANDOFF) for option in options)
     message = options[0].reason if options else f"no instance of model {request.model!r} decodes"
     return refuse(request, Reason.NO_INSTANCE, message, RETRY_DEFAULT_US)
-
-
-def _next_end_us(option: Option, appraiser: Appraiser) -> int:
-    """Until the next request on the decode instance ends, if they end one after another at an even pace."""
-    load = appraiser.load(option.decode)
-    if not load.batch:
-        return RETRY_DEFAULT_US
-    return load.step_us * load.expected_tokens // load.batch
 
 
 def _clamp(wait_us: int, config: SchedulerConfig) -> int:

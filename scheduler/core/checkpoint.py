@@ -12,7 +12,10 @@ from scheduler.core.core import SchedulerCore
 from scheduler.core.membership import source_record
 
 #: Attributes of the core that decisions depend on, besides the directory.
-_ATTRIBUTES = ("cluster", "costs", "book", "expiries", "policies", "output_shares", "counts", "now_us")
+_ATTRIBUTES = (
+    "cluster", "costs", "book", "expiries", "room", "pending", "arrivals", "calibrations", "roles", "policies",
+    "output_shares", "counts", "now_us",
+)  # fmt: skip
 
 
 def unsynced_streams(core: SchedulerCore) -> list[int]:
@@ -41,7 +44,8 @@ def core_of(state: dict[str, Any]) -> SchedulerCore:
     """A core that goes on where the state was taken. Takes the state's parts over."""
     core = SchedulerCore(state["config"])
     for name in _ATTRIBUTES:
-        setattr(core, name, state[name])
+        if name in state:  # checkpoints of older versions lack what they did not know
+            setattr(core, name, state[name])
     for source_id, seq, parts in state["directory"]:
         attached = core.cluster.sources[source_id].attached
         core.directory.attach(source_record(attached), core.now_us)

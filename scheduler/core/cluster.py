@@ -29,6 +29,7 @@ class Instance:
     waiting: int = 0
     kv_tokens_free: int = 0  # as reported
     kv_tokens_foreign: int = 0  # used by requests that no placement accounts for; see `fit_foreign`
+    peer: str = ""  # scheduler that has its life line; empty = this one
 
     @property
     def id(self) -> str:
@@ -111,6 +112,10 @@ class Cluster:
     by_model: dict[str, list[str]] = field(default_factory=dict)
     models_seen: dict[str, None] = field(default_factory=dict)
     deadlines: Deadlines = field(default_factory=Deadlines)
+    #: Grows whenever somebody comes, goes, or changes state: what is derived from the members is made anew then.
+    version: int = 0
+    #: Whether other schedulers can be heard, and with them the members whose life lines they have.
+    log_up: bool = True
 
     # ------------------------------------------------------------ life lines
 
@@ -120,7 +125,9 @@ class Cluster:
         assert info.instance_id not in self.instances
         if len(self.instances) >= self.config.instances_max:
             return False
-        self.instances[info.instance_id] = Instance(info, event.stream, now_us, kv_tokens_free=info.kv_tokens_total)
+        self.instances[info.instance_id] = Instance(
+            info, event.stream, now_us, kv_tokens_free=info.kv_tokens_total, peer=event.peer
+        )
         of_model = self.by_model.setdefault(info.model, [])
         of_model.append(info.instance_id)
         of_model.sort()
@@ -128,6 +135,14 @@ class Cluster:
         self.models_seen[info.model] = None
         self._speaks(event.stream, "instance", info.instance_id, now_us)
         return True
+
+    def instance_moved(self, event: InstanceJoined) -> None:
+        """The process of a known instance speaks by another life line now."""
+        self.version += 1
+        instance = self.instances[event.info.instance_id]
+        del self.streams[instance.stream]
+        instance.info, instance.stream, instance.peer = event.info, event.stream, event.peer
+        self.streams[event.stream] = ("instance", instance.id)
 
     def add_source(self, event: SourceAttached, now_us: int) -> bool:
         """False if there is no room. The caller has removed a source of the same id before."""
@@ -148,6 +163,7 @@ class Cluster:
         return True
 
     def _speaks(self, stream: int, kind: str, member_id: str, now_us: int) -> None:
+        self.version += 1
         self.streams[stream] = (kind, member_id)
         self.deadlines.set((kind, member_id), now_us + self.config.suspect_us)
 
@@ -178,8 +194,15 @@ class Cluster:
         gateway = self.gateways.get(member_id)
         return None if gateway is None else gateway.opened.stream
 
+    def peer_of(self, kind: str, member_id: str) -> str:
+        """The scheduler that has the life line of a member; empty for this one."""
+        if kind == "instance":
+            return self.instances[member_id].peer
+        return self.sources[member_id].attached.peer if kind == "source" else ""
+
     def remove(self, kind: str, member_id: str) -> None:
         """Forgets an instance, source or gateway and its life line."""
+        self.version += 1
         stream = self.stream_of(kind, member_id)
         assert stream is not None
         del self.streams[stream]
@@ -203,6 +226,7 @@ class Cluster:
         if member.state is State.ALIVE:
             return False
         member.state = State.ALIVE
+        self.version += 1
         return True
 
     def silent(self, key: DeadlineKey, now_us: int) -> State | None:
@@ -210,15 +234,17 @@ class Cluster:
         kind, member_id = key
         member = self.member(kind, member_id)
         assert member is not None
-        gone_at_us = member.seen_us + self.config.gone_us
+        unheard = not self.log_up and self.peer_of(kind, member_id) != ""
+        gone_at_us = member.seen_us + (self.config.log_down_us_max if unheard else self.config.gone_us)
         if now_us >= gone_at_us:
             return None
         member.state = State.SUSPECT
+        self.version += 1
         self.deadlines.set(key, gone_at_us)
         return State.SUSPECT
 
-    @staticmethod
-    def take_report(instance: Instance, event: InstanceReported) -> None:
+    def take_report(self, instance: Instance, event: InstanceReported) -> None:
+        self.version += instance.draining != event.draining
         instance.running, instance.waiting = event.running, event.waiting
         instance.kv_tokens_free = min(event.kv_tokens_free, instance.info.kv_tokens_total)
         instance.draining = event.draining

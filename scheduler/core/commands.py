@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from kvpool.core.errors import Reason
-from kvpool.core.ids import Fidelity, Tier
+from kvpool.core.ids import Fidelity, Role, Tier
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,7 @@ class Placed:
     handoff_source_id: str
     handoff_address: str
     ttl_ms: int
+    waited_us: int = 0  # in the scheduler's queue; contained in the predicted TTFT
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,4 +95,15 @@ class StateChanged:
     state: str
 
 
-Command: TypeAlias = Placed | Refused | PlacementEnded | AcknowledgeSource | CloseStream | StateChanged
+@dataclass(frozen=True, slots=True)
+class RoleProposed:
+    """What would serve the load of late better; see `roles.Proposal`. Nothing is done about it by the core."""
+
+    model: str
+    kind: str  # "flip", "add", "remove"
+    instance_id: str  # empty for "add"
+    role: Role  # to have instead, to add, or that is removed
+    why: str
+
+
+Command: TypeAlias = Placed | Refused | PlacementEnded | AcknowledgeSource | CloseStream | StateChanged | RoleProposed

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from scheduler.core.policy_parameters import PolicyParameters
 
 SECOND_US = 1_000_000
 
@@ -19,6 +21,8 @@ class SchedulerConfig:
     suspect_us: int = 3 * SECOND_US
     #: Without one for this long: its stream is closed and what it held is forgotten.
     gone_us: int = 15 * SECOND_US
+    #: While other schedulers can't be heard, members that only they hear are kept this long, as suspect.
+    log_down_us_max: int = 120 * SECOND_US
     report_interval_us: int = SECOND_US // 2
     heartbeat_interval_us: int = SECOND_US
 
@@ -55,8 +59,39 @@ class SchedulerConfig:
     output_share: float = 0.5
     #: Longest match : own match above which Mooncake's Algorithm 1 pulls.
     mooncake_threshold: float = 1.5
+    #: Of the other baselines.
+    baselines: PolicyParameters = field(default_factory=PolicyParameters)
+
+    #: Policies under which a request is bound to an instance late; under others it is placed or refused at once.
+    late_binding: tuple[str, ...] = ("kvpool",)
+    #: An instance is given a request when its outstanding prefill work is below the larger of this ...
+    horizon_us_min: int = SECOND_US // 2
+    #: ... and this many times the request's own. Above it the request waits for a place in the scheduler.
+    horizon_prefills: float = 1.0
+    #: Longest wait of a request that has no TTFT objective. Then it is placed behind whatever there is, or refused.
+    wait_us_max: int = 30 * SECOND_US
+    #: Those that fit may go past one that waits for KV tokens for this long; then what gets free is kept for it.
+    reserve_after_us: int = 2 * SECOND_US
+    #: Requests that wait at a time; one more is refused as OVERLOADED, or the last in the order if it goes before that.
+    waiting_max: int = 4096
+    #: Waiting requests looked at for one event at most; the others have their turn a millisecond later.
+    waiting_scan_max: int = 8
+    #: Virtual service by which one step of priority goes ahead, for each instance of the model.
+    priority_step_us: int = 10 * SECOND_US
+    #: Tenants with an account in a model's line; beyond it the one that was charged longest ago is forgotten.
+    tenants_max: int = 4096
+    #: Prompts under way that others may wait for; beyond it no more are noted.
+    pending_max: int = 4096
+    #: A TPOT objective is for the mean of this share of a request's intervals, the longest: a tenth, as in FAST'25.
+    tpot_tail: float = 0.1
+    #: Weight of a microsecond by which requests that are expected to come meanwhile are held up.
+    delay_weight: float = 1.0
+
     retry_after_us_min: int = SECOND_US // 10
-    retry_after_us_max: int = 30 * SECOND_US
+    retry_after_us_max: int = 600 * SECOND_US
     #: A link that failed is left out of plans this long, doubled with each failure in a row.
     link_down_us_min: int = 2 * SECOND_US
     link_down_us_max: int = 32 * SECOND_US
+    #: A link that has become slow is tried again after this time, doubled each time that it is slow still.
+    link_trust_us_min: int = 5 * SECOND_US
+    link_trust_us_max: int = 60 * SECOND_US

@@ -6,19 +6,23 @@ from collections.abc import Callable
 from typing import Any
 
 from kvpool.core.directory import Directory
-from kvpool.core.errors import Reason
-from scheduler.core import admission, membership
+from scheduler.core import membership, placing, replication, roles
+from scheduler.core.arrivals import ArrivalRate
+from scheduler.core.calibration import Calibration
 from scheduler.core.cluster import Cluster
-from scheduler.core.commands import Command, Placed, PlacementEnded, Refused, Target
+from scheduler.core.commands import Command, PlacementEnded
 from scheduler.core.config import SchedulerConfig
 from scheduler.core.cost import CostBook
 from scheduler.core.deadlines import Deadlines
-from scheduler.core.events import Event, OutcomeReported, PlaceRequested, TimePassed
-from scheduler.core.ledger import Candidate, Ledger, LedgerEntry
-from scheduler.core.options import Appraiser, Option
+from scheduler.core.events import Event, OutcomeReported, PlaceCancelled, PlaceRequested, TimePassed
+from scheduler.core.fleet import Fleet
+from scheduler.core.holders import Sources
+from scheduler.core.ledger import Ledger
+from scheduler.core.options import Appraiser
+from scheduler.core.pending import PendingBook
 from scheduler.core.placements import Owner, Placement, PlacementBook
 from scheduler.core.policies import POLICIES, Policy
-from scheduler.core.prefix import Prefix
+from scheduler.core.waiting import WaitingRoom
 
 #: Share of the old estimate that survives one more observed output length.
 OUTPUT_SHARE_KEPT = 0.98
@@ -38,6 +42,16 @@ class SchedulerCore:
         self.costs = CostBook(config)
         self.book = PlacementBook()
         self.expiries = Deadlines()
+        self.room = WaitingRoom(config)
+        self.pending = PendingBook(config.pending_max)
+        #: Model -> how many requests come of late.
+        self.arrivals: dict[str, ArrivalRate] = {}
+        #: Instance -> what predictions for it were worth.
+        self.calibrations: dict[str, Calibration] = {}
+        self.roles = roles.RoleBook()
+        #: Columns over sources, and over the instances of each model; made anew where they are stale.
+        self._sources: Sources | None = None
+        self._fleets: dict[str, Fleet] = {}
         self.ledger = Ledger(config.ledger_entries_max)
         self.policies: dict[str, Policy] = {name: make(config) for name, make in POLICIES.items()}
         if config.policy not in self.policies:
@@ -55,6 +69,8 @@ class SchedulerCore:
         commands: list[Command] = []
         self._run_deadlines(commands)
         HANDLERS[type(event)](self, event, commands)
+        self._run_news(commands)
+        roles.look(self, commands)
         return commands
 
     def tick(self, now_us: int) -> list[Command]:
@@ -62,134 +78,65 @@ class SchedulerCore:
 
     def next_deadline_us(self) -> int | None:
         """When `tick` is due at the latest."""
-        times = [t for t in (self.cluster.deadlines.next_us(), self.expiries.next_us()) if t is not None]
+        deadlines = (self.cluster.deadlines, self.expiries, self.room.deadlines)
+        times = [t for t in (d.next_us() for d in deadlines) if t is not None]
         return min(times, default=None)
 
     def _run_deadlines(self, commands: list[Command]) -> None:
         while (key := self.expiries.pop_due(self.now_us)) is not None:
             self.end_placement((key[1], key[2]), "expired", commands)
         membership.run_deadlines(self, commands)
+        placing.run_deadlines(self, commands)
+
+    def _run_news(self, commands: list[Command]) -> None:
+        """Lets those who wait profit from what has got free."""
+        freed, finished = self.book.take_news()
+        for owner in finished:
+            self.pending.finish(owner, self.now_us)
+        if freed or finished:
+            placing.news(self, freed, finished, commands)
+            freed, finished = self.book.take_news()
+            assert not freed and not finished, "placing a request frees nothing"
 
     # ------------------------------------------------------------ placements
 
-    def _place(self, request: PlaceRequested, commands: list[Command]) -> None:
-        name = request.policy or self.config.policy
-        wrong = admission.bad_request(request, tuple(self.policies))
-        if wrong:
-            self._refuse(admission.refuse(request, Reason.BAD_ARGUMENT, wrong), commands)
-            return
-        # A request placed again has lost its first placement, whatever comes of the second.
-        self.end_placement((request.gateway_id, request.request_id), "replaced", commands)
-        options: list[Option] = []
-        choice = self._decide(request, self.policies[name], options, commands)
-        kept = options[: self.config.ledger_candidates_max]
-        self.ledger.decided(
-            LedgerEntry(
-                request_id=request.request_id,
-                gateway_id=request.gateway_id,
-                policy=name,
-                prompt_tokens=request.prompt_tokens,
-                max_tokens=request.max_tokens,
-                candidates=tuple(Candidate.of(option) for option in kept),
-                candidates_total=len(options),
-                choice=choice,
-                placed_us=self.now_us,
-                attempts=1,
-            )
-        )
-
-    def _decide(
-        self, request: PlaceRequested, policy: Policy, options: list[Option], commands: list[Command]
-    ) -> Placed | Refused:
-        """Places or refuses; `options` is filled with what was looked at, best first."""
-        instances, none = admission.usable_instances(request, self.cluster, self.config)
-        if none is None:
-            none = admission.too_long(request, instances)
-        if none is None and len(self.book.placements) >= self.config.placements_max:
-            message = f"{self.config.placements_max} requests are under way"
-            none = admission.refuse(request, Reason.OVERLOADED, message, admission.RETRY_DEFAULT_US)
-        if none is not None:
-            return self._refuse(none, commands)
-        appraiser = self.appraiser(request, instances[0].block_tokens)
-        ranked = policy.rank(appraiser, instances)
-        best: Option | None = None
-        for option in ranked:
-            options.append(option)
-            if option.feasible:
-                best = option
-                break
-        if best is None:
-            return self._refuse(admission.refusal(request, options, appraiser, self.config), commands)
-        if isinstance(ranked, list):
-            options.extend(ranked[len(options) :])
-        options.remove(best)
-        options.insert(0, best)
-        policy.chosen(request, best)
-        return self._open(request, best, appraiser, commands)
-
     def appraiser(self, request: PlaceRequested, block_tokens: int) -> Appraiser:
         """Predictions for a request as of now. Changes nothing."""
-        share = self.output_shares.get(request.model, self.config.output_share)
-        prefix = Prefix(request, block_tokens, self.directory, self.cluster, self.config.pull_sources_max)
-        return Appraiser(request, prefix, self.cluster, self.book, self.costs, self.config, share, self.now_us)
+        return placing.appraiser_of(self, request, block_tokens)
 
-    def _open(self, request: PlaceRequested, option: Option, appraiser: Appraiser, commands: list[Command]) -> Placed:
-        """Reserves what an option needs and says so."""
-        config, decode, prefill = self.config, option.decode, option.prefill
-        start_us = option.ttft_us + option.handoff_us
-        ttl_us = config.ttl_factor * (start_us + option.step_us * request.max_tokens)
-        ttl_us = min(max(ttl_us, config.placement_ttl_us_min), config.placement_ttl_us_max)
-        placement = Placement(
-            owner=(request.gateway_id, request.request_id),
-            model=request.model,
-            max_tokens=request.max_tokens,
-            prefill_id=prefill.id,
-            decode_id=decode.id,
-            split=option.split,
-            kv_tokens=appraiser.kv_tokens_needed(decode),
-            prefill_kv_tokens=appraiser.prefill_kv_tokens(prefill) if option.split else 0,
-            prefill_holds=prefill.decodes(),
-            prefill_us=option.prefill_us,
-            context_tokens=appraiser.context_tokens,
-            expected_tokens=appraiser.expected_tokens,
-            placed_us=self.now_us,
-            decode_ends_us=self.now_us + start_us + option.step_us * appraiser.expected_tokens,
-            expires_us=self.now_us + ttl_us,
-        )
-        self.book.open(placement)
-        self.expiries.set(("placement", *placement.owner), placement.expires_us)
-        self.count("placements")
-        if option.split:
-            self.count("splits")
-        info = prefill.info
-        placed = Placed(
-            request_id=request.request_id,
-            gateway_id=request.gateway_id,
-            prefill=Target(prefill.id, info.address, info.epoch),
-            decode=Target(decode.id, decode.info.address, decode.info.epoch),
-            split=option.split,
-            pull=appraiser.prefix.runs(option.pull),
-            cached_tokens=option.cached_tokens,
-            predicted_ttft_us=option.ttft_us,
-            handoff_source_id=info.node_source_id if option.split else "",
-            handoff_address=self.cluster.sources[info.node_source_id].attached.address if option.split else "",
-            ttl_ms=ttl_us // 1000,
-        )
-        commands.append(placed)
-        return placed
+    def sources_now(self) -> Sources:
+        if self._sources is None or self._sources.version != self.cluster.version:
+            self._sources = Sources(self.directory, self.cluster)
+        return self._sources
 
-    def _refuse(self, refused: Refused, commands: list[Command]) -> Refused:
-        self.count("refusals")
-        self.count(f"refused_{refused.reason.name.lower()}")
-        commands.append(refused)
-        return refused
+    def fleet_now(self, model: str) -> Fleet:
+        """Columns of a model's instances, up to date."""
+        for instance_id in self.book.touched:
+            instance = self.cluster.instances.get(instance_id)
+            of_model = self._fleets.get(instance.info.model) if instance is not None else None
+            if of_model is not None:
+                of_model.touch(instance_id)
+        self.book.touched.clear()
+        fleet = self._fleets.get(model)
+        if fleet is None or fleet.version != self.cluster.version:
+            self._fleets = {name: known for name, known in self._fleets.items() if name in self.cluster.by_model}
+            fleet = self._fleets[model] = Fleet(model, self.cluster, self.cluster.version)
+        fleet.refresh(self.book, self.costs)
+        return fleet
 
     def end_placement(self, owner: Owner, why: str, commands: list[Command]) -> None:
         """Frees what a placement holds; does nothing if it has ended."""
+        known = self.book.placements.get(owner)
+        finished = known is not None and known.prefill_done
         placement = self.book.end(owner, self.now_us)
         if placement is None:
             return
         self.expiries.discard(("placement", *owner))
+        if why != "outcome" and not finished:
+            self.pending.drop(owner)
+        if placement.peer:
+            self.count("peer_ended")
+            return
         self.count(f"ended_{why}")
         commands.append(PlacementEnded(request_id=owner[1], gateway_id=owner[0], why=why))
 
@@ -200,13 +147,30 @@ class SchedulerCore:
         membership.gateway_seen(self, gateway, commands)
         owner = (gateway.opened.gateway_id, event.request_id)
         self.ledger.ended(owner[0], event)
+        self._learn_from(owner, event)
         if event.first_token:
             self.book.finish_prefill(owner, self.now_us)
             return
         placement = self.book.placements.get(owner)
         if placement is not None and event.finish_reason in ("stop", "length"):
             self._learn_output(placement, event.tokens)
+        elif placement is not None and not placement.prefill_done:
+            self.pending.drop(owner)
         self.end_placement(owner, "outcome", commands)
+
+    def _learn_from(self, owner: Owner, event: OutcomeReported) -> None:
+        """Compares what was predicted with the first token's story, once."""
+        placement = self.book.placements.get(owner)
+        if placement is None or placement.compared or not event.ttft_us:
+            return
+        if placement.prefill_id not in self.cluster.instances:
+            return
+        placement.compared = True
+        known = self.calibrations.setdefault(placement.prefill_id, Calibration())
+        known.observe_ttft(placement.announced_us, placement.parts_us, event.ttft_us)
+        known.prefill.observe(placement.prefill_us, event.prefill.prefill_us)
+        if placement.pull_us:
+            known.pull.observe(placement.pull_us, event.prefill.pull_us)
 
     def _learn_output(self, placement: Placement, tokens: int) -> None:
         share = min(max(tokens / placement.max_tokens, OUTPUT_SHARE_MIN), 1.0)
@@ -216,8 +180,8 @@ class SchedulerCore:
     def _time_passed(self, event: TimePassed, commands: list[Command]) -> None:
         """Deadlines have been run; nothing else happens."""
 
-    def count(self, name: str) -> None:
-        self.counts[name] = self.counts.get(name, 0) + 1
+    def count(self, name: str, by: int = 1) -> None:
+        self.counts[name] = self.counts.get(name, 0) + by
 
     # ------------------------------------------------------------ checks
 
@@ -227,18 +191,29 @@ class SchedulerCore:
         self.costs.check_invariants()
         self.ledger.check_invariants()
         self.expiries.check_invariants()
+        self.room.check_invariants()
+        self.pending.check_invariants()
+        assert not self.book.freed and not self.book.finished
+        assert all(model in self.cluster.models_seen for model in self.arrivals)
+        assert all(instance_id in self.cluster.instances for instance_id in self.calibrations)
+        assert not any(owner in self.book.placements for owner in self.room.entries), "placed and waiting"
+        assert all(p.instance_id in self.cluster.instances for p in self.pending.prompts.values())
         assert len(self.expiries.live) == len(self.book.placements) <= self.config.placements_max
         for owner, placement in self.book.placements.items():
             assert self.expiries.live["placement", *owner] == placement.expires_us > self.now_us
             assert placement.decode_id in self.cluster.instances, "a placement outlived its decode instance"
         for instance_id, holdings in self.book.holdings.items():
             total = self.cluster.instances[instance_id].info.kv_tokens_total
-            assert holdings.kv_tokens <= total, f"{instance_id} is overbooked"
+            # Several schedulers that decide at the same moment may promise more than there is.
+            overbooked = holdings.kv_tokens > total and not self.counts.get("peer_placements")
+            assert not overbooked, f"{instance_id} is overbooked"
         assert self.costs.prefill.keys() == self.cluster.instances.keys()
         attached = sorted(str(record.source_id) for record in self.directory.sources())
         assert attached == sorted(self.cluster.sources)
-        opened = self.counts["placements"] - len(self.book.placements)
+        peers = sum(placement.peer != "" for placement in self.book.placements.values())
+        opened = self.counts["placements"] + peers - len(self.book.placements)
         assert opened == sum(n for name, n in self.counts.items() if name.startswith("ended_"))
+        assert self.counts.get("peer_placements", 0) - peers == self.counts.get("peer_ended", 0)
 
 
 Handler = Callable[[SchedulerCore, Any, list[Command]], None]
@@ -246,7 +221,9 @@ Handler = Callable[[SchedulerCore, Any, list[Command]], None]
 #: What each kind of event does; the whole of the core's behaviour starts here.
 HANDLERS: dict[type, Handler] = {
     **membership.HANDLERS,
-    PlaceRequested: SchedulerCore._place,
+    **replication.HANDLERS,
+    PlaceRequested: placing.place,
+    PlaceCancelled: placing.cancelled,
     OutcomeReported: SchedulerCore._outcome,
     TimePassed: SchedulerCore._time_passed,
 }

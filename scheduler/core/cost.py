@@ -18,11 +18,21 @@ LINK_PRIORS: dict[str, tuple[float, ...]] = {
     "remote": (3_000.0, 0.001),
     "local-ssd": (3_000.0, 0.001),
     "remote-ssd": (4_000.0, 0.0015),
+    "local-hbm": (2_000.0, 0.0005),
+    "remote-hbm": (3_000.0, 0.001),
 }
 #: Share of its weight a sample keeps with each newer one. Links change most suddenly, and are measured seldom.
 PREFILL_FORGETTING, DECODE_FORGETTING, LINK_FORGETTING = 0.97, 0.99, 0.9
 #: A pooled fit becomes the prior of a newcomer from this many samples on.
 POOLED_SAMPLES_MIN = 8
+#: What a link usually costs is learned this slowly: a bad hour does not change it.
+USUAL_FORGETTING = 0.998
+#: A link or prefill that is off by this factor, this many times in a row, has changed: old samples are nearly dropped.
+CHANGE_FACTOR = 1.7
+CHANGE_SAMPLES = 3
+CHANGE_KEEPS = 0.05
+#: A link that costs more than this many times the usual is taken for slow.
+SLOW_FACTOR = 1.5
 #: A prior's coefficient is at least this share of the default's, since a newcomer must be able to learn it.
 PRIOR_SHARE_MIN = 0.001
 
@@ -36,16 +46,75 @@ def decode_features(batch: int, kv_tokens: int) -> tuple[float, ...]:
 
 
 def link_class(same_host: bool, tier: Tier) -> str:
-    return ("local" if same_host else "remote") + ("-ssd" if tier == Tier.SSD else "")
+    return ("local" if same_host else "remote") + _TIER_SUFFIX[tier]
+
+
+_TIER_SUFFIX = {Tier.HBM: "-hbm", Tier.DRAM: "", Tier.SSD: "-ssd"}
+
+
+@dataclass(slots=True)
+class Change:
+    """Notices a lasting change: the same way off, several times in a row."""
+
+    streak: int = 0  # above zero: slower than expected so many times in a row; below: faster
+
+    def seen(self, fit: LinearFit, x: tuple[float, ...], y: float) -> None:
+        """To be called before the fit observes the sample."""
+        expected = fit.predict(x)
+        if y > CHANGE_FACTOR * expected:
+            self.streak = max(self.streak, 0) + 1
+        elif y * CHANGE_FACTOR < expected:
+            self.streak = min(self.streak, 0) - 1
+        else:
+            self.streak = 0
+        if abs(self.streak) >= CHANGE_SAMPLES:
+            fit.forget(CHANGE_KEEPS)
+            self.streak = 0
 
 
 @dataclass(slots=True)
 class Link:
-    """What reading from one source costs one instance, and whether it works at present."""
+    """What reading from one source costs one instance, and whether it works at present.
+
+    What is known of a slow link grows old, since plans avoid it: after a while it is taken for what it usually is, and
+    so tried again. Each time it proves to be slow still, the while is longer.
+    """
 
     fit: LinearFit
     failures: int = 0
     down_until_us: int = 0
+    usual: LinearFit = field(default_factory=lambda: LinearFit.start(LINK_PRIORS["remote"], USUAL_FORGETTING))
+    change: Change = field(default_factory=Change)
+    measured_us: int = 0
+    proved_slow: int = 0  # times in a row that it was tried again in vain
+
+    def trusted_us(self, config: SchedulerConfig) -> int:
+        """How long a bad measurement is believed."""
+        return min(config.link_trust_us_min << min(self.proved_slow, 16), config.link_trust_us_max)
+
+    def observe(self, x: tuple[float, ...], y: float, now_us: int, config: SchedulerConfig) -> None:
+        usual_us = self.usual.predict(x)
+        if y <= SLOW_FACTOR * usual_us:
+            self.proved_slow = 0
+        elif now_us - self.measured_us > self.trusted_us(config):
+            self.proved_slow += 1
+        self.change.seen(self.fit, x, y)
+        self.fit.observe(x, y)
+        self.usual.observe(x, y)
+        self.measured_us = now_us
+
+    def costs(self, now_us: int, config: SchedulerConfig) -> tuple[float, float]:
+        """Latency and microseconds a byte, as of late, or nearer to the usual where that is long ago and was bad."""
+        latency, per_byte = self.fit.current()
+        age_us, trusted_us = now_us - self.measured_us, self.trusted_us(config)
+        if age_us > trusted_us:
+            usual_latency, usual_per_byte = self.usual.current()
+            share = min((age_us - trusted_us) / trusted_us, 1.0)
+            if latency > SLOW_FACTOR * usual_latency:
+                latency += (usual_latency - latency) * share
+            if per_byte > SLOW_FACTOR * usual_per_byte:
+                per_byte += (usual_per_byte - per_byte) * share
+        return latency, per_byte
 
 
 @dataclass(slots=True)
@@ -62,6 +131,9 @@ class CostBook:
     pooled_prefill: dict[str, LinearFit] = field(default_factory=dict)
     pooled_decode: dict[str, LinearFit] = field(default_factory=dict)
     pooled_links: dict[str, LinearFit] = field(default_factory=dict)
+    prefill_changes: dict[str, Change] = field(default_factory=dict)
+    #: Link class -> the least latency and microseconds a byte that a link of it was ever believed to have.
+    floors: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def instance_joined(self, instance_id: str, model: str) -> None:
         """Starts fits for a new process from what its peers with the same model have shown."""
@@ -75,6 +147,7 @@ class CostBook:
     def instance_gone(self, instance_id: str) -> None:
         self.prefill.pop(instance_id, None)
         self.decode.pop(instance_id, None)
+        self.prefill_changes.pop(instance_id, None)
 
     def forget_model(self, model: str) -> None:
         self.pooled_prefill.pop(model, None)
@@ -82,6 +155,7 @@ class CostBook:
 
     def observe_prefill(self, instance_id: str, model: str, sample: PrefillSample) -> None:
         x, y = prefill_features(sample.new_tokens, sample.cached_tokens), float(sample.duration_us)
+        self.prefill_changes.setdefault(instance_id, Change()).seen(self.prefill[instance_id], x, y)
         self.prefill[instance_id].observe(x, y)
         self.pooled_prefill.setdefault(model, LinearFit.start(PREFILL_PRIOR, PREFILL_FORGETTING)).observe(x, y)
 
@@ -91,12 +165,25 @@ class CostBook:
         self.pooled_decode.setdefault(model, LinearFit.start(DECODE_PRIOR, DECODE_FORGETTING)).observe(x, y)
 
     def observe_link(
-        self, instance_id: str, source_id: str, kind: str, size_bytes: int, duration_us: int, failed: bool, now_us: int
+        self,
+        instance_id: str,
+        source_id: str,
+        kind: str,
+        size_bytes: int,
+        duration_us: int,
+        failed: bool,
+        now_us: int,
+        concurrent: int = 1,
     ) -> None:
-        """Takes one transfer. Failures in a row take the link out of plans for longer each time."""
-        link = self.links.pop((instance_id, source_id), None) or Link(
-            LinearFit.start(self._link_prior(kind), LINK_FORGETTING)
-        )
+        """Takes one transfer. Failures in a row take the link out of plans for longer each time.
+
+        Args:
+            concurrent: transfers that shared the link, this one included.
+        """
+        link = self.links.pop((instance_id, source_id), None)
+        if link is None:
+            prior = self._link_prior(kind)
+            link = Link(LinearFit.start(prior, LINK_FORGETTING), usual=LinearFit.start(prior, USUAL_FORGETTING))
         self.links[instance_id, source_id] = link  # last = measured last
         if len(self.links) > self.config.links_max:
             del self.links[next(iter(self.links))]
@@ -106,9 +193,17 @@ class CostBook:
             link.down_until_us = now_us + down_us
             return
         link.failures, link.down_until_us = 0, 0
-        x, y = (1.0, float(size_bytes)), float(duration_us)
-        link.fit.observe(x, y)
+        x, y = (1.0, float(size_bytes * max(concurrent, 1))), float(duration_us)
+        link.observe(x, y, now_us, self.config)
+        for latency, per_byte in (link.fit.current(), link.usual.current()):
+            low = self.floor(kind)
+            self.floors[kind] = (min(low[0], latency), min(low[1], per_byte))
         self.pooled_links.setdefault(kind, LinearFit.start(LINK_PRIORS[kind], LINK_FORGETTING)).observe(x, y)
+
+    def floor(self, kind: str) -> tuple[float, float]:
+        """No link of a class is believed to be better than this."""
+        known, (latency, per_byte) = self.floors.get(kind), self.unmeasured_costs(kind)
+        return (latency, per_byte) if known is None else (min(known[0], latency), min(known[1], per_byte))
 
     def _link_prior(self, kind: str) -> tuple[float, ...]:
         return _prior(self.pooled_links.get(kind), LINK_PRIORS[kind])
@@ -135,12 +230,17 @@ class CostBook:
             return self.unmeasured_costs(kind)
         if link.down_until_us > now_us:
             return None
-        latency, per_byte = link.fit.current()
-        return latency, per_byte
+        return link.costs(now_us, self.config)
+
+    def on_trial(self, instance_id: str, source_id: str) -> bool:
+        """Whether a link has failed and not worked since: one transfer at a time shows whether it does again."""
+        link = self.links.get((instance_id, source_id))
+        return link is not None and link.failures > 0
 
     def check_invariants(self) -> None:
         assert len(self.links) <= self.config.links_max
         assert self.prefill.keys() == self.decode.keys()
+        assert all(instance_id in self.prefill for instance_id in self.prefill_changes)
         for fits in (self.prefill, self.decode, self.pooled_prefill, self.pooled_decode, self.pooled_links):
             for fit in fits.values():
                 assert all(c >= 0 for c in fit.current())

@@ -24,12 +24,16 @@ class Deadlines:
     def set(self, key: DeadlineKey, at_us: int) -> None:
         self.live[key] = at_us
         heapq.heappush(self.heap, (at_us, key))
+        self._compact()
+
+    def discard(self, key: DeadlineKey) -> None:
+        if self.live.pop(key, None) is not None:
+            self._compact()
+
+    def _compact(self) -> None:
         if len(self.heap) > 2 * len(self.live) + 64:
             self.heap = [(at, live_key) for live_key, at in self.live.items()]
             heapq.heapify(self.heap)
-
-    def discard(self, key: DeadlineKey) -> None:
-        self.live.pop(key, None)
 
     def _drop_stale(self) -> None:
         while self.heap and self.live.get(self.heap[0][1]) != self.heap[0][0]:
@@ -46,6 +50,7 @@ class Deadlines:
             return None
         _, key = heapq.heappop(self.heap)
         del self.live[key]
+        self._compact()
         return key
 
     def check_invariants(self) -> None:

@@ -23,6 +23,7 @@ class SourceAttached:
     host_id: str
     instance_id: str
     bytes_total: int
+    peer: str = ""  # scheduler whose life line this is; empty = this one's
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +80,17 @@ class InstanceInfo:
     deterministic: bool = False
     version: str = ""
     namespace_id: bytes = b""  # id of `namespace`
+    gpu: str = ""
+    tp: int = 1  # GPUs that serve one copy of the model
+    price_per_hour: float = 0.0  # of the whole instance
+    role_changeable: bool = False  # whether a proposal of another role may be carried out
 
 
 @dataclass(frozen=True, slots=True)
 class InstanceJoined:
     stream: int
     info: InstanceInfo
+    peer: str = ""  # scheduler whose life line this is; empty = this one's
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +176,18 @@ class PlaceRequested:
     exclude_instances: tuple[str, ...]
     fidelity_min: Fidelity
     namespace_id: bytes = b""  # of the keys; empty = any
+    priority: int = 0  # higher first
+    tenant: str = ""
+    tenant_weight: float = 1.0  # share against other tenants while there is a queue
+    wait_us_max: int | None = None  # longest wait for a place; None = the scheduler's own, 0 = now or never
+
+
+@dataclass(frozen=True, slots=True)
+class PlaceCancelled:
+    """Nobody waits for this placement any more. One that was made already is not touched: its outcome ends it."""
+
+    request_id: str
+    gateway_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +225,53 @@ class OutcomeReported:
 
 
 @dataclass(frozen=True, slots=True)
+class PeerPlaced:
+    """Another scheduler placed a request: what that holds is held here too. Times are relative: clocks differ."""
+
+    peer: str
+    gateway_id: str
+    request_id: str
+    model: str
+    max_tokens: int
+    prefill_id: str
+    decode_id: str
+    split: bool
+    kv_tokens: int
+    prefill_kv_tokens: int
+    prefill_holds: bool
+    prefill_us: int
+    prefill_done: bool
+    context_tokens: int
+    expected_tokens: int
+    age_us: int
+    decode_ends_in_us: int
+    expires_in_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class PeerEnded:
+    """Another scheduler knows that a placement has ended. `peer` made it: empty = this one, None = whoever did."""
+
+    gateway_id: str
+    request_id: str
+    peer: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class PeerForgotten:
+    """Some of what a scheduler said was lost: its placements are forgotten until it has said them again."""
+
+    peer: str
+
+
+@dataclass(frozen=True, slots=True)
+class EventLogChanged:
+    """Whether other schedulers can be heard."""
+
+    up: bool
+
+
+@dataclass(frozen=True, slots=True)
 class TimePassed:
     """Nothing happened but time; the shell sends it when `next_deadline_us` is due."""
 
@@ -224,6 +289,11 @@ Event: TypeAlias = (
     | GatewayHeartbeat
     | GatewayClosed
     | PlaceRequested
+    | PlaceCancelled
     | OutcomeReported
+    | PeerPlaced
+    | PeerEnded
+    | PeerForgotten
+    | EventLogChanged
     | TimePassed
 )

@@ -72,6 +72,13 @@ class LinearFit:
         self.samples += 1
         self.stale = True
 
+    def forget(self, keep: float) -> None:
+        """Lets all samples so far count for a share of what they did."""
+        self.gram = [keep * g for g in self.gram]
+        self.moment = [keep * m for m in self.moment]
+        self.ratio, self.weight = keep * self.ratio, keep * self.weight
+        self.stale = self.samples > 0
+
     def predict(self, x: tuple[float, ...]) -> float:
         if self.stale:
             self._solve()
@@ -87,14 +94,14 @@ class LinearFit:
         return self.coefficients
 
     def _solve(self) -> None:
-        """Best non-negative solution: each choice of zero coefficients is tried, there are at most three."""
+        """Best non-negative solution: each choice of zero coefficients is tried, unless the best of all needs none."""
         n = len(self.prior)
         scale = self.ratio / self.weight
         gram = [self.gram[k] + (RIDGE if k % (n + 1) == 0 else 0.0) for k in range(n * n)]
         moment = [m + RIDGE * scale for m in self.moment]
         best: list[float] | None = None
         best_gain = 0.0
-        for chosen in range(1, 1 << n):
+        for chosen in range((1 << n) - 1, 0, -1):
             free = [i for i in range(n) if chosen >> i & 1]
             solution = _solve_symmetric(gram, moment, free, n)
             if solution is None or any(c < 0 for c in solution):
@@ -104,6 +111,8 @@ class LinearFit:
                 gain += c * m
             if best is None or gain > best_gain:
                 best, best_gain = solution, gain
+            if len(free) == n:
+                break  # convex: nothing with fewer coefficients is better
         if best is not None:
             self.coefficients = tuple(c * p for c, p in zip(best, self.prior, strict=True))
         self.stale = False

@@ -49,6 +49,9 @@ class LedgerEntry:
     placed_us: int
     attempts: int
     outcome: OutcomeReported | None = None
+    waited_us: int = 0  # for its place
+    priority: int = 0
+    tenant: str = ""
 
 
 @dataclass(slots=True)

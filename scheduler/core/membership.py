@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kvpool.core.directory import SourceRecord
-from scheduler.core.cluster import Cluster, Gateway, State
+from kvpool.core.errors import Reason
+from scheduler.core import placing
+from scheduler.core.cluster import Gateway, State
 from scheduler.core.commands import AcknowledgeSource, CloseStream, Command, StateChanged
 from scheduler.core.cost import link_class
 from scheduler.core.events import (
@@ -14,6 +16,7 @@ from scheduler.core.events import (
     GatewayClosed,
     GatewayHeartbeat,
     GatewayOpened,
+    InstanceInfo,
     InstanceJoined,
     InstanceLeft,
     InstanceReported,
@@ -59,13 +62,20 @@ def _gone(core: SchedulerCore, kind: str, member_id: str, commands: list[Command
         core.directory.detach(member_id)
     elif kind == "gateway":
         for owner in core.book.of_gateway(member_id):
-            core.end_placement(owner, "gateway_gone", commands)
+            # A gateway speaks to each scheduler: those that made the others say themselves when they end.
+            if not core.book.placements[owner].peer:
+                core.end_placement(owner, "gateway_gone", commands)
+        for owner in core.room.of_gateway(member_id):
+            placing.give_up(core, owner, Reason.UNREACHABLE, "its gateway is gone", commands)
     else:
         for owner in core.book.decoding_on(member_id):
             core.end_placement(owner, "instance_gone", commands)
         for owner in core.book.queued_on(member_id):
             core.book.finish_prefill(owner, core.now_us)
         core.costs.instance_gone(member_id)
+        core.calibrations.pop(member_id, None)
+        core.pending.drop_instance(member_id)
+        core.book.freed[member_id] = None  # those who planned to go there need another plan
 
 
 def _takes_over(
@@ -131,6 +141,8 @@ def blocks_changed(core: SchedulerCore, event: BlocksChanged, commands: list[Com
     source = core.cluster.sources[source_id]
     applied = core.directory.apply(source_id, source.attached.epoch, event.seq, event.changes, core.now_us)
     _acknowledge(core, source_id, applied.acknowledged, applied.want_snapshot, commands)
+    if core.room.awaiting:
+        placing.blocks_came(core, commands)
 
 
 def snapshot_received(core: SchedulerCore, event: SnapshotReceived, commands: list[Command]) -> None:
@@ -169,9 +181,22 @@ def source_heartbeat(core: SchedulerCore, event: SourceHeartbeat, commands: list
 # ---------------------------------------------------------------- instances
 
 
+def _same_process(old: InstanceInfo, new: InstanceInfo) -> bool:
+    """Whether an instance only comes by another life line: what is placed there then goes on."""
+    return (old.epoch, old.model, old.role, old.kv_tokens_total) == (
+        new.epoch, new.model, new.role, new.kv_tokens_total,
+    )  # fmt: skip
+
+
 def instance_joined(core: SchedulerCore, event: InstanceJoined, commands: list[Command]) -> None:
     info = event.info
     old = core.cluster.instances.get(info.instance_id)
+    if old is not None and _same_process(old.info, info):
+        commands.append(CloseStream(old.stream, REPLACED))
+        core.cluster.instance_moved(event)
+        core.cluster.seen(old, ("instance", old.id), core.now_us)
+        commands.append(StateChanged("instance", old.id, State.ALIVE.value))
+        return
     epochs = None if old is None else (old.info.epoch, info.epoch)
     if not _takes_over(core, "instance", info.instance_id, event.stream, epochs, commands):
         return
@@ -182,7 +207,10 @@ def instance_joined(core: SchedulerCore, event: InstanceJoined, commands: list[C
     for model in core.cluster.forgotten_models():
         core.costs.forget_model(model)
         core.output_shares.pop(model, None)
+        core.arrivals.pop(model, None)
+        core.room.forget_model(model)
     commands.append(StateChanged("instance", info.instance_id, State.ALIVE.value))
+    core.book.freed[info.instance_id] = None
 
 
 def instance_reported(core: SchedulerCore, event: InstanceReported, commands: list[Command]) -> None:
@@ -191,8 +219,10 @@ def instance_reported(core: SchedulerCore, event: InstanceReported, commands: li
         return
     if core.cluster.seen(instance, ("instance", instance.id), core.now_us):
         commands.append(StateChanged("instance", instance.id, State.ALIVE.value))
-    was_draining = instance.draining
-    Cluster.take_report(instance, event)
+        core.book.freed[instance.id] = None
+    was_draining, foreign, waited = instance.draining, instance.kv_tokens_foreign, instance.waiting
+    core.cluster.take_report(instance, event)
+    core.book.touched[instance.id] = None
     if instance.draining != was_draining:
         state = "draining" if instance.draining else State.ALIVE.value
         commands.append(StateChanged("instance", instance.id, state))
@@ -204,6 +234,8 @@ def instance_reported(core: SchedulerCore, event: InstanceReported, commands: li
     settled = core.book.kv_tokens_settled(instance.id, core.now_us - core.config.settle_us)
     holdings = core.book.on(instance.id)
     instance.fit_foreign(holdings.kv_tokens + holdings.kv_tokens_passing, settled)
+    if instance.kv_tokens_foreign < foreign or instance.waiting < waited or was_draining != instance.draining:
+        core.book.freed[instance.id] = None
     _learn(core, instance.id, event)
 
 
@@ -218,7 +250,7 @@ def _learn(core: SchedulerCore, instance_id: str, event: InstanceReported) -> No
         if source is not None:
             kind = link_class(source.attached.host_id == instance.info.host_id, source.attached.tier)
             core.costs.observe_link(
-                instance_id, source.id, kind, link.bytes, link.duration_us, link.failed, core.now_us
+                instance_id, source.id, kind, link.bytes, link.duration_us, link.failed, core.now_us, link.channel_count
             )
 
 

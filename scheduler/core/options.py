@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from scheduler.core import loads
+from scheduler.core.calibration import Calibration
 from scheduler.core.cluster import Cluster, Instance, State
 from scheduler.core.config import SchedulerConfig
 from scheduler.core.cost import CostBook, link_class
 from scheduler.core.events import PlaceRequested
-from scheduler.core.placements import PlacementBook
+from scheduler.core.fleet import Fleet
+from scheduler.core.loads import Load
+from scheduler.core.pending import GRACE_US, PendingPrompt
+from scheduler.core.placements import Owner, PlacementBook
 from scheduler.core.prefix import Prefix, Pull
+from scheduler.core.waiting import Line, Order
 
 #: Why an option can't be taken; the start of its `reason`. The order is that of refusals: the last met is the closest.
 NO_HANDOFF, TOO_LONG, NO_CAPACITY, SLOW = "no hand-off", "context", "capacity", "SLO"
+
+#: Prompts under way on other instances that are considered for a pull, the longest shared prefix first.
+ELSEWHERE_MAX = 2
 
 
 @dataclass(slots=True)
@@ -33,14 +43,28 @@ class Option:
     cost_us: int  # what is minimised
     kv_tokens_left: int  # on the decode instance with this request placed; below zero = does not fit
     reason: str = ""  # why it is not feasible
+    waited_us: int = 0  # so far
+    announced_us: int = 0  # TTFT from arrival, corrected by what predictions have been worth
+    awaits: Owner | None = None  # the placement whose blocks this option counts on
 
     @property
     def feasible(self) -> bool:
         return not self.reason
 
     @property
+    def service_us(self) -> int:
+        """From the first block pulled to the first token."""
+        return self.pull_us + self.prefill_us
+
+    @property
     def ttft_us(self) -> int:
+        """From now to the first token, as the sum of its parts: what options are compared by."""
         return self.queue_us + self.pull_us + self.prefill_us
+
+    @property
+    def parts_us(self) -> int:
+        """Predicted TTFT from arrival before its correction."""
+        return self.waited_us + self.ttft_us
 
     @property
     def order(self) -> tuple[int, str, str]:
@@ -58,19 +82,21 @@ class Prospect:
     queue_us: int
     pull_us: int
     prefill_us: int
+    awaits: Owner | None = None
 
 
-@dataclass(slots=True)
-class Load:
-    """What decodes on an instance, placements on the way included."""
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a request stands: since when it is here, and who is before it."""
 
-    batch: int
-    context_tokens: int
-    expected_tokens: int  # a request, on average
-    step_us: int
-    step_with_us: int  # with this request in the batch
-    slow_us: int  # by which this request would slow the others down, and they it
-    wait_us: int  # until a place in a full batch is free
+    arrived_us: int
+    order: Order
+    #: Those who wait for the same model.
+    line: Line | None
+    #: Prompts under way that share a prefix with it, and how many blocks.
+    pending: Sequence[tuple[PendingPrompt, int]] = ()
+    #: Requests a second and instance that are expected to come.
+    arrivals_per_s: float = 0.0
 
 
 class Appraiser:
@@ -86,12 +112,20 @@ class Appraiser:
         config: SchedulerConfig,
         output_share: float,
         now_us: int,
+        standing: Standing | None = None,
+        calibrations: dict[str, Calibration] | None = None,
+        fleet: Fleet | None = None,
     ) -> None:
         self.request, self.prefix, self.now_us = request, prefix, now_us
-        self._cluster, self._book, self._costs, self._config = cluster, book, costs, config
+        self.cluster, self.book, self.costs, self.config = cluster, book, costs, config
+        self.standing = standing or Standing(now_us, (0, 0), None)
+        self._calibrations = calibrations or {}
+        self.fleet = fleet
         self.expected_tokens = max(int(request.max_tokens * output_share), 1)
         self.context_tokens = request.prompt_tokens + self.expected_tokens // 2
-        self._covered = prefix.covered()
+        self.covered = prefix.covered()
+        for _, shared in self.standing.pending:
+            self.covered = max(self.covered, min(shared, prefix.usable))
         self._prospects: dict[str, Prospect] = {}
         self._loads: dict[str, Load] = {}
 
@@ -102,9 +136,19 @@ class Appraiser:
 
         Harm to what decodes there is counted in, harm where this request is decoded is not.
         """
-        prefill_us = self._prefill_us(instance, self._covered)
+        prefill_us = self._prefill_us(instance, self.covered)
         harm_us = prefill_us * self.load(instance).batch
-        return self.queue_us(instance) + prefill_us + int(self._config.harm_weight * harm_us)
+        queue_us = self.queue_us(instance)
+        return queue_us + prefill_us + int(self.config.harm_weight * harm_us) + self._delay_us(queue_us, prefill_us)
+
+    def _delay_us(self, queue_us: int, work_us: int) -> int:
+        """By how much those who come while an instance is busy are held up by this request's work, weighted.
+
+        They are as many as come, at the present rate, until the instance has done all that it has. So computing what
+        could be reused costs nothing extra on an idle cluster, and more and more on a busy one.
+        """
+        busy_s = (queue_us + work_us) / 1e6
+        return int(self.config.delay_weight * (self.standing.arrivals_per_s * busy_s) * work_us)
 
     def prospect(self, instance: Instance) -> Prospect:
         """Prefill on an instance: own blocks are reused, more are pulled if that is predicted to beat computing."""
@@ -119,21 +163,70 @@ class Appraiser:
         best: Pull | None = None
         best_us, best_prefill_us = prefill_us, prefill_us
         if self.request.use_pool:
-            for pull in self.prefix.pulls(instance, own, self._costs, self.now_us):
+            for pull in self.prefix.pulls(instance, own, self.costs, self.now_us):
                 with_pull_us = self._prefill_us(instance, pull.reach)
                 if pull.duration_us + with_pull_us < best_us:
                     best, best_us, best_prefill_us = pull, pull.duration_us + with_pull_us, with_pull_us
-        return self._prospect(instance, own, best, best_prefill_us)
+        return self._with_pending(instance, self._prospect(instance, own, best, best_prefill_us))
+
+    def _with_pending(self, instance: Instance, now: Prospect) -> Prospect:
+        """The better of what is there now and what others are computing.
+
+        On the instance that computes it, a prefix is there as soon as that is done; elsewhere it can be pulled from
+        that instance's node then.
+        """
+        best, best_us = now, now.queue_us + now.pull_us + now.prefill_us + self._delay_us(now.queue_us, now.prefill_us)
+        elsewhere = 0
+        for prompt, shared in self.standing.pending:
+            blocks = min(shared, self.prefix.usable)
+            here = prompt.instance_id == instance.id
+            elsewhere += not here
+            if blocks * self.prefix.block_tokens <= now.cached_tokens or (not here and elsewhere > ELSEWHERE_MAX):
+                continue
+            pull_us = 0 if here else self._pending_pull_us(instance, prompt, blocks - now.own_blocks)
+            if pull_us is None:
+                continue
+            ready = here and prompt.done_us is not None
+            left_us = prompt.left_us(self.now_us)
+            if not here and prompt.done_us is not None:
+                left_us = GRACE_US // 8  # until the directory knows what was published
+            queue_us, prefill_us = max(now.queue_us, left_us), self._prefill_us(instance, blocks)
+            cost_us = queue_us + pull_us + prefill_us + self._delay_us(queue_us, prefill_us)
+            if cost_us < best_us:
+                tokens = blocks * self.prefix.block_tokens
+                awaits = None if ready else prompt.owner
+                best_us = cost_us
+                best = Prospect(now.own_blocks, None, tokens, queue_us, pull_us, prefill_us, awaits)
+        return best
+
+    def _pending_pull_us(self, instance: Instance, prompt: PendingPrompt, blocks: int) -> int | None:
+        """Pulling blocks that another instance is about to publish to its node; None if there is no way."""
+        other = self.cluster.instances.get(prompt.instance_id)
+        node = self.cluster.sources.get(other.info.node_source_id) if other is not None else None
+        if node is None or not node.readable or not self.request.use_pool:
+            return None
+        return self.prefix.pull_us(instance, node, blocks, self.costs, self.now_us)
 
     def prospect_with(self, instance: Instance, blocks: int) -> Prospect:
         """Prefill on an instance that pulls up to `blocks`, or as near as sources allow, whatever it costs."""
         own = self.prefix.own_blocks(instance.info.hbm_source_id)
         best: Pull | None = None
         if self.request.use_pool and blocks > own:
-            for pull in self.prefix.pulls(instance, own, self._costs, self.now_us):
+            for pull in self.prefix.pulls(instance, own, self.costs, self.now_us):
                 if best is None or pull.reach <= blocks:
                     best = pull
         return self._prospect(instance, own, best, self._prefill_us(instance, best.reach if best else own))
+
+    def prospect_from(self, instance: Instance, source_ids: Sequence[str]) -> Prospect:
+        """Prefill on an instance that pulls all it can from these sources and nothing from others, whatever it costs.
+
+        At each block the first of them that has it is taken.
+        """
+        own = self.prefix.own_blocks(instance.info.hbm_source_id)
+        pull = None
+        if self.request.use_pool:
+            pull = self.prefix.pull_from(instance, own, source_ids, self.costs, self.now_us)
+        return self._prospect(instance, own, pull, self._prefill_us(instance, pull.reach if pull else own))
 
     def _prospect(self, instance: Instance, own: int, pull: Pull | None, prefill_us: int) -> Prospect:
         blocks = pull.reach if pull else own
@@ -148,50 +241,39 @@ class Appraiser:
 
     def _prefill_us(self, instance: Instance, cached_blocks: int) -> int:
         cached_tokens = cached_blocks * self.prefix.block_tokens
-        return self._costs.prefill_us(instance.id, self.request.prompt_tokens - cached_tokens, cached_tokens)
+        return self.costs.prefill_us(instance.id, self.request.prompt_tokens - cached_tokens, cached_tokens)
 
     def slow_cost_us(self, instance: Instance) -> int:
         """What decoding on an instance adds to an option's cost at least."""
-        return int(self._config.harm_weight * self.load(instance).slow_us)
+        return int(self.config.harm_weight * self.load(instance).slow_us)
 
     def queue_us(self, instance: Instance) -> int:
         """Predicted prefill work before this request: placed and not finished, and waiting ones nobody placed."""
-        holdings = self._book.on(instance.id)
+        holdings = self.book.on(instance.id)
         foreign = instance.waiting - len(holdings.queue) - len(holdings.decoding)
-        queue_us = holdings.queue_left_us(self.now_us)
+        queue_us = holdings.queue_left_us(self.now_us) + self._ahead_us(instance)
         if foreign > 0:
-            queue_us += foreign * self._costs.prefill_us(instance.id, self.request.prompt_tokens, 0)
+            queue_us += foreign * self.costs.prefill_us(instance.id, self.request.prompt_tokens, 0)
         return queue_us
+
+    def _ahead_us(self, instance: Instance) -> int:
+        """Prefill work of those who wait before this request and plan to go there."""
+        standing = self.standing
+        return standing.line.prefill_us_ahead(instance.id, standing.order) if standing.line is not None else 0
 
     def load(self, instance: Instance) -> Load:
         known = self._loads.get(instance.id)
         if known is None:
-            known = self._loads[instance.id] = self._measure_load(instance)
+            known = self._loads[instance.id] = loads.measure(
+                instance, self.book, self.costs, self.context_tokens, self.expected_tokens
+            )
         return known
 
-    def _measure_load(self, instance: Instance) -> Load:
-        holdings = self._book.on(instance.id)
-        placed = len(holdings.decoding)
-        batch = placed
-        if instance.kv_tokens_foreign:
-            batch += max(instance.running - placed - len(holdings.queue), 0)
-        context_tokens = holdings.context_tokens + instance.kv_tokens_foreign
-        expected_tokens = holdings.expected_tokens // placed if placed else self.expected_tokens
-        step_with_us = self._costs.decode_us(instance.id, batch + 1, context_tokens + self.context_tokens)
-        if not batch:
-            return Load(0, context_tokens, expected_tokens, 0, step_with_us, 0, 0)
-        step_us = self._costs.decode_us(instance.id, batch, context_tokens)
-        alone_us = self._costs.decode_us(instance.id, 1, self.context_tokens)
-        shared_tokens = min(self.expected_tokens, expected_tokens)
-        slow_us = (max(step_with_us - step_us, 0) * batch + max(step_with_us - alone_us, 0)) * shared_tokens
-        excess = max(batch + 1 - instance.info.batch_max, 0)
-        wait_us = excess * step_us * expected_tokens // max(instance.info.batch_max, 1)
-        return Load(batch, context_tokens, expected_tokens, step_us, step_with_us, slow_us, wait_us)
-
     def kv_tokens_left(self, instance: Instance) -> int:
-        """Free KV tokens with this request placed there; below zero if it does not fit."""
-        held = self._book.on(instance.id).kv_tokens
-        return instance.kv_tokens_available(held) - self.kv_tokens_needed(instance)
+        """Free KV tokens with this request placed there; below zero if it does not fit behind those before it."""
+        held, standing = self.book.on(instance.id).kv_tokens, self.standing
+        ahead = standing.line.kv_tokens_ahead(instance.id, standing.order) if standing.line is not None else 0
+        return instance.kv_tokens_available(held) - ahead - self.kv_tokens_needed(instance)
 
     def kv_tokens_needed(self, instance: Instance) -> int:
         return whole_blocks(self.request.prompt_tokens + self.request.max_tokens, instance.block_tokens)
@@ -221,6 +303,7 @@ class Appraiser:
                 step_us=load.step_with_us,
                 cost_us=0,
                 kv_tokens_left=self.kv_tokens_left(instance),
+                awaits=p.awaits,
             )
         )
 
@@ -245,6 +328,7 @@ class Appraiser:
                 cost_us=0,
                 kv_tokens_left=self.kv_tokens_left(decode),
                 reason=reason,
+                awaits=p.awaits,
             )
         )
 
@@ -256,7 +340,7 @@ class Appraiser:
             return f"{NO_HANDOFF}: the instances have different namespaces"
         if not decode.info.node_source_id:
             return f"{NO_HANDOFF}: {decode.id} has no node"
-        node = self._cluster.sources.get(prefill.info.node_source_id)
+        node = self.cluster.sources.get(prefill.info.node_source_id)
         if node is None:
             return f"{NO_HANDOFF}: the node of {prefill.id} is not there"
         if node.state is not State.ALIVE:
@@ -273,7 +357,7 @@ class Appraiser:
         reason = self.handoff_obstacle(prefill, decode)
         if reason:
             return 0, reason
-        node = self._cluster.sources[prefill.info.node_source_id]
+        node = self.cluster.sources[prefill.info.node_source_id]
         total_us, last_us = 0.0, 0.0
         block_bytes = 0
         for group in prefill.info.namespace.groups:
@@ -285,7 +369,7 @@ class Appraiser:
             (decode, prompt_blocks - decode_own),
         ):
             kind = link_class(node.attached.host_id == instance.info.host_id, node.attached.tier)
-            link = self._costs.link_costs(instance.id, node.id, kind, self.now_us)
+            link = self.costs.link_costs(instance.id, node.id, kind, self.now_us)
             if link is None:
                 return 0, f"{NO_HANDOFF}: the link from {instance.id} to {node.id} is down"
             total_us += link[0] + link[1] * (block_bytes * max(blocks, 1))
@@ -295,7 +379,10 @@ class Appraiser:
     def _finish(self, option: Option) -> Option:
         """Adds up the cost and finds out whether the option is feasible."""
         request = self.request
-        option.cost_us = option.ttft_us + option.handoff_us + int(self._config.harm_weight * option.harm_us)
+        option.waited_us = self.now_us - self.standing.arrived_us
+        option.announced_us = self.corrected_us(option.prefill.id, option.parts_us)
+        option.cost_us = option.ttft_us + option.handoff_us + int(self.config.harm_weight * option.harm_us)
+        option.cost_us += self._delay_us(option.queue_us, option.prefill_us)
         if option.reason:
             return option
         decode, tokens = option.decode, request.prompt_tokens + request.max_tokens
@@ -308,29 +395,60 @@ class Appraiser:
             )
         elif option.kv_tokens_left < 0:
             option.reason = f"{NO_CAPACITY}: {-option.kv_tokens_left} KV tokens too few on {decode.id}"
-        elif option.split and self._prefill_room(option) < 0:
-            option.reason = f"{NO_CAPACITY}: {-self._prefill_room(option)} KV tokens too few on {option.prefill.id}"
-        elif request.ttft_slo_us and option.ttft_us > request.ttft_slo_us:
-            option.reason = f"{SLOW}: TTFT {option.ttft_us} us, the limit is {request.ttft_slo_us}"
-        elif request.tpot_slo_us:
-            step_us = self._step_us_later(option)
-            if step_us > request.tpot_slo_us:
-                option.reason = f"{SLOW}: TPOT {step_us} us, the limit is {request.tpot_slo_us}"
+        elif option.split and self.prefill_room(option) < 0:
+            option.reason = f"{NO_CAPACITY}: {-self.prefill_room(option)} KV tokens too few on {option.prefill.id}"
+        elif request.ttft_slo_us and option.announced_us > request.ttft_slo_us:
+            option.reason = f"{SLOW}: TTFT {option.announced_us} us, the limit is {request.ttft_slo_us}"
+        elif request.tpot_slo_us and (step_us := self._step_us_later(option)) > request.tpot_slo_us:
+            option.reason = f"{SLOW}: TPOT {step_us} us, the limit is {request.tpot_slo_us}"
+        elif self.breaks_objectives(option, 0):
+            option.reason = f"{SLOW}: TPOT of requests that {option.prefill.id} or {option.decode.id} decode already"
         return option
 
-    def _step_us_later(self, option: Option) -> int:
-        """A decode step when the prefill has ended: those predicted to be done by then don't count."""
-        batch, context_tokens = 1, self.context_tokens + option.decode.kv_tokens_foreign
-        for placement in self._book.decoding_until(option.decode.id, self.now_us + option.ttft_us):
-            batch += 1
-            context_tokens += placement.context_tokens
-        return self._costs.decode_us(option.decode.id, batch, context_tokens)
+    def corrected_us(self, instance_id: str, parts_us: int) -> int:
+        known = self._calibrations.get(instance_id)
+        return parts_us if known is None else known.ttft_us(parts_us)
 
-    def _prefill_room(self, option: Option) -> int:
+    def _step_us_later(self, option: Option) -> int:
+        return self.peak_step_us(option, self.now_us + option.queue_us + option.service_us)
+
+    def peak_step_us(self, option: Option, begin_us: int) -> int:
+        """The longest decode step while this request decodes, if it begins to at `begin_us`."""
+        span_us = begin_us, begin_us + option.step_us * self.expected_tokens
+        return loads.peak_step_us(option.decode, self.book, self.costs, self.context_tokens, span_us, self.now_us)
+
+    def stall_us_max(self, option: Option) -> int | None:
+        """Prefill work of others that may hold up this request's decode; None if it has no TPOT objective."""
+        if not self.request.tpot_slo_us:
+            return None
+        slack_us = max(self.request.tpot_slo_us - option.step_us, 0)
+        return int(self.config.tpot_tail * self.expected_tokens * slack_us)
+
+    def stall_us(self, option: Option, begin_us: int) -> int:
+        """Prefill work left on the decode instance of a split when this request begins to decode there."""
+        if not option.split:
+            return 0
+        left_us = self.book.on(option.decode.id).queue_left_us(self.now_us)
+        return max(left_us - (begin_us - self.now_us), 0)
+
+    def breaks_objectives(self, option: Option, delay_us: int) -> bool:
+        """Whether this prefill holds up decodes, or prefills this decode, for longer than a TPOT objective allows."""
+        begin_us = self.now_us + max(option.queue_us, delay_us) + option.service_us
+        limit_us = self.stall_us_max(option)
+        if limit_us is not None and self.stall_us(option, begin_us) > limit_us:
+            return True
+        return option.prefill.decodes() and loads.stalls_too_long(
+            option.prefill, self.book, option.prefill_us, begin_us, self.now_us + delay_us, self.now_us
+        )
+
+    def kv_tokens_freed(self, instance: Instance, delay_us: int) -> int:
+        return loads.kv_tokens_freed(instance, self.book, self.now_us + delay_us, self.now_us)
+
+    def prefill_room(self, option: Option) -> int:
         """Free KV tokens on the prefill instance of a split. Where nothing decodes, prefills wait for their turn."""
         if not option.prefill.decodes():
             return 0
-        held = self._book.on(option.prefill.id).kv_tokens
+        held = self.book.on(option.prefill.id).kv_tokens
         return option.prefill.kv_tokens_available(held) - self.prefill_kv_tokens(option.prefill)
 
 

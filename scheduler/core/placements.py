@@ -30,6 +30,17 @@ class Placement:
     decode_ends_us: int  # predicted
     expires_us: int
     prefill_done: bool = False
+    prefill_ends_us: int = 0  # predicted; that is when it begins to decode
+    #: Prefill work of others that may hold up its decode before its TPOT objective is missed; None = it has none.
+    stall_us_max: int | None = None
+    stall_us: int = 0  # placed so far
+    pulls: tuple[str, ...] = ()  # sources that blocks are pulled from
+    pull_ends_us: int = 0  # predicted
+    pull_us: int = 0  # predicted
+    parts_us: int = 0  # predicted TTFT before its correction, and as it was announced
+    announced_us: int = 0
+    compared: bool = False  # whether the prediction was compared with what happened
+    peer: str = ""  # scheduler that made it; empty = this one
 
 
 @dataclass(slots=True)
@@ -64,6 +75,13 @@ class PlacementBook:
     placements: dict[Owner, Placement] = field(default_factory=dict)
     by_gateway: dict[str, dict[Owner, None]] = field(default_factory=dict)
     holdings: dict[str, Holdings] = field(default_factory=dict)
+    #: Source -> placements that pull from it, with the predicted end of that.
+    pulls: dict[str, dict[Owner, int]] = field(default_factory=dict)
+    #: Instances that have got free for something, and prefills that are over, since `take_news`.
+    freed: dict[str, None] = field(default_factory=dict)
+    finished: dict[Owner, None] = field(default_factory=dict)
+    #: Instances whose holdings have changed since somebody looked: columns made of them are stale.
+    touched: dict[str, None] = field(default_factory=dict)
 
     def on(self, instance_id: str) -> Holdings:
         """What is held on an instance; empty for one that nothing was placed on."""
@@ -71,6 +89,7 @@ class PlacementBook:
 
     def open(self, placement: Placement) -> None:
         owner = placement.owner
+        self.touched[placement.prefill_id] = self.touched[placement.decode_id] = None
         assert owner not in self.placements, f"{owner} is placed already"
         self.placements[owner] = placement
         self.by_gateway.setdefault(owner[0], {})[owner] = None
@@ -85,6 +104,11 @@ class PlacementBook:
         source.queue[owner] = placement.prefill_us
         source.queue_us += placement.prefill_us
         _use(source, placement, placement.prefill_kv_tokens)
+        for other in self.stalled_by(placement.prefill_id, placement.prefill_ends_us):
+            if other is not placement:
+                other.stall_us += placement.prefill_us
+        for source_id in placement.pulls:
+            self.pulls.setdefault(source_id, {})[owner] = placement.pull_ends_us
 
     def finish_prefill(self, owner: Owner, now_us: int) -> None:
         """Takes a prefill out of its queue. Does nothing if that happened before or the placement has ended."""
@@ -92,6 +116,13 @@ class PlacementBook:
         if placement is None or placement.prefill_done:
             return
         placement.prefill_done = True
+        self.freed[placement.prefill_id] = self.touched[placement.prefill_id] = None
+        self.finished[owner] = None
+        for source_id in placement.pulls:
+            of_source = self.pulls[source_id]
+            del of_source[owner]
+            if not of_source:
+                del self.pulls[source_id]
         source = self.holdings[placement.prefill_id]
         if owner == next(iter(source.queue)):
             source.head_since_us = now_us
@@ -106,6 +137,7 @@ class PlacementBook:
         if placement is None:
             return None
         self.finish_prefill(owner, now_us)
+        self.freed[placement.decode_id] = self.touched[placement.decode_id] = None
         del self.placements[owner]
         of_gateway = self.by_gateway[owner[0]]
         del of_gateway[owner]
@@ -123,6 +155,29 @@ class PlacementBook:
         holdings = self.holdings.get(instance_id)
         if holdings is not None and not holdings.queue and not holdings.decoding:
             del self.holdings[instance_id]
+
+    def stalled_by(self, instance_id: str, prefill_ends_us: int) -> Iterator[Placement]:
+        """Placements that decode on an instance, by prediction, before a prefill there has ended."""
+        for owner in self.on(instance_id).decoding:
+            placement = self.placements[owner]
+            if placement.prefill_ends_us < prefill_ends_us:
+                yield placement
+
+    def take_news(self) -> tuple[list[str], list[Owner]]:
+        """Instances that have got free for something, and prefills that are over, since the last call."""
+        freed, finished = list(self.freed), list(self.finished)
+        self.freed.clear()
+        self.finished.clear()
+        return freed, finished
+
+    def pulling(self, source_id: str, now_us: int) -> int:
+        """Transfers from a source that are predicted to be under way."""
+        of_source = self.pulls.get(source_id)
+        return sum(ends_us > now_us for ends_us in of_source.values()) if of_source is not None else 0
+
+    def pulls_between(self, instance_id: str, source_id: str) -> bool:
+        """Whether a placement on an instance pulls from a source."""
+        return any(self.placements[owner].prefill_id == instance_id for owner in self.pulls.get(source_id, ()))
 
     def of_gateway(self, gateway_id: str) -> tuple[Owner, ...]:
         return tuple(self.by_gateway.get(gateway_id, ()))
@@ -159,6 +214,7 @@ class PlacementBook:
 
     def check_invariants(self) -> None:
         recount: dict[str, Holdings] = {}
+        pulls: dict[str, dict[Owner, int]] = {}
         for owner, p in self.placements.items():
             assert owner == p.owner
             assert owner in self.by_gateway[owner[0]]
@@ -172,6 +228,9 @@ class PlacementBook:
                 source.queue[owner] = p.prefill_us
                 source.queue_us += p.prefill_us
                 _use(source, p, p.prefill_kv_tokens)
+                for source_id in p.pulls:
+                    pulls.setdefault(source_id, {})[owner] = p.pull_ends_us
+        assert pulls == self.pulls
         assert sum(len(owners) for owners in self.by_gateway.values()) == len(self.placements)
         assert recount.keys() == self.holdings.keys()
         for instance_id, holdings in self.holdings.items():

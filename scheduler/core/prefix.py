@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from kvpool.core.directory import Directory, Run
-from kvpool.core.ids import Fidelity, unpack_keys
-from scheduler.core.cluster import Cluster, Instance, Source
+import numpy as np
+
+from kvpool.core.directory import Run
+from kvpool.core.ids import KEY_BYTES, Fidelity, Tier, unpack_keys
+from scheduler.core.cluster import Instance, Source
 from scheduler.core.commands import PullRun
 from scheduler.core.cost import CostBook, link_class
 from scheduler.core.events import PlaceRequested
+from scheduler.core.holders import Ints, Sources
+from scheduler.core.placements import PlacementBook
 
 #: (first, end, source, run): blocks from `first` to before `end` come from a source.
 Segment: TypeAlias = tuple[int, int, Source, Run]
+#: Source -> latency and microseconds a byte, None while the link is down.
+Links: TypeAlias = dict[str, tuple[float, float] | None]
+
+#: By how much another source may be slower and still be read from rather than the HBM of a worker that computes.
+HBM_RELUCTANCE = 1.1
+#: Bytes of an int8 copy, scales included, as a share of an element of each dtype.
+INT8_SHARES = {"float32": 0.27, "bfloat16": 0.53, "float16": 0.53}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,50 +43,43 @@ class _Coverage:
 
     group: int
     shard: int
-    leading: dict[str, int]  # source -> blocks it holds from the first on
-    readable: list[tuple[Source, Run]]
+    lead: Ints  # blocks that each source holds from the first on, by its number
+    rows: Ints  # runs that may be pulled, of all sources
+    furthest: list[tuple[Source, Run]]  # those that reach furthest
 
 
 class Prefix:
     """The usable part of a prompt's prefix. At least one token is left to compute."""
 
     def __init__(
-        self, request: PlaceRequested, block_tokens: int, directory: Directory, cluster: Cluster, sources_max: int
+        self,
+        request: PlaceRequested,
+        block_tokens: int,
+        sources: Sources,
+        sources_max: int,
+        book: PlacementBook,
     ) -> None:
         self.block_tokens = block_tokens
+        self._book, self._sources, self._sources_max = book, sources, sources_max
         self._lists: list[_Coverage] = []
         self._covered = 0
         #: Link class -> costs of links that were never measured.
         self._unmeasured: dict[str, tuple[float, float]] = {}
         self.usable = max(request.prompt_tokens - 1, 0) // block_tokens
         for batch in request.keys:
-            keys = unpack_keys(batch.keys)
-            self.usable = min(self.usable, len(keys))
+            self.usable = min(self.usable, len(batch.keys) // KEY_BYTES)
         if not request.keys:
             self.usable = 0
         if self.usable == 0:
             return
-        exact = request.fidelity_min == Fidelity.EXACT
         self._covered = self.usable
         for batch in request.keys:
-            match = directory.match(unpack_keys(batch.keys)[: self.usable])
-            self._covered = min(self._covered, match.covered)
-            coverage = _Coverage(batch.group, batch.shard, {}, [])
-            for run in match.runs:
-                if exact and run.fidelity != Fidelity.EXACT:
-                    continue
-                source = cluster.sources.get(run.source)
-                if source is None:
-                    continue
-                if run.first <= coverage.leading.get(run.source, 0):
-                    end = run.first + run.count
-                    coverage.leading[run.source] = max(coverage.leading.get(run.source, 0), end)
-                if source.readable:
-                    coverage.readable.append((source, run))
-            if len(coverage.readable) > sources_max:
-                coverage.readable.sort(key=lambda pair: (-pair[1].first - pair[1].count, pair[0].id, pair[1].first))
-                del coverage.readable[sources_max:]
-            self._lists.append(coverage)
+            keys = unpack_keys(batch.keys)[: self.usable]
+            covered, rows = sources.match(keys, exact=request.fidelity_min == Fidelity.EXACT)
+            self._covered = min(self._covered, covered)
+            readable = sources.readable_rows(rows)
+            furthest = sources.runs(sources.furthest(readable, sources_max))
+            self._lists.append(_Coverage(batch.group, batch.shard, sources.leading(rows), readable, furthest))
 
     def covered(self) -> int:
         """Leading blocks that could be reused at most, wherever they are."""
@@ -82,26 +87,54 @@ class Prefix:
 
     def own_blocks(self, source_id: str) -> int:
         """Leading blocks that one source holds of each key list."""
-        if not self._lists or not source_id:
+        number = self._sources.numbers.get(source_id)
+        if not self._lists or number is None:
             return 0
-        return min(coverage.leading.get(source_id, 0) for coverage in self._lists)
+        return min(int(coverage.lead[number]) for coverage in self._lists)
+
+    @property
+    def source_numbers(self) -> dict[str, int]:
+        return self._sources.numbers
+
+    def own_by_number(self) -> Ints:
+        """The same for all sources, by number."""
+        if not self._lists:
+            return np.zeros(len(self._sources.by_number), np.int64)
+        own = self._lists[0].lead
+        for coverage in self._lists[1:]:
+            own = np.minimum(own, coverage.lead)
+        return own
 
     def longest(self) -> int:
         """Leading blocks that the best single source holds."""
-        best = 0
-        for coverage in self._lists[:1]:
-            for source_id in coverage.leading:
-                best = max(best, self.own_blocks(source_id))
-        return best
+        return int(self.own_by_number().max(initial=0))
+
+    def block_bytes(self, instance: Instance, exact: bool) -> float:
+        """Bytes of one block of all key lists, at least."""
+        size = 0.0
+        for coverage in self._lists:
+            size += _block_bytes(instance, coverage.group, Fidelity.EXACT if exact else Fidelity.INT8)
+        return size
+
+    def _candidates(self, coverage: _Coverage, instance: Instance) -> list[tuple[Source, Run]]:
+        """Runs worth reading from for an instance: those that reach furthest, and those on its own host."""
+        if len(coverage.rows) <= self._sources_max:
+            return coverage.furthest
+        near = self._sources.on_host(coverage.rows, instance.info.host_id)
+        local = self._sources.runs(self._sources.furthest(near, self._sources_max))
+        seen = {(source.id, run.first): (source, run) for source, run in (*coverage.furthest, *local)}
+        return list(seen.values())
 
     def pulls(self, instance: Instance, own: int, costs: CostBook, now_us: int) -> list[Pull]:
         """Ways to extend an instance's own prefix, shortest first; each ends where some source's run ends.
 
-        At each block the source with the least predicted time for a block is taken, up to the end of its run.
+        At each block the source with the least predicted time for a block is taken, up to the end of its run. The
+        ends of runs are the only ways worth looking at: pulling costs the same for each block, computing a block costs
+        more the more there are before it, so within a run pulling all or nothing is best.
         """
         if own >= self.usable:
             return []
-        links: dict[str, tuple[float, float] | None] = {}
+        links: Links = {}
         segments = [self._segments(coverage, own, instance, links, costs, now_us) for coverage in self._lists]
         reach = min(of_list[-1][1] if of_list else own for of_list in segments)
         if reach <= own:
@@ -110,27 +143,80 @@ class Prefix:
         cuts[reach] = None
         return [Pull(cut, self._duration_us(cut, segments, instance, links), segments) for cut in sorted(cuts)]
 
+    def pull_from(
+        self, instance: Instance, own: int, source_ids: Sequence[str], costs: CostBook, now_us: int
+    ) -> Pull | None:
+        """As far as these sources reach, whatever it costs; at each block the first of them that has it."""
+        if own >= self.usable:
+            return None
+        links: Links = {}
+        segments: list[list[Segment]] = []
+        for coverage in self._lists:
+            at, of_list = own, []
+            for source_id in source_ids:
+                number = self._sources.numbers.get(source_id, -1)
+                for source, run in self._sources.runs(coverage.rows[coverage.rows[:, 0] == number]):
+                    end = run.first + run.count
+                    if not run.first <= at < end:
+                        continue
+                    links[source_id] = self._link(instance, source, costs, now_us)
+                    if links[source_id] is not None:
+                        of_list.append((at, end, source, run))
+                        at = end
+            segments.append(of_list)
+        reach = min((of_list[-1][1] if of_list else own for of_list in segments), default=own)
+        if reach <= own:
+            return None
+        return Pull(reach, self._duration_us(reach, segments, instance, links), segments)
+
+    def crowding(self, now_us: int) -> tuple[int, dict[str, int]]:
+        """By how many at least a source is shared that a pull reads from: anywhere, and on each host."""
+        hosts = {number: host for host, number in self._sources.host_numbers.items()}
+        by_host: dict[str, int] = {}
+        for coverage in self._lists:
+            numbers = coverage.rows[:, 0]
+            busy = [n for s in self._book.pulls if (n := self._sources.numbers.get(s)) is not None]
+            idle = numbers[~np.isin(numbers, busy)] if busy else numbers
+            for host in np.unique(self._sources.hosts[idle]).tolist():
+                by_host[hosts[host]] = 1
+            for number in dict.fromkeys(n for n in busy if (numbers == n).any()):
+                source = self._sources.by_number[number]
+                assert source is not None
+                shared, host_id = 1 + self._book.pulling(source.id, now_us), source.attached.host_id
+                by_host[host_id] = min(by_host.get(host_id, shared), shared)
+        return min(by_host.values(), default=1), by_host
+
     def _duration_us(
         self,
         cut: int,
         segments: list[list[Segment]],
         instance: Instance,
-        links: dict[str, tuple[float, float] | None],
+        links: Links,
     ) -> int:
         """One source after another: each one's latency once, and its bytes."""
         total = 0.0
         opened: dict[str, None] = {}
         for coverage, of_list in zip(self._lists, segments, strict=True):
-            block_bytes = _block_bytes(instance, coverage.group)
-            for first, end, source, _ in of_list:
+            for first, end, source, run in of_list:
                 if first >= cut:
                     break
+                block_bytes = _block_bytes(instance, coverage.group, run.fidelity)
                 latency, per_byte = links[source.id] or (0.0, 0.0)
                 if source.id not in opened:
                     opened[source.id] = None
                     total += latency
                 total += per_byte * (block_bytes * (min(end, cut) - first))
         return int(total)
+
+    def pull_us(self, instance: Instance, source: Source, blocks: int, costs: CostBook, now_us: int) -> int | None:
+        """Time to pull so many blocks of each key list from one source; None while the link is down."""
+        link = self._link(instance, source, costs, now_us)
+        if link is None:
+            return None
+        size = 0.0
+        for coverage in self._lists:
+            size += _block_bytes(instance, coverage.group) * blocks
+        return int(link[0] + link[1] * size)
 
     def runs(self, pull: Pull | None) -> tuple[PullRun, ...]:
         """What a pull takes from whom."""
@@ -155,30 +241,37 @@ class Prefix:
     def _link(self, instance: Instance, source: Source, costs: CostBook, now_us: int) -> tuple[float, float] | None:
         """Latency and microseconds a byte; None while the link is down."""
         kind = link_class(source.attached.host_id == instance.info.host_id, source.attached.tier)
+        known: tuple[float, float] | None
         if costs.measured(instance.id, source.id):
-            return costs.link_costs(instance.id, source.id, kind, now_us)
-        known = self._unmeasured.get(kind)
+            known = costs.link_costs(instance.id, source.id, kind, now_us)
+            if costs.on_trial(instance.id, source.id) and self._book.pulls_between(instance.id, source.id):
+                return None
+        else:
+            known = self._unmeasured.get(kind)
+            if known is None:
+                known = self._unmeasured[kind] = costs.unmeasured_costs(kind)
         if known is None:
-            known = self._unmeasured[kind] = costs.unmeasured_costs(kind)
-        return known
+            return None
+        # Whoever reads from a source shares what it can send.
+        return known[0], known[1] * (1 + self._book.pulling(source.id, now_us))
 
     def _segments(
         self,
         coverage: _Coverage,
         own: int,
         instance: Instance,
-        links: dict[str, tuple[float, float] | None],
+        links: Links,
         costs: CostBook,
         now_us: int,
     ) -> list[Segment]:
         """Consecutive segments from block `own` on, as far as usable sources reach."""
-        block_bytes = _block_bytes(instance, coverage.group)
         segments: list[Segment] = []
+        candidates = self._candidates(coverage, instance)
         at = own
         while at < self.usable:
             best: tuple[float, str] | None = None
             chosen: tuple[Source, Run] | None = None
-            for source, run in coverage.readable:
+            for source, run in candidates:
                 end = run.first + run.count
                 # What an instance has in its own cache it need not pull: that is `own`, as far as it is of use.
                 if not run.first <= at < end or source.attached.instance_id == instance.id:
@@ -189,7 +282,9 @@ class Prefix:
                 link = links[source_id]
                 if link is None:
                     continue
-                rank = (link[0] / (end - at) + link[1] * block_bytes, source_id)
+                block_bytes = _block_bytes(instance, coverage.group, run.fidelity)
+                per_block_us = link[0] / (end - at) + link[1] * block_bytes
+                rank = (per_block_us * HBM_RELUCTANCE if run.tier == Tier.HBM else per_block_us, source_id)
                 if best is None or rank < best:
                     best, chosen = rank, (source, run)
             if chosen is None:
@@ -201,6 +296,9 @@ class Prefix:
         return segments
 
 
-def _block_bytes(instance: Instance, group: int) -> int:
-    groups = instance.info.namespace.groups
-    return groups[group].block_bytes if group < len(groups) else 0
+def _block_bytes(instance: Instance, group: int, fidelity: Fidelity = Fidelity.EXACT) -> float:
+    namespace = instance.info.namespace
+    if group >= len(namespace.groups):
+        return 0.0
+    share = INT8_SHARES.get(namespace.dtype, 1.0) if fidelity == Fidelity.INT8 else 1.0
+    return namespace.groups[group].block_bytes * share

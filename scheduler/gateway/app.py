@@ -43,11 +43,16 @@ class Gateway:
         self._backends = backends
         self._models = models
         self._credentials = credentials
-        self._active = 0
+        self._live: dict[Generation, None] = {}
 
     @property
     def active(self) -> int:
-        return self._active
+        return len(self._live)
+
+    def stop_requests(self) -> None:
+        """Ends all that are under way, each with an error for its client."""
+        for generation in list(self._live):
+            generation.stop()
 
     def routes(self) -> list[Route]:
         return [
@@ -97,7 +102,7 @@ class Gateway:
             "status": "ok" if connected else "scheduler_unreachable",
             "gateway": self._config.gateway_id,
             "models": [m.name for m in self._models.served()],
-            "active_requests": self._active,
+            "active_requests": self.active,
         }
         return JSONResponse(body, 200 if connected else 503)
 
@@ -134,7 +139,7 @@ class Gateway:
     async def _streamed(
         self, reply: replies.Reply, generations: list[Generation], usage: bool
     ) -> AsyncGenerator[bytes, None]:
-        with self._admitted(len(generations)):
+        with self._admitted(generations):
             async with aclosing(merged(generations)) as pieces:
                 async for index, piece in pieces:
                     if block := reply.chunk(index, piece):
@@ -144,24 +149,26 @@ class Gateway:
     async def _whole(
         self, reply: replies.Reply, generations: list[Generation], usage: bool
     ) -> AsyncGenerator[bytes, None]:
-        with self._admitted(len(generations)):
+        with self._admitted(generations):
             yield reply.whole(await collected(generations))
 
     @contextmanager
-    def _admitted(self, count: int) -> Iterator[None]:
+    def _admitted(self, generations: list[Generation]) -> Iterator[None]:
         """Counts requests as under way. Raises: ApiError (429) if there are too many."""
-        if self._active + count > self._config.active_requests_max:
+        if self.active + len(generations) > self._config.active_requests_max:
             raise overloaded("This gateway has too many requests under way.")
-        self._add_active(count)
+        self._live.update(dict.fromkeys(generations))
+        self._tell_active()
         try:
             yield
         finally:
-            self._add_active(-count)
+            for generation in generations:
+                del self._live[generation]
+            self._tell_active()
 
-    def _add_active(self, count: int) -> None:
-        self._active += count
-        self._backends.metrics.active.set(self._active)
-        self._backends.scheduler.set_active(self._active)
+    def _tell_active(self) -> None:
+        self._backends.metrics.active.set(self.active)
+        self._backends.scheduler.set_active(self.active)
 
     # ------------------------------------------------------------ what comes in
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from dataclasses import dataclass, field
 
+from kvpool.channels.tls import TlsConfig
 from scheduler.gateway.lifecycle import LifecycleLimits
 
 
@@ -18,6 +19,8 @@ class GatewayConfig:
     gateway_id: str = field(default_factory=lambda: f"gateway-{uuid.uuid4().hex[:8]}")
     #: Presented to the scheduler and the engines.
     credential: str = ""
+    #: With which the scheduler and the engines are called; None = without TLS.
+    tls: TlsConfig | None = None
     #: File of lines `name:secret`; clients present a secret as bearer token. Empty = no credential is asked for.
     api_keys: str = ""
     #: Placement policy of requests that name none; empty = the scheduler's own.

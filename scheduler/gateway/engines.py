@@ -9,6 +9,7 @@ from typing import Protocol
 
 import grpc
 
+from kvpool.channels.tls import TlsConfig
 from kvpool.service import rpc
 from kvpool.v1 import engine_pb2, engine_pb2_grpc
 from scheduler.gateway.metrics import Metrics
@@ -33,12 +34,13 @@ class EngineLink:
         gateway_id: str,
         *,
         credential: str,
+        tls: TlsConfig | None = None,
         commands_max: int,
         on_closed: Callable[[], None],
     ) -> None:
         self.address = address
         self._gateway_id = gateway_id
-        self._credential = credential
+        self._credential, self._tls = credential, tls
         self._routes: dict[str, Route] = {}
         self._commands: asyncio.Queue[engine_pb2.EngineCommand] = asyncio.Queue(commands_max)
         self._on_closed = on_closed
@@ -94,7 +96,7 @@ class EngineLink:
             self._task.cancel()
 
     async def _run(self) -> None:
-        channel = rpc.make_aio_channel(self.address, credential=self._credential)
+        channel = rpc.make_aio_channel(self.address, credential=self._credential, tls=self._tls)
         try:
             call = engine_pb2_grpc.EngineStub(channel).Connect(self._outgoing())
             try:
@@ -123,7 +125,13 @@ class EngineLink:
                 continue
             if event.finish_reason:
                 self._forget(event.request_id)
-            route.on_event(event)
+            try:
+                route.on_event(event)
+            except Exception:
+                # A bug that one request ran into must not end all others of this worker.
+                log.exception("%s: its event failed", event.request_id)
+                self.abort(event.request_id)
+                self._lose(route, "the gateway failed on an event of this request")
 
     def _end(self) -> None:
         """Tells everybody, once."""
@@ -135,18 +143,26 @@ class EngineLink:
             log.warning("%s: %d requests are affected", self._why, len(routes))
         self._on_closed()
         for route in routes.values():
-            route.on_lost(self._why)
+            self._lose(route, self._why)
+
+    @staticmethod
+    def _lose(route: Route, why: str) -> None:
+        try:
+            route.on_lost(why)
+        except Exception:
+            log.exception("a request was not told that its worker is lost")
 
 
 class EngineLinks:
     """Links by worker address and epoch: a restarted worker gets a link of its own."""
 
     def __init__(
-        self, gateway_id: str, metrics: Metrics, *, credential: str, links_max: int, commands_max: int, idle_s: float
-    ) -> None:
+        self, gateway_id: str, metrics: Metrics, *, credential: str, links_max: int, commands_max: int, idle_s: float,
+        tls: TlsConfig | None = None,
+    ) -> None:  # fmt: skip
         self._gateway_id = gateway_id
         self._metrics = metrics
-        self._credential = credential
+        self._credential, self._tls = credential, tls
         self._links_max = links_max
         self._commands_max = commands_max
         self._idle_s = idle_s
@@ -167,6 +183,7 @@ class EngineLinks:
                 address,
                 self._gateway_id,
                 credential=self._credential,
+                tls=self._tls,
                 commands_max=self._commands_max,
                 on_closed=lambda: self._drop(key),
             )

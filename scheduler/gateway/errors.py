@@ -43,7 +43,7 @@ class ApiError(Exception):
         return Response(json.dumps(self.body()), self.status, headers, media_type="application/json")
 
 
-def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+def bad_request(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:
     return ApiError(400, message, param=param, code=code)
 
 
@@ -93,6 +93,9 @@ def from_failure(failure: Failure) -> ApiError:
         return ApiError(status, failure.message, kind=kind, code=code, retry_after_ms=wait_ms)
     if failure.kind is FailureKind.UNREACHABLE:
         return unavailable(failure.message, "scheduler_unreachable")
+    if failure.kind is FailureKind.STOPPING:
+        return unavailable(failure.message, "stopping")
     if failure.kind is FailureKind.DEADLINE:
         return ApiError(504, failure.message, kind="timeout_error", code="deadline")
-    return ApiError(500, failure.message, kind="server_error", code="engine_error")
+    code = "internal" if failure.kind is FailureKind.GATEWAY else "engine_error"
+    return ApiError(500, failure.message, kind="server_error", code=code)

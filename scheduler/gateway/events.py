@@ -34,6 +34,8 @@ class FailureKind(Enum):
     UNREACHABLE = "unreachable"
     ENGINE = "engine"
     DEADLINE = "deadline"
+    GATEWAY = "gateway"
+    STOPPING = "stopping"
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +135,14 @@ class DeadlinePassed:
     pass
 
 
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """The gateway can't go on with this request: a bug of its own came up, or it has to stop."""
+
+    message: str
+    kind: FailureKind = FailureKind.GATEWAY
+
+
 Event: TypeAlias = (
     Placed
     | Refused
@@ -146,6 +156,7 @@ Event: TypeAlias = (
     | StopMatched
     | Cancelled
     | DeadlinePassed
+    | Broken
 )
 
 # ---------------------------------------------------------------- commands

@@ -156,6 +156,10 @@ class Generation:
         """Ends the request at every worker at once; without effect when it is over."""
         self.feed(ev.Cancelled())
 
+    def stop(self) -> None:
+        """As `cancel`, and its reader is told that the gateway stops."""
+        self.feed(ev.Broken("The gateway is stopping.", ev.FailureKind.STOPPING))
+
     @property
     def cached_tokens(self) -> int:
         """Prompt tokens that were not computed, as the worker that made the first token says."""
@@ -183,7 +187,7 @@ class Generation:
     # ------------------------------------------------------------ events
 
     def feed(self, event: ev.Event) -> None:
-        """Lets the lifecycle decide, and does it. Events that come up meanwhile wait their turn."""
+        """Lets the lifecycle decide, and does it. Events that come up meanwhile wait their turn. Raises nothing."""
         self._events.append(event)
         if self._feeding:
             return
@@ -191,8 +195,24 @@ class Generation:
         try:
             while self._events:
                 self._execute_all(self._machine.handle(self._events.popleft()))
+        except Exception:
+            log.exception("%s: the gateway failed on this request", self.spec.request_id)
+            self._events.clear()
+            self._end_broken()
         finally:
             self._feeding = False
+
+    def _end_broken(self) -> None:
+        """After a bug of ours: frees what the request holds as far as that goes, and lets its reader know."""
+        failure = ev.Failure(ev.FailureKind.GATEWAY, "The gateway failed on this request.")
+        for command in self._machine.handle(ev.Broken(failure.message)):
+            try:
+                self._execute_all([command])
+            except Exception:
+                log.exception("%s: %s failed too", self.spec.request_id, type(command).__name__)
+        if self._failure is None and not self._unread.finish:
+            self._failure = failure
+        self._wake.set()
 
     def note_times(self, attempt: int, leg: Leg, times: engine_pb2.RequestTimes) -> None:
         self._attempts[attempt].times[leg] = times
@@ -246,6 +266,10 @@ class Generation:
             self.feed(ev.PlaceFailed(command.attempt, str(error)))
             return
         except KvpoolError as error:
+            if type(error) is KvpoolError and error.reason is KvpoolError.reason:
+                # Not an answer: it failed on this request, which is not the client's fault.
+                self.feed(ev.PlaceFailed(command.attempt, str(error)))
+                return
             reply = scheduler_pb2.PlaceReply(refusal=refusal_or_error(error))
         except Exception as error:
             # Nobody awaits this task: without a word the request would wait until its deadline.

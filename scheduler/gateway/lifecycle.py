@@ -11,6 +11,7 @@ from enum import Enum
 
 from scheduler.gateway.events import (
     Abort,
+    Broken,
     Cancelled,
     Command,
     DeadlinePassed,
@@ -151,7 +152,9 @@ class Lifecycle:
         if not event.tokens:
             return []
         if self.state is State.PREFILLING and self._split:
-            return self._replace(Leg.DECODE, Finish.ERROR, "decoded before the first token was known")
+            # It goes on decoding what nobody wants, unless it is told.
+            abort = Abort(self.attempt, Leg.DECODE)
+            return [abort, *self._replace(Leg.DECODE, Finish.ERROR, "decoded before the first token was known")]
         first = self.state is State.PREFILLING
         self.state = State.DECODING
         emit, ended = self._emit(event, self.tokens_left)
@@ -189,7 +192,12 @@ class Lifecycle:
         return [*self._abort_open(), *self._report(Finish.ABORT), *self._end(Finish.ABORT)]
 
     def _deadline(self, event: DeadlinePassed) -> list[Command]:
-        failure = Failure(FailureKind.DEADLINE, "the request's deadline passed")
+        return self._fail(Failure(FailureKind.DEADLINE, "the request's deadline passed"))
+
+    def _broken(self, event: Broken) -> list[Command]:
+        return self._fail(Failure(event.kind, event.message))
+
+    def _fail(self, failure: Failure) -> list[Command]:
         return [
             *self._abort_open(),
             *self._report(Finish.ERROR, failure.message),
@@ -261,6 +269,7 @@ _EVERYWHERE: dict[type, Callable[..., list[Command]]] = {
     StopMatched: _L._stop_matched,
     Cancelled: _L._cancelled,
     DeadlinePassed: _L._deadline,
+    Broken: _L._broken,
 }
 _NO_PLACE_ASKED: dict[type, Callable[..., list[Command]]] = {
     Placed: _L._ignore,
@@ -313,6 +322,7 @@ _BY_STATE: dict[State, dict[type, Callable[..., list[Command]]]] = {
         StopMatched: _L._ignore,
         Cancelled: _L._ignore,
         DeadlinePassed: _L._ignore,
+        Broken: _L._ignore,
     },
 }
 

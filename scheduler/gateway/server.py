@@ -31,6 +31,8 @@ __all__ = ["GatewayConfig", "GatewayServer", "run_gateway"]
 _SWEEP_S = 5.0
 _FIRST_CONTACT_S = 2.0
 _BACKLOG = 2048
+#: For the errors that end requests at the drain limit to reach their clients.
+_LAST_WORDS_S = 0.5
 
 
 class _HttpServer(uvicorn.Server):
@@ -57,7 +59,7 @@ class GatewayServer:
         self.port = 0
         self.metrics = Metrics()
         self._host = ""
-        self._stopping = asyncio.Event()
+        self._stopping, self._hurry = asyncio.Event(), asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -79,11 +81,11 @@ class GatewayServer:
         listener = self._listen()
         self._scheduler = SchedulerClient(
             config.scheduler, config.gateway_id, self.metrics,
-            credential=config.credential, outcomes_max=config.outcomes_max,
+            credential=config.credential, outcomes_max=config.outcomes_max, tls=config.tls,
         )  # fmt: skip
         self._scheduler.start()
         self.links = EngineLinks(
-            config.gateway_id, self.metrics, credential=config.credential,
+            config.gateway_id, self.metrics, credential=config.credential, tls=config.tls,
             links_max=config.links_max, commands_max=config.link_commands_max, idle_s=config.link_idle_s,
         )  # fmt: skip
         self._models = Models(self._scheduler.list_models)
@@ -92,7 +94,7 @@ class GatewayServer:
         self._http = _HttpServer(
             uvicorn.Config(
                 build_app(self._gateway), loop="none", http="httptools", ws="none", lifespan="off", access_log=False,
-                log_config=None, server_header=False, timeout_graceful_shutdown=max(1, round(config.drain_timeout_s)),
+                log_config=None, server_header=False,
             )
         )  # fmt: skip
         self._tasks = [asyncio.create_task(self._refresh_models()), asyncio.create_task(self._close_idle_links())]
@@ -114,18 +116,28 @@ class GatewayServer:
     def stop(self) -> None:
         """Ends the main loop. Called again, it ends the wait for running requests too."""
         if self._stopping.is_set():
-            self._http.force_exit = True
+            self._hurry.set()
         self._stopping.set()
 
     async def shutdown(self) -> None:
         """Takes no new requests, lets running ones finish until the drain limit, then lets go of everything."""
         self._http.should_exit = True
+        limit = asyncio.create_task(self._limit_drain())
         await asyncio.gather(self._serving, return_exceptions=True)
+        limit.cancel()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.links.close()
         await self._scheduler.close()
+
+    async def _limit_drain(self) -> None:
+        """Ends what still runs at the limit, or when told to hurry; clients that read hear why."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._hurry.wait(), self.config.drain_timeout_s)
+        self._gateway.stop_requests()
+        await asyncio.sleep(_LAST_WORDS_S)
+        self._http.force_exit = True
 
     def _listen(self) -> socket.socket:
         host, _, port = self.config.listen.rpartition(":")
@@ -158,10 +170,11 @@ def _family(host: str) -> socket.AddressFamily:
 
 async def _run(config: GatewayConfig, on_ready: Callable[[dict[str, Any]], None]) -> None:
     server = GatewayServer(config)
-    await server.startup()
     loop = asyncio.get_running_loop()
+    # Before anything is begun, which would end in the middle.
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.stop)
+    await server.startup()
     on_ready({"address": server.address, "gateway": config.gateway_id, "url": f"http://{server.address}/v1"})
     try:
         await server.main_loop()

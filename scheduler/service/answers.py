@@ -7,8 +7,12 @@ from collections.abc import Iterable, Sequence
 from kvpool.core.namespace import NamespaceSpec
 from kvpool.v1 import common_pb2, directory_pb2, engine_pb2, scheduler_pb2
 from scheduler.core import events
+from scheduler.core.calibration import Calibration
+from scheduler.core.cluster import Cluster
 from scheduler.core.commands import Placed, PullRun, Refused, Target
 from scheduler.core.ledger import Candidate, LedgerEntry
+from scheduler.core.roles import RoleBook
+from scheduler.core.waiting import Waiting, WaitingRoom
 
 _TIMES = tuple(events.RequestTimes.__dataclass_fields__)
 
@@ -71,6 +75,10 @@ def engine_info(info: events.InstanceInfo) -> engine_pb2.EngineInfo:
         chunk_tokens=info.chunk_tokens,
         deterministic=info.deterministic,
         version=info.version,
+        gpu=info.gpu,
+        tp=info.tp,
+        price_per_hour=info.price_per_hour,
+        role_changeable=info.role_changeable,
     )
 
 
@@ -128,6 +136,7 @@ def place_reply(choice: Placed | Refused) -> scheduler_pb2.PlaceReply:
             handoff_source_id=choice.handoff_source_id,
             handoff_address=choice.handoff_address,
             ttl_ms=choice.ttl_ms,
+            waited_us=choice.waited_us,
         )
     )
 
@@ -139,15 +148,77 @@ def _candidates(candidates: Sequence[Candidate]) -> list[scheduler_pb2.Candidate
     return [scheduler_pb2.Candidate(**{field: getattr(c, field) for field in _CANDIDATE}) for c in candidates]
 
 
-def explanation(entry: LedgerEntry, now_us: int) -> scheduler_pb2.Explanation:
+def explanation(entry: LedgerEntry, now_us: int, known: Calibration | None) -> scheduler_pb2.Explanation:
+    """Args: known: what predictions for the prefill instance were worth."""
+    outcome, choice = entry.outcome, entry.choice
+    error_ratio = 0.0
+    if outcome is not None and outcome.ttft_us and isinstance(choice, Placed):
+        error_ratio = abs(choice.predicted_ttft_us - outcome.ttft_us) / outcome.ttft_us
     return scheduler_pb2.Explanation(
         request_id=entry.request_id,
         policy=entry.policy,
         prompt_tokens=entry.prompt_tokens,
         max_tokens=entry.max_tokens,
         candidates=_candidates(entry.candidates),
-        choice=place_reply(entry.choice),
-        outcome=None if entry.outcome is None else outcome_message(entry.outcome),
+        choice=place_reply(choice),
+        outcome=None if outcome is None else outcome_message(outcome),
         placed_age_ms=(now_us - entry.placed_us) // 1000,
         candidates_total=entry.candidates_total,
+        waited_us=entry.waited_us,
+        priority=entry.priority,
+        tenant=entry.tenant,
+        ttft_error_ratio=error_ratio,
+        prediction_errors=prediction_errors(known),
     )
+
+
+def waiting_explanation(waiting: Waiting, policy: str, now_us: int) -> scheduler_pb2.Explanation:
+    """Of a request that has no place yet."""
+    request = waiting.request
+    return scheduler_pb2.Explanation(
+        request_id=request.request_id,
+        policy=request.policy or policy,
+        prompt_tokens=request.prompt_tokens,
+        max_tokens=request.max_tokens,
+        waited_us=now_us - waiting.arrived_us,
+        priority=request.priority,
+        tenant=request.tenant,
+        waiting=True,
+    )
+
+
+def prediction_errors(known: Calibration | None) -> list[scheduler_pb2.PredictionError]:
+    if known is None:
+        return []
+    return [
+        scheduler_pb2.PredictionError(kind=kind, median=errors.median() or 0.0, mean=errors.mean, count=errors.count)
+        for kind, errors in (("ttft", known.ttft), ("pull", known.pull), ("prefill", known.prefill))
+        if errors.count
+    ]
+
+
+def plan_message(roles: RoleBook, cluster: Cluster, room: WaitingRoom, now_us: int) -> scheduler_pb2.Plan:
+    plan = scheduler_pb2.Plan()
+    for model in sorted(roles.proposals):
+        proposal = roles.proposals[model]
+        instance = cluster.instances.get(proposal.instance_id)
+        plan.proposals.add(
+            model=model,
+            kind=proposal.kind,
+            instance_id=proposal.instance_id,
+            role=int(proposal.role),  # type: ignore[arg-type]
+            why=proposal.why,
+            age_ms=(now_us - proposal.since_us) // 1000,
+            executable=instance is not None and instance.info.role_changeable,
+        )
+    for model in sorted(roles.loads):
+        load, line = roles.loads[model], room.lines.get(model)
+        plan.loads.add(
+            model=model,
+            prefill_instances=load.prefill_count,
+            decode_instances=load.decode_count,
+            prefill_utilisation=load.prefill,
+            decode_utilisation=load.decode,
+            waiting=len(line.order) if line is not None else 0,
+        )
+    return plan

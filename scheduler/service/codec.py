@@ -14,6 +14,8 @@ from typing import Any
 from kvpool.core import changes, ids, namespace
 from kvpool.core.errors import BadArgument, Reason
 from scheduler.core import (
+    arrivals,
+    calibration,
     cluster,
     commands,
     config,
@@ -21,11 +23,18 @@ from scheduler.core import (
     deadlines,
     events,
     fit,
+    pending,
     placements,
+    policy_parameters,
+    roles,
+    waiting,
 )
 from scheduler.core.policies import POLICIES
 
-_MODULES = (namespace, changes, config, events, commands, deadlines, fit, cost, placements, cluster)
+_MODULES = (
+    namespace, changes, config, events, commands, deadlines, fit, cost, placements, cluster, arrivals, calibration,
+    pending, policy_parameters, roles, waiting,
+)  # fmt: skip
 
 CLASSES: dict[str, type] = {
     name: cls

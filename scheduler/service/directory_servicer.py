@@ -31,6 +31,7 @@ class DirectoryServicer(directory_pb2_grpc.DirectoryServicer):
             end=SourceDetached,
             greeting=None,
             answer=self._answer,
+            beat=lambda seq: directory_pb2.DirectoryMessage(acknowledged_seq=seq),
         )
         async for reply in lines:
             if reply is not None:

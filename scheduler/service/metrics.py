@@ -64,6 +64,9 @@ class SchedulerMetrics:
         active = GaugeMetricFamily("kvpool_scheduler_active_requests", "Placements under way.")
         active.add_metric([], len(core.book.placements))
         yield active
+        waiting = GaugeMetricFamily("kvpool_scheduler_waiting_requests", "Requests that wait for a place.")
+        waiting.add_metric([], len(core.room.entries))
+        yield waiting
 
     @staticmethod
     def _members(core: SchedulerCore) -> Iterator[Metric]:
@@ -102,6 +105,31 @@ class SchedulerMetrics:
         yield reserved
         yield available
         yield queue
+        yield from self._predictions(core)
+
+    @staticmethod
+    def _predictions(core: SchedulerCore) -> Iterator[Metric]:
+        errors = GaugeMetricFamily(
+            "kvpool_prediction_error_ratio",
+            "|predicted - actual| / actual, median of the last 64.",
+            labels=["instance", "kind"],
+        )
+        for instance_id in sorted(core.calibrations):
+            known = core.calibrations[instance_id]
+            for kind, of_kind in (("ttft", known.ttft), ("pull", known.pull), ("prefill", known.prefill)):
+                median = of_kind.median()
+                if median is not None:
+                    errors.add_metric([instance_id, kind], median)
+        yield errors
+        busy = GaugeMetricFamily(
+            "kvpool_scheduler_phase_utilisation",
+            "Share of a phase that is busy.",
+            labels=["model", "phase"],
+        )
+        for model in sorted(core.roles.loads):
+            busy.add_metric([model, "prefill"], core.roles.loads[model].prefill)
+            busy.add_metric([model, "decode"], core.roles.loads[model].decode)
+        yield busy
 
 
 class MetricsServer:

@@ -10,16 +10,17 @@ from kvpool.core.errors import BadArgument, UnknownRequest
 from kvpool.core.namespace import HASHES
 from kvpool.v1 import engine_pb2, scheduler_pb2, scheduler_pb2_grpc
 from scheduler.core.cluster import Instance, State
-from scheduler.core.commands import Placed, Refused
+from scheduler.core.commands import Placed
 from scheduler.core.events import Event, GatewayClosed, InstanceLeft
 from scheduler.service import answers, wire
+from scheduler.service.eventlog.shared_log import SharedLog
 from scheduler.service.shell import Shell
 from scheduler.service.streams import serve_life_line
 
 
 class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
-    def __init__(self, shell: Shell) -> None:
-        self._shell = shell
+    def __init__(self, shell: Shell, event_log: SharedLog | None = None) -> None:
+        self._shell, self._event_log = shell, event_log
 
     # ------------------------------------------------------------ life lines
 
@@ -28,6 +29,9 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
         return scheduler_pb2.SchedulerMessage(
             report_interval_ms=config.report_interval_us // 1000, scheduler_id=config.scheduler_id
         )
+
+    def _beat(self, seq: int) -> scheduler_pb2.SchedulerMessage:
+        return scheduler_pb2.SchedulerMessage(scheduler_id=self._shell.core.config.scheduler_id)
 
     async def Join(
         self, messages: AsyncIterator[scheduler_pb2.InstanceMessage], context: Any
@@ -40,6 +44,7 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
             end=InstanceLeft,
             greeting=self._greeting(),
             answer=lambda seq, want_snapshot: self._greeting(),
+            beat=self._beat,
         ):
             yield reply
 
@@ -54,25 +59,33 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
             end=GatewayClosed,
             greeting=self._greeting(),
             answer=lambda seq, want_snapshot: self._greeting(),
+            beat=self._beat,
         ):
             yield reply
 
     # ------------------------------------------------------------ placements
 
     async def Place(self, request: scheduler_pb2.PlaceRequest, context: Any) -> scheduler_pb2.PlaceReply:
-        for command in self._shell.submit(wire.place_requested(request)):
-            if isinstance(command, Placed | Refused) and command.request_id == request.request_id:
-                return answers.place_reply(command)
-        raise AssertionError("the core answers each placement request")
+        """Answers when the request is placed or refused: until then it waits in the core."""
+        return answers.place_reply(await self._shell.place(wire.place_requested(request)))
 
     async def Explain(self, request: scheduler_pb2.ExplainRequest, context: Any) -> scheduler_pb2.Explanation:
-        entry = self._shell.core.ledger.get(request.request_id)
+        core, now_us = self._shell.core, self._shell.now_us()
+        entry = core.ledger.get(request.request_id)
+        waiting = core.room.named(request.request_id)
+        if waiting is not None:
+            return answers.waiting_explanation(waiting, core.config.policy, now_us)
         if entry is None:
             raise UnknownRequest(
                 f"request {request.request_id!r} was never placed here, or too long ago",
                 hint="the scheduler remembers a bounded number of requests; older ones are in its journal",
             )
-        return answers.explanation(entry, self._shell.now_us())
+        where = entry.choice.prefill.instance_id if isinstance(entry.choice, Placed) else ""
+        return answers.explanation(entry, now_us, core.calibrations.get(where))
+
+    async def GetPlan(self, request: scheduler_pb2.GetPlanRequest, context: Any) -> scheduler_pb2.Plan:
+        core = self._shell.core
+        return answers.plan_message(core.roles, core.cluster, core.room, self._shell.now_us())
 
     # ------------------------------------------------------------ lists
 
@@ -105,7 +118,8 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
         core, now_us = self._shell.core, self._shell.now_us()
         holdings = core.book.on(instance.id)
         prefill, decode = core.costs.prefill[instance.id].current(), core.costs.decode[instance.id].current()
-        hbm_source_id = instance.info.hbm_source_id
+        hbm_source_id, known = instance.info.hbm_source_id, core.calibrations.get(instance.id)
+        overhead_us, factor = known.correction() if known is not None else (0.0, 1.0)
         return scheduler_pb2.InstanceStatus(
             info=answers.engine_info(instance.info),
             state="draining" if instance.draining and instance.state is State.ALIVE else instance.state.value,
@@ -122,6 +136,10 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
             decode_base_us=decode[0],
             decode_per_sequence_us=decode[1],
             decode_per_kv_token_us=decode[2],
+            prediction_errors=answers.prediction_errors(known),
+            ttft_overhead_us=overhead_us,
+            ttft_factor=factor,
+            requests_waiting=core.room.planned_on(instance.info.model, instance.id),
         )
 
     async def GetStatus(self, request: scheduler_pb2.GetStatusRequest, context: Any) -> scheduler_pb2.ClusterStatus:
@@ -148,6 +166,8 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
             journal=journal.path if journal is not None and not journal.error else "",
             journal_bytes=journal.bytes_total if journal is not None else 0,
             hashes=HASHES,
+            waiting_requests=len(core.room.entries),
+            event_log=None if self._event_log is None else self._event_log.status(),
         )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import grpc.aio
 
+from kvpool.channels.tls import TlsConfig
 from kvpool.core.errors import BadArgument
 from kvpool.service import rpc
 from kvpool.v1 import directory_pb2, directory_pb2_grpc, scheduler_pb2, scheduler_pb2_grpc
@@ -18,6 +19,7 @@ from scheduler.core.config import SchedulerConfig
 from scheduler.core.core import SchedulerCore
 from scheduler.core.policies import POLICIES
 from scheduler.service.directory_servicer import DirectoryServicer
+from scheduler.service.eventlog.shared_log import SharedLog, SharedLogConfig
 from scheduler.service.journal import Journal
 from scheduler.service.metrics import MetricsServer, SchedulerMetrics
 from scheduler.service.scheduler_servicer import SchedulerServicer
@@ -36,8 +38,11 @@ class SchedulerServerConfig:
     listen: "host:port" of the gRPC services; port 0 picks a free one.
     policy: of requests that name none.
     credential: callers must present it; empty = none asked for.
+    tls: serve TLS, and only that.
     journal_dir: where the journal is kept; empty = no journal.
     journal_bytes_max: of all journal files; the oldest are deleted above it.
+    redis: URL of the event log that several schedulers share; empty = this one is alone.
+    redis_stream: its key in Redis, the same for all schedulers of a cluster.
     metrics_listen: "host:port" of /metrics and /health; empty = none.
     core: bounds and times; `scheduler_id` and `policy` here go before those in it.
     """
@@ -46,8 +51,11 @@ class SchedulerServerConfig:
     scheduler_id: str = "scheduler"
     policy: str = "kvpool"
     credential: str = ""
+    tls: TlsConfig | None = None
     journal_dir: str = ""
     journal_bytes_max: int = 256 << 20
+    redis: str = ""
+    redis_stream: str = "kvpool:events"
     metrics_listen: str = ""
     core: SchedulerConfig = field(default_factory=SchedulerConfig)
 
@@ -63,6 +71,7 @@ class SchedulerServer:
         journal = Journal(Path(config.journal_dir), config.journal_bytes_max) if config.journal_dir else None
         self.shell = Shell(SchedulerCore(core_config), journal)
         self.metrics = SchedulerMetrics(self.shell)
+        self.log: SharedLog | None = None
         self.port = 0
         self._server: grpc.aio.Server | None = None
         self._http: MetricsServer | None = None
@@ -87,24 +96,30 @@ class SchedulerServer:
         return f"{self.config.metrics_listen.rpartition(':')[0]}:{self._http.port}"
 
     async def startup(self) -> None:
-        """Raises: Unavailable if an address can't be bound."""
+        """Raises: Unavailable if an address can't be bound; BadArgument if the event log's URL is none."""
         self.shell.start()
         try:
+            if self.config.redis:
+                log_config = SharedLogConfig(self.config.redis, self.config.redis_stream)
+                self.log = SharedLog(self.shell, log_config, lambda: self.address)
+                self.metrics.registry.register(self.log)
             if self.config.metrics_listen:
                 http = MetricsServer(self.metrics)
                 await http.start(self.config.metrics_listen)
                 self._http = http
             self._server, self.port = await rpc.serve(
-                self.config.listen, self._register, credential=self.config.credential
+                self.config.listen, self._register, credential=self.config.credential, tls=self.config.tls
             )
         except BaseException:
             await self.shutdown()
             raise
+        if self.log is not None:
+            self.log.start()
         log.info("scheduler %s listens on %s", self.config.scheduler_id, self.address)
 
     def _register(self, server: grpc.aio.Server) -> Sequence[str]:
         directory_pb2_grpc.add_DirectoryServicer_to_server(DirectoryServicer(self.shell), server)  # type: ignore[no-untyped-call]
-        scheduler_pb2_grpc.add_SchedulerServicer_to_server(SchedulerServicer(self.shell), server)  # type: ignore[no-untyped-call]
+        scheduler_pb2_grpc.add_SchedulerServicer_to_server(SchedulerServicer(self.shell, self.log), server)  # type: ignore[no-untyped-call]
         return [
             directory_pb2.DESCRIPTOR.services_by_name["Directory"].full_name,
             scheduler_pb2.DESCRIPTOR.services_by_name["Scheduler"].full_name,
@@ -118,7 +133,9 @@ class SchedulerServer:
         self._stop.set()
 
     async def shutdown(self) -> None:
-        """Ends all life lines, then calls under way, then the journal."""
+        """Falls silent in the event log, ends all life lines, then calls under way, then the journal."""
+        if self.log is not None:
+            await self.log.stop()
         server, self._server = self._server, None
         if server is not None:
             self.shell.hang_up("the scheduler is stopping")

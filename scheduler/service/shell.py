@@ -8,17 +8,20 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from kvpool.core.errors import Overloaded, Unavailable
 from scheduler.core import checkpoint
 from scheduler.core.commands import (
     AcknowledgeSource,
     CloseStream,
     Command,
+    Placed,
     PlacementEnded,
     Refused,
+    RoleProposed,
     StateChanged,
 )
 from scheduler.core.core import SchedulerCore
-from scheduler.core.events import Event, SourceDetached, TimePassed
+from scheduler.core.events import Event, PlaceCancelled, PlaceRequested, SourceDetached, TimePassed
 from scheduler.service.journal import Journal
 
 log = logging.getLogger(__name__)
@@ -49,11 +52,15 @@ class Shell:
         self._clock_us = clock_us
         self.started_us = clock_us()
         self._streams: dict[int, LifeLine] = {}
+        #: Gateway and request -> who waits for the answer: as many as requests wait in the core.
+        self._answers: dict[tuple[str, str], asyncio.Future[Placed | Refused]] = {}
         self._next_stream = 1
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at_us = 0
         self._flusher: asyncio.Task[None] | None = None
         self._running = False
+        #: Told of each event, and of what came of it, once it has been carried out.
+        self.observers: list[Callable[[Event, list[Command]], None]] = []
 
     # ------------------------------------------------------------ life
 
@@ -98,10 +105,43 @@ class Shell:
             self.journal.commands(commands)
         for command in commands:
             self._carry_out(command)
+        for observe in self.observers:
+            observe(event, commands)
         self._set_timer()
         if self.journal is not None and self.journal.rotation_due():
             self._rotate(self.journal)
         return commands
+
+    async def place(self, request: PlaceRequested) -> Placed | Refused:
+        """The answer to a placement request, whenever the core gives it.
+
+        If the caller is cancelled, so is the request, unless the same one has been asked for again meanwhile.
+
+        Raises: Overloaded if it was asked for again; Unavailable if the scheduler stops.
+        """
+        owner = (request.gateway_id, request.request_id)
+        before = self._answers.pop(owner, None)
+        if before is not None and not before.done():
+            before.set_exception(Overloaded("the same request was sent again", hint="use a new request id for each"))
+        answer: asyncio.Future[Placed | Refused] = asyncio.get_running_loop().create_future()
+        self._answers[owner] = answer
+        try:
+            self.submit(request)
+            return await answer
+        finally:
+            if self._answers.get(owner) is answer:
+                del self._answers[owner]
+                if not answer.done() or answer.cancelled():
+                    self._cancel(owner)
+
+    def _cancel(self, owner: tuple[str, str]) -> None:
+        if self._running:
+            self.submit(PlaceCancelled(request_id=owner[1], gateway_id=owner[0]))
+
+    def _answer(self, command: Placed | Refused) -> None:
+        answer = self._answers.get((command.gateway_id, command.request_id))
+        if answer is not None and not answer.done():
+            answer.set_result(command)
 
     def _rotate(self, journal: Journal) -> None:
         """Begins a new journal file as soon as no source is half through a snapshot."""
@@ -127,7 +167,12 @@ class Shell:
                 line.close(command.reason)
         elif isinstance(command, StateChanged):
             log.info("%s %s is %s", command.kind, command.id, command.state)
+        elif isinstance(command, RoleProposed):
+            log.info("proposed: %s %s %s: %s", command.kind, command.instance_id, command.role.name, command.why)
+        elif isinstance(command, Placed):
+            self._answer(command)
         elif isinstance(command, Refused):
+            self._answer(command)
             log.info("request %s refused: %s: %s", command.request_id, command.reason.name, command.message)
         elif isinstance(command, PlacementEnded) and command.why == "expired":
             log.warning("the placement of request %s expired without an outcome", command.request_id)
@@ -148,7 +193,10 @@ class Shell:
             self.submit(ended)
 
     def hang_up(self, reason: str) -> None:
-        """Ends every life line from this side."""
+        """Ends every life line from this side, and the wait of those who wait for a place."""
+        for answer in list(self._answers.values()):
+            if not answer.done():
+                answer.set_exception(Unavailable(reason, hint="ask again, or another scheduler"))
         for line in self._streams.values():
             line.close(reason)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 
@@ -56,6 +57,7 @@ async def serve_life_line(
     end: Callable[[int], Event],
     greeting: Reply,
     answer: Callable[[int, bool], Reply],
+    beat: Callable[[int], Reply],
 ) -> AsyncIterator[Reply]:
     """Serves one life line from its first message to its end.
 
@@ -63,6 +65,7 @@ async def serve_life_line(
         begin, read: make events of the first and of each later message; they raise BadArgument for wrong ones.
         end: makes the event of the stream's end, whatever ended it.
         greeting: said when the first message has been taken in.
+        beat: what is said of the last batch acknowledged when there was nothing to say for a heartbeat interval.
     Raises: BadArgument for wrong messages; Overloaded when the core ends the life line, with its reason.
     """
     try:
@@ -77,14 +80,21 @@ async def serve_life_line(
         shell.close_stream(stream, end(stream))
         raise
     reader = asyncio.create_task(_read(shell, messages, read, stream, outbox))
+    interval_s = shell.core.config.heartbeat_interval_us / 1e6
+    acknowledged = 0
     try:
         if outbox.closed is None:
             yield greeting
         while True:
-            await outbox.changed()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(outbox.changed(), interval_s)
             taken = outbox.take()
             if taken is not None:
+                acknowledged = taken[0]
                 yield answer(*taken)
+            elif outbox.closed is None and not reader.done():
+                # A scheduler that hangs is told from one that has nothing to say.
+                yield beat(acknowledged)
             if outbox.closed is not None:
                 raise Overloaded(outbox.closed, hint="connect again")
             if reader.done():

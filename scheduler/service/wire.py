@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from kvpool.core.changes import BlockChange, ChangeKind
 from kvpool.core.errors import BadArgument
 from kvpool.core.ids import Fidelity, Role, Tier, pack_keys, qualify, unpack_keys
@@ -26,6 +28,12 @@ def _name(value: str, field: str) -> str:
 def _text(value: str, field: str) -> str:
     if len(value) > ID_LENGTH_MAX:
         raise BadArgument(f"{field} is longer than {ID_LENGTH_MAX} characters")
+    return value
+
+
+def _amount(value: float, field: str) -> float:
+    if not 0 <= value < math.inf:
+        raise BadArgument(f"{field} must be a number of at least 0")
     return value
 
 
@@ -166,6 +174,10 @@ def instance_joined(info: engine_pb2.EngineInfo, stream: int) -> events.Instance
             deterministic=info.deterministic,
             version=info.version,
             namespace_id=bytes(namespace.id()),
+            gpu=_text(info.gpu, "gpu"),
+            tp=info.tp or 1,
+            price_per_hour=_amount(info.price_per_hour, "price_per_hour"),
+            role_changeable=info.role_changeable,
         ),
     )
 
@@ -244,4 +256,8 @@ def place_requested(request: scheduler_pb2.PlaceRequest) -> events.PlaceRequeste
         exclude_instances=tuple(request.exclude_instances),
         fidelity_min=fidelity(request.fidelity_min),
         namespace_id=request.namespace_id,
+        priority=request.priority,
+        tenant=_text(request.tenant, "tenant"),
+        tenant_weight=_amount(request.tenant_weight, "tenant_weight") or 1.0,
+        wait_us_max=request.wait_ms_max * 1000 if request.HasField("wait_ms_max") else None,
     )

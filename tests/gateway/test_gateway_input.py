@@ -116,6 +116,7 @@ def check_error(response: httpx.Response, status: int, wrong: Any) -> dict[str, 
     error: dict[str, Any] = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert error["message"] and error["type"]
+    assert error["code"], "programs are told what it is"
     return error
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from kvpool.core.errors import Reason
 from scheduler.gateway.events import (
     Abort,
+    Broken,
     Cancelled,
     Command,
     DeadlinePassed,
@@ -140,6 +141,21 @@ def test_decode_lost_before_the_first_token_aborts_prefill() -> None:
     assert begin().handle(DecodeLost(0, "gone"))[0] == Abort(0, Leg.PREFILL)
 
 
+def test_a_decode_leg_that_does_not_wait_for_the_first_token_is_told_to_end() -> None:
+    commands = begin().handle(DecodeTokens(0, (7,)))
+    assert commands[:2] == [Abort(0, Leg.DECODE), Abort(0, Leg.PREFILL)]
+    assert commands[-1] == Place(1, ("d",))
+
+
+def test_a_bug_of_the_gateway_ends_the_request_everywhere() -> None:
+    machine = begin()
+    commands = machine.handle(Broken("bug"))
+    assert commands[:2] == [Abort(0, Leg.PREFILL), Abort(0, Leg.DECODE)]
+    assert isinstance(commands[-1], End) and commands[-1].failure is not None
+    assert commands[-1].failure.kind is FailureKind.GATEWAY
+    assert machine.handle(Broken("again")) == []
+
+
 def test_losses_are_bounded_and_all_losers_are_excluded() -> None:
     machine = begin(split=False)
     for attempt in range(3):
@@ -208,7 +224,7 @@ ANY_EVENT = st.one_of(
     st.builds(DecodeEnded, _attempts, _finish),
     st.builds(PrefillLost, _attempts, st.just("gone")),
     st.builds(DecodeLost, _attempts, st.just("gone")),
-    st.sampled_from([StopMatched(), Cancelled(), DeadlinePassed()]),
+    st.sampled_from([StopMatched(), Cancelled(), DeadlinePassed(), Broken("bug")]),
 )
 
 

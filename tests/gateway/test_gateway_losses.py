@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from kvpool.v1 import engine_pb2
 from scheduler.gateway.lifecycle import LifecycleLimits
 from scheduler.gateway.server import GatewayConfig, GatewayServer
 from tests.gateway.cluster_made import (
@@ -310,6 +311,25 @@ def test_shutdown_lets_a_request_finish(tokenizer: str) -> None:
     run(test())
 
 
+@pytest.mark.parametrize("asked_twice", [False, True])
+def test_what_still_runs_at_the_drain_limit_hears_why_it_ends(tokenizer: str, asked_twice: bool) -> None:
+    async def test() -> None:
+        async with cluster(tokenizer, drain_timeout_s=300.0 if asked_twice else 0.1) as c:
+            c.engines[0].stop_after = 2
+            reader = Reader(c)
+            await reader.have(2)
+            c.gateway.stop()
+            await c.gateway.main_loop()
+            if asked_twice:
+                c.gateway.stop()
+            await asyncio.wait_for(c.gateway.shutdown(), 20)
+            await reader.task
+            assert reader.chunks[-1]["error"]["code"] == "stopping"
+            await c.until(c.nothing_left)
+
+    run(test())
+
+
 def test_restarted_worker_gets_a_connection_of_its_own(tokenizer: str) -> None:
     async def test() -> None:
         async with cluster(tokenizer, engines=1) as c:
@@ -333,5 +353,45 @@ def test_idle_connections_are_closed(tokenizer: str) -> None:
             reader = Reader(c)
             await reader.task
             assert reader.tokens == expected_tokens(PROMPT, 12)
+
+    run(test())
+
+
+def test_a_bug_in_one_requests_events_leaves_the_others_of_its_worker_alone(tokenizer: str) -> None:
+    class Route:
+        """Of one request: what came, and with `fails` a bug in whoever takes it."""
+
+        def __init__(self, *, fails: bool) -> None:
+            self._fails = fails
+            self.tokens: list[int] = []
+            self.lost = ""
+            self.over = asyncio.Event()
+
+        def on_event(self, event: engine_pb2.RequestEvent) -> None:
+            if self._fails:
+                raise ValueError("made")
+            self.tokens += event.token_ids
+            if event.finish_reason:
+                self.over.set()
+
+        def on_lost(self, message: str) -> None:
+            self.lost = message
+            self.over.set()
+            raise ValueError("made, too")
+
+    async def test() -> None:
+        async with cluster(tokenizer, engines=1) as c:
+            link = c.gateway.links.link(c.engines[0].address, c.engines[0].epoch)
+            assert link is not None
+            bad, good = Route(fails=True), Route(fails=False)
+            for name, route in (("bad", bad), ("good", good)):
+                sampling = engine_pb2.Sampling(max_tokens=6, ignore_eos=True)
+                tokens = b"".join(t.to_bytes(4, "little") for t in PROMPT)
+                link.submit(engine_pb2.Submit(request_id=name, token_ids=tokens, sampling=sampling), route)
+            for route in (bad, good):
+                await asyncio.wait_for(route.over.wait(), 20)
+            assert bad.lost and not good.lost and not link.closed
+            assert good.tokens == expected_tokens(PROMPT, 6)
+            await c.until(lambda: c.engines[0].aborts == ["bad"])
 
     run(test())

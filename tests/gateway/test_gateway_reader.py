@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvpool.core.errors import KvpoolError
 from kvpool.v1 import scheduler_pb2
 from scheduler.gateway import events as ev
 from scheduler.gateway.config import GatewayConfig
@@ -102,6 +103,40 @@ def test_a_bug_while_placing_ends_the_request(count: int) -> None:
         with pytest.raises(ApiError):
             async for _ in merged([_generation(str(i), Broken()) for i in range(count)]):
                 pass
+
+    run(test())
+
+
+@pytest.mark.parametrize("broken", ["tokenizer", "link"])
+def test_a_bug_after_placing_ends_the_request(broken: str) -> None:
+    def fail(*_: Any) -> Any:
+        raise ValueError("made")
+
+    async def test() -> None:
+        generation = _generation("r")
+        if broken == "tokenizer":
+            generation._text.push = fail  # type: ignore[method-assign]
+            asyncio.get_running_loop().call_later(0.02, generation.feed, ev.DecodeTokens(0, (0,)))
+        else:
+            generation._backends.links.link = fail  # type: ignore[method-assign]
+        with pytest.raises(ApiError) as caught:
+            async for _ in generation.pieces():
+                pass
+        assert caught.value.status == 500 and caught.value.code == "internal"
+
+    run(test())
+
+
+def test_a_scheduler_that_fails_on_a_request_is_not_the_clients_fault() -> None:
+    class Failing(_Scheduler):
+        async def place(self, *_: Any) -> scheduler_pb2.PlaceReply:
+            raise KvpoolError("INTERNAL at 127.0.0.1:1: TypeError")
+
+    async def test() -> None:
+        with pytest.raises(ApiError) as caught:
+            async for _ in _generation("r", Failing()).pieces():
+                pass
+        assert caught.value.status == 503
 
     run(test())
 

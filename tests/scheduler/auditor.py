@@ -10,8 +10,8 @@ from scheduler.core.commands import ENDINGS, AcknowledgeSource, CloseStream, Com
 from scheduler.core.config import SchedulerConfig
 
 Owner = tuple[str, str]
-#: Policies that know roles and may split.
-AWARE = ("kvpool", "mooncake_algorithm1", "always_split")
+#: Policies that ignore roles and never split.
+UNAWARE = ("round_robin", "sticky", "random", "least_loaded")
 
 
 @dataclass
@@ -34,6 +34,8 @@ class Auditor:
     config: SchedulerConfig
     streams: dict[int, Member] = field(default_factory=dict)
     live: dict[Owner, Placed] = field(default_factory=dict)
+    #: Asked for and not answered: since when, and what.
+    waiting: dict[Owner, tuple[int, events.PlaceRequested]] = field(default_factory=dict)
     kv_tokens: dict[Owner, int] = field(default_factory=dict)
     placed: int = 0
     ended: int = 0
@@ -56,7 +58,10 @@ class Auditor:
             self.streams[stream].seen_us = now_us
             if isinstance(event, events.InstanceReported):
                 self.streams[stream].draining = event.draining
-        answers = 0
+        if isinstance(event, events.PlaceRequested):
+            owner = (event.gateway_id, event.request_id)
+            since_us = self.waiting.get(owner, (now_us, event))[0]
+            self.waiting[owner] = since_us, event
         for command in commands:
             match command:
                 case CloseStream():
@@ -66,15 +71,25 @@ class Auditor:
                 case PlacementEnded():
                     self._end(command)
                 case Placed():
-                    assert isinstance(event, events.PlaceRequested)
-                    answers += 1
-                    self._place(event, command, now_us)
+                    _, request = self.waiting.pop((command.gateway_id, command.request_id))
+                    self._place(request, command, now_us)
                 case Refused():
-                    answers += 1
-                    assert command.message
-        assert answers == isinstance(event, events.PlaceRequested), "each request has one answer"
+                    self.waiting.pop((command.gateway_id, command.request_id))
+                    assert command.message, "a refusal without a reason"
+        if isinstance(event, events.PlaceCancelled):
+            assert (event.gateway_id, event.request_id) not in self.waiting
+        self._check_waiting(now_us)
         for owner, placed in self.live.items():
             assert self._member(events.InstanceJoined, placed.decode.instance_id), f"{owner} outlived its instance"
+
+    def _check_waiting(self, now_us: int) -> None:
+        """Only under policies that bind late does anybody wait, and nobody too long."""
+        assert len(self.waiting) <= self.config.waiting_max
+        for owner, (since_us, request) in self.waiting.items():
+            assert (request.policy or self.config.policy) in self.config.late_binding, f"{owner} was not answered"
+            patience_us = self.config.wait_us_max if request.wait_us_max is None else request.wait_us_max
+            limit_us = request.ttft_slo_us or patience_us
+            assert now_us < since_us + max(limit_us, 1), f"{owner} waits too long"
 
     def _end(self, command: PlacementEnded) -> None:
         owner = (command.gateway_id, command.request_id)
@@ -116,8 +131,8 @@ class Auditor:
             assert self._alive(node, now_us), "handed over through a source that is not alive"
             assert node is not None and isinstance(node.began, events.SourceAttached)
             assert node.began.address == placed.handoff_address
-            assert policy in AWARE
-        if policy in AWARE:
+            assert policy not in UNAWARE
+        if policy not in UNAWARE:
             decode = self._member(events.InstanceJoined, placed.decode.instance_id)
             assert decode is not None and isinstance(decode.began, events.InstanceJoined)
             assert decode.began.info.role != Role.PREFILL

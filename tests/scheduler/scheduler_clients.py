@@ -28,8 +28,13 @@ class LifeLine:
         await asyncio.wait_for(self.call.write(message), PATIENCE_S)
 
     async def hear(self) -> Any:
-        """The next answer; None when the stream has ended well. Raises: AioRpcError if it ended otherwise."""
+        """The next answer; None when the stream has ended well. Raises: AioRpcError if it ended otherwise.
+
+        What the scheduler says only to show that it is there is passed over.
+        """
         reply = await asyncio.wait_for(self.call.read(), PATIENCE_S)
+        while reply is not grpc.aio.EOF and _is_beat(reply):
+            reply = await asyncio.wait_for(self.call.read(), PATIENCE_S)
         if reply is grpc.aio.EOF:
             code = await self.call.code()
             if code is not grpc.StatusCode.OK:
@@ -45,6 +50,12 @@ class LifeLine:
         await self.call.done_writing()
         while await self.hear() is not None:
             pass
+
+
+def _is_beat(reply: Any) -> bool:
+    if isinstance(reply, directory_pb2.DirectoryMessage):
+        return not reply.heartbeat_interval_ms
+    return isinstance(reply, scheduler_pb2.SchedulerMessage) and not reply.report_interval_ms
 
 
 class Client:

@@ -11,7 +11,8 @@ people. Run the tests with KVPOOL_REWRITE=1 to write the output of today into th
     report ID [running= waiting= free= prefill=NEW/CACHED/US,.. decode=BATCH/TOKENS/US,.. links=ID/BYTES/US,..
                finished=R,.. draining]       a link's US may be `failed`
     gateway ID     beat ID     close ID
-    place R [blocks= prompt= max= policy= pool=no ttft=MS tpot=MS sticky= exclude= gw= model=]
+    place R [blocks= prompt= max= policy= pool=no ttft=MS tpot=MS sticky= exclude= gw= model= prio= tenant= weight=
+             wait=MS]              cancel R [gw=]
     outcome R [gw= tokens= reason= first]
     show           what is held        explain R           the ledger's entry
 """
@@ -33,6 +34,7 @@ from scheduler.core.commands import (
     Placed,
     PlacementEnded,
     Refused,
+    RoleProposed,
     StateChanged,
 )
 from scheduler.core.config import SchedulerConfig
@@ -56,6 +58,7 @@ def show_command(command: Command) -> str:
             return (
                 f"placed {command.request_id} on {where} cached={command.cached_tokens}{pull}"
                 f" ttft={command.predicted_ttft_us}us ttl={command.ttl_ms}ms"
+                f"{f' waited={command.waited_us}us' if command.waited_us else ''}"
             )
         case Refused():
             return (
@@ -68,6 +71,8 @@ def show_command(command: Command) -> str:
             return f"acknowledged seq={command.seq}{' want_snapshot' if command.want_snapshot else ''}"
         case CloseStream():
             return f"close stream {command.stream}: {command.reason}"
+        case RoleProposed():
+            return f"proposed {command.kind} {command.instance_id or '-'} {command.role.name}: {command.why}"
         case StateChanged():
             return f"{command.kind} {command.id} is {command.state}"
 
@@ -86,7 +91,8 @@ class Script:
         options = {name: value for name, equals, value in (w.partition("=") for w in words) if equals}
         names = [w for w in words if "=" not in w]
         if verb == "config":
-            self.core = SchedulerCore(replace(SchedulerConfig(), **{k: int(v) for k, v in options.items()}))
+            values = {k: float(v) if "." in v else int(v) for k, v in options.items()}
+            self.core = SchedulerCore(replace(SchedulerConfig(), **values))
             return []
         if verb == "wait":
             return self._wait(microseconds(names[0]))
@@ -120,6 +126,8 @@ class Script:
             return self._beginning(verb, name, self._new_stream(name), options)
         if verb == "place":
             return _place(name, options)
+        if verb == "cancel":
+            return events.PlaceCancelled(name, options.get("gw", "gw"))
         if verb == "outcome":
             stream = self._streams[options.get("gw", "gw")]
             return made.outcome(
@@ -185,6 +193,10 @@ class Script:
             )
         counts = core.directory.counts()
         lines.append(f"directory blocks={counts.blocks} replicas={counts.replicas}")
+        for owner, waiting in sorted(core.room.entries.items(), key=lambda item: item[1].order):
+            plan = waiting.plan
+            awaits = f" for the blocks of {plan.awaits[1]}" if plan.awaits else ""
+            lines.append(f"waiting {owner[1]}: {plan.prefill_id} -> {plan.decode_id} {plan.prefill_us}us{awaits}")
         lines.append(f"placements={len(core.book.placements)}")
         return lines
 
@@ -219,6 +231,10 @@ def _place(request_id: str, options: dict[str, str]) -> events.PlaceRequested:
         use_pool=options.get("pool", "yes") == "yes",
         sticky_key=options.get("sticky", ""),
         exclude_instances=tuple(filter(None, options.get("exclude", "").split(","))),
+        priority=int(options.get("prio", "0")),
+        tenant=options.get("tenant", ""),
+        tenant_weight=float(options.get("weight", "1")),
+        wait_us_max=int(options["wait"]) * 1000 if "wait" in options else None,
     )
 
 

@@ -107,8 +107,8 @@ def test_replay_decides_as_recorded(tmp_path: Path) -> None:
 
 
 def test_each_file_replays_alone_and_all_stay_small(tmp_path: Path) -> None:
-    bytes_max = 600_000
-    shell, decisions = record(tmp_path, requests=500, bytes_max=bytes_max)
+    bytes_max = 800_000
+    shell, decisions = record(tmp_path, requests=250, bytes_max=bytes_max)
     paths = journal.files(tmp_path)
     assert len(paths) >= 2 and "000001" not in paths[0].name, "nothing was rotated away"
     assert sum(path.stat().st_size for path in paths) <= bytes_max * 5 // 4
@@ -122,9 +122,9 @@ def test_each_file_replays_alone_and_all_stay_small(tmp_path: Path) -> None:
 
 
 def test_a_recorder_without_a_journal_decides_the_same(tmp_path: Path) -> None:
-    _, with_rotation = record(tmp_path, requests=300, bytes_max=300_000)
+    _, with_rotation = record(tmp_path, requests=120, bytes_max=400_000)
     clock = Clock()
-    plain = asyncio.run(drive(Shell(SchedulerCore(SchedulerConfig()), clock_us=clock), clock, 7, 300))
+    plain = asyncio.run(drive(Shell(SchedulerCore(SchedulerConfig()), clock_us=clock), clock, 7, 120))
     assert plain == with_rotation
 
 

@@ -26,6 +26,13 @@ CONFIG = SchedulerConfig(
     links_max=4,
     models_seen_max=2,
     pull_sources_max=2,
+    waiting_max=6,
+    waiting_scan_max=3,
+    wait_us_max=2_000_000,
+    reserve_after_us=300_000,
+    horizon_us_min=50_000,
+    pending_max=5,
+    tenants_max=3,
 )
 INSTANCES, NODES, GATEWAYS = ("w0", "w1", "w2", "w3"), ("node-0", "node-1"), ("gw", "gw2")
 SOURCES = (*NODES, *(f"{i}-hbm" for i in INSTANCES))
@@ -50,6 +57,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.core.check_invariants()
         self.auditor.see(event, self.now_us, commands)
         assert self.auditor.live.keys() == self.core.book.placements.keys()
+        assert self.auditor.waiting.keys() == self.core.room.entries.keys()
         at_us = self.core.next_deadline_us()
         assert at_us is None or at_us > self.now_us
 
@@ -203,6 +211,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         sticky=st.sampled_from(["", "x", "y", "z", "u"]),
         exclude=st.sampled_from([(), ("w0",), ("w0", "w1")]),
         model=st.sampled_from(["tiny", "tiny", "tiny", "other"]),
+        priority=st.sampled_from([0, 0, 1, -1, 5]),
+        tenant=st.sampled_from(["", "a", "b", "c", "d"]),
+        wait_us_max=st.sampled_from([None, None, 0, 700_000, 10_000_000]),
     )
     def place(
         self,
@@ -218,6 +229,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         sticky: str,
         exclude: tuple[str, ...],
         model: str,
+        priority: int,
+        tenant: str,
+        wait_us_max: int | None,
     ) -> None:
         for number in range(count):
             self.submit(
@@ -235,8 +249,18 @@ class SchedulerMachine(RuleBasedStateMachine):
                     exclude_instances=exclude,
                     model=model,
                     fidelity_min=Fidelity.EXACT,
+                    priority=priority,
+                    tenant=tenant,
+                    tenant_weight=2.0 if tenant == "a" else 1.0,
+                    wait_us_max=wait_us_max,
                 )
             )
+
+    @rule(data=st.data(), number=st.integers(0, 19))
+    def cancel(self, data: st.DataObject, number: int) -> None:
+        known = list(self.auditor.waiting) or [("gw", f"r{number}.0")]
+        gateway, request = data.draw(st.sampled_from(known))
+        self.submit(events.PlaceCancelled(request, gateway))
 
     @precondition(lambda self: self.auditor.live)
     @rule(data=st.data(), first=st.booleans(), tokens=st.integers(0, 1000), reason=st.sampled_from(["stop", "error"]))
@@ -276,7 +300,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             if isinstance(member.began, events.GatewayOpened):
                 self.submit(events.GatewayClosed(stream))
         assert not [o for o in self.auditor.live if self.auditor._member(events.GatewayOpened, o[0])]
+        assert not [o for o in self.auditor.waiting if self.auditor._member(events.GatewayOpened, o[0])]
         self.time_passes(HOUR_US + 1)
+        assert not self.auditor.waiting and not self.core.room.entries and not self.core.room.awaiting
         assert not self.auditor.live and self.auditor.placed == self.auditor.ended
         assert not self.core.book.placements and not self.core.book.holdings and not self.core.cluster.streams
         assert self.core.directory.counts().replicas == 0

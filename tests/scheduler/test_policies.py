@@ -13,6 +13,8 @@ from scheduler.core import events
 from scheduler.core.commands import Placed, Refused
 from scheduler.core.config import SchedulerConfig
 from scheduler.core.core import SchedulerCore
+from scheduler.core.fleet import Fleet
+from scheduler.core.options import Appraiser, Option
 from scheduler.core.policies import cheapest
 
 INSTANCES, NODES = 24, 4
@@ -52,7 +54,7 @@ def traffic(seed: int) -> Iterator[events.Event]:
                 for size in (100_000, 1_000_000)
             ),
         )
-    for number in range(150):
+    for number in range(80):
         yield made.place(
             f"r{number}",
             blocks=rng.choice(["a0..a31", "c0..c31", "d0..d31", "a0..a7,c0..c7"]),
@@ -73,16 +75,32 @@ def decisions(seed: int) -> list[Placed | Refused]:
     return found
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(2))
 def test_looking_no_further_than_the_bounds_decides_the_same(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     some = decisions(seed)
     assert any(isinstance(d, Placed) and d.split for d in some)
     assert any(isinstance(d, Placed) and not d.split for d in some)
     assert any(isinstance(d, Placed) and d.pull for d in some)
+    monkeypatch.setattr(cheapest, "APPRAISED_MAX", 10**9)
+    monkeypatch.setattr(cheapest, "HOPELESS_MAX", 10**9)
+    some = decisions(seed)
     monkeypatch.setattr(cheapest, "APPRAISED_MIN", 10**9)
     assert decisions(seed) == some
     monkeypatch.setattr(cheapest, "APPRAISED_MIN", 1)
     assert decisions(seed) == some
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_columns_decide_as_plain_arithmetic_does(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cheapest, "APPRAISED_MAX", 10**9)
+    monkeypatch.setattr(cheapest, "HOPELESS_MAX", 10**9)
+    by_columns = decisions(seed)
+
+    def one_by_one(appraiser: Appraiser, fleet: Fleet, rivals: bool) -> list[Option]:
+        return cheapest._one_by_one(appraiser, fleet.instances, rivals)
+
+    monkeypatch.setattr(cheapest, "_by_columns", one_by_one)
+    assert decisions(seed) == by_columns
 
 
 @pytest.mark.parametrize("policy", ["random", "sticky", "round_robin", "least_loaded"])

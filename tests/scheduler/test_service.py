@@ -128,7 +128,9 @@ def test_fifty_arrivals_at_once_overbook_nobody() -> None:
         for number, role in enumerate(roles):
             await client.join(f"w{number}", role=role, kv_tokens_total=8192)
         await client.gateway()
-        replies = await asyncio.gather(*(client.place(f"r{n}", prompt_tokens=900 + n) for n in range(50)))
+        replies = await asyncio.gather(
+            *(client.place(f"r{n}", prompt_tokens=900 + n, wait_ms_max=0) for n in range(50))
+        )
         taken = [r.placement.decode.instance_id for r in replies if r.HasField("placement")]
         assert sorted(taken) == ["w1"] * 8 + ["w2"] * 8 or len(taken) <= 16
         for status in await client.instances():
@@ -409,7 +411,7 @@ def test_what_was_served_replays(tmp_path: Path) -> None:
         node = await client.attach(blocks="a0..a7")
         worker, gateway = await client.join(), await client.gateway()
         for number in range(20):
-            await client.place(f"r{number}", "a0..a7")
+            await client.place(f"r{number}", "a0..a7", wait_ms_max=0)
             await worker.say(report(prefill=[scheduler_pb2.PrefillSample(new_tokens=500, duration_us=40_000)]))
             if number % 2:
                 await gateway.say(outcome(f"r{number}"))

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from scheduler.core import screening
 from scheduler.core.cluster import Instance
 from scheduler.core.config import SchedulerConfig
 from scheduler.core.events import PlaceRequested
+from scheduler.core.fleet import Fleet
 from scheduler.core.options import Appraiser, Option
 
 #: Ways to co-locate, and as many prefill instances of a split, that are looked at even if others can't be beaten.
-APPRAISED_MIN = 8
+APPRAISED_MIN = 3
+#: And at most: of many that are nearly alike it does not matter which is taken. Where none is feasible a few more are
+#: looked at, since what is missing must be told.
+APPRAISED_MAX, HOPELESS_MAX = 16, 32
 
 
 @dataclass(slots=True)
@@ -27,18 +34,13 @@ class Cheapest:
     config: SchedulerConfig
 
     def rank(self, appraiser: Appraiser, instances: Sequence[Instance]) -> list[Option]:
-        bounds = {i.id: appraiser.bound_us(i) for i in instances}
-        decodes = [i for i in instances if i.decodes()]
-        options = _best(
-            [(bounds[i.id] + appraiser.slow_cost_us(i), i) for i in decodes], lambda i: [appraiser.colocated(i)]
-        )
-        if appraiser.request.use_pool and decodes:
-            targets = _decode_targets(appraiser, decodes)
-            slow_us = min(appraiser.slow_cost_us(d) for d in targets)
-            options += _best(
-                [(bounds[i.id] + slow_us, i) for i in instances if i.prefills()],
-                lambda p: [appraiser.split(p, d) for d in _others(targets, p)],
-            )
+        fleet = appraiser.fleet
+        # Whoever prefers splits must see the best of them, though staying on one instance is cheaper.
+        rivals = type(self) is Cheapest
+        if fleet is not None and instances is fleet.instances:
+            options = _by_columns(appraiser, fleet, rivals)
+        else:
+            options = _one_by_one(appraiser, instances, rivals)
         options.sort(key=lambda o: (not o.feasible, *o.order))
         return options
 
@@ -46,15 +48,74 @@ class Cheapest:
         """Keeps nothing."""
 
 
-def _best(bounded: Sequence[tuple[int, Instance]], options_of: Callable[[Instance], list[Option]]) -> list[Option]:
-    """Options of instances in order of their bounds, until a feasible one costs no more than the next bound.
+def _by_columns(appraiser: Appraiser, fleet: Fleet, rivals: bool) -> list[Option]:
+    """What is worth looking at in a fleet, by bounds of all at once."""
+    demand = screening.demand_of(appraiser, fleet)
+    work_ahead, kv_ahead = screening.ahead_of(appraiser)
+    bounds_us, slow_us = fleet.bounds_us(demand, work_ahead), fleet.slow_us(demand)
+    left = fleet.kv_left(demand, kv_ahead)
+    options = _best(fleet.in_order(bounds_us + slow_us, fleet.decodes, left >= 0), lambda i: [appraiser.colocated(i)])
+    if appraiser.request.use_pool and fleet.decodes.any():
+        targets = fleet.freest(left, 2)
+        holders = np.flatnonzero(demand.own)
+        order = holders[np.argsort(-demand.own[holders], kind="stable")].tolist()
+        nearest = _nearest(appraiser, (fleet.instances[row] for row in order))
+        targets += [nearest] if nearest is not None else []
+        least_us = min(appraiser.slow_cost_us(d) for d in targets)
+        service_us = screening.split_service_us(appraiser, fleet, demand, targets)
+        bounds_us = fleet.bounds_us(demand, work_ahead, service_us)
+        options += _best(
+            fleet.in_order(bounds_us + least_us, fleet.prefills),
+            lambda p: [appraiser.split(p, d) for d in _others(targets, p)],
+            _least(options) if rivals else None,
+        )
+    return options
+
+
+def _one_by_one(appraiser: Appraiser, instances: Sequence[Instance], rivals: bool) -> list[Option]:
+    """The same for any choice of instances, by plain arithmetic."""
+    bounds = {i.id: appraiser.bound_us(i) for i in instances}
+    decodes = [i for i in instances if i.decodes()]
+    options = _best(
+        _in_order([(bounds[i.id] + appraiser.slow_cost_us(i), i) for i in decodes]),
+        lambda i: [appraiser.colocated(i)],
+    )
+    if appraiser.request.use_pool and decodes:
+        targets = _decode_targets(appraiser, decodes)
+        slow_us = min(appraiser.slow_cost_us(d) for d in targets)
+        options += _best(
+            _in_order([(bounds[i.id] + slow_us, i) for i in instances if i.prefills()]),
+            lambda p: [appraiser.split(p, d) for d in _others(targets, p)],
+            _least(options) if rivals else None,
+        )
+    return options
+
+
+def _least(options: Sequence[Option]) -> int | None:
+    return min((option.cost_us for option in options if option.feasible), default=None)
+
+
+def _in_order(bounded: list[tuple[int, Instance]]) -> list[tuple[int, Instance]]:
+    return sorted(bounded, key=lambda b: (b[0], b[1].id))
+
+
+def _best(
+    bounded: Iterable[tuple[float, Instance]],
+    options_of: Callable[[Instance], list[Option]],
+    best_us: int | None = None,
+) -> list[Option]:
+    """Options of instances in order of their bounds, until a feasible one costs less than the next bound.
 
     Bounds are rounded down as often as costs or more often, so they are never above.
+
+    Args:
+        best_us: cost of a feasible option that is known already.
     """
     options: list[Option] = []
-    best_us: int | None = None
-    for count, (bound_us, instance) in enumerate(sorted(bounded, key=lambda b: (b[0], b[1].id))):
-        if count >= APPRAISED_MIN and best_us is not None and best_us <= bound_us:
+    for count, (bound_us, instance) in enumerate(bounded):
+        if count >= APPRAISED_MIN and best_us is not None and (best_us < bound_us or count >= APPRAISED_MAX):
+            break
+        if count >= HOPELESS_MAX and best_us is None:
             break
         for option in options_of(instance):
             options.append(option)
@@ -63,15 +124,21 @@ def _best(bounded: Sequence[tuple[int, Instance]], options_of: Callable[[Instanc
     return options
 
 
+def _nearest(appraiser: Appraiser, holders: Iterable[Instance]) -> Instance | None:
+    """The first decode instance with room of those that hold a part of the prompt, the longest part first."""
+    for instance in holders:
+        if instance.decodes() and appraiser.kv_tokens_left(instance) >= 0:
+            return instance
+    return None
+
+
 def _decode_targets(appraiser: Appraiser, decodes: Sequence[Instance]) -> list[Instance]:
     """The two freest, freest first, and behind them the one that holds the longest part of the prompt."""
-    room = [(appraiser.kv_tokens_left(i), appraiser.prefix.own_blocks(i.info.hbm_source_id), i) for i in decodes]
-    by_room = sorted(room, key=lambda r: (-r[0] / r[2].info.kv_tokens_total, r[2].id))
-    targets = [instance for _, _, instance in by_room[:2]]
-    roomy = [r for r in room if r[0] >= 0 and r[1] > 0]
-    if roomy:
-        targets.append(min(roomy, key=lambda r: (-r[1], r[2].id))[2])
-    return targets
+    room = [(appraiser.kv_tokens_left(i), i) for i in decodes]
+    by_room = sorted(room, key=lambda r: (-r[0] / r[1].info.kv_tokens_total, r[1].id))
+    own = [(appraiser.prefix.own_blocks(i.info.hbm_source_id), i) for i in decodes]
+    nearest = _nearest(appraiser, [i for blocks, i in sorted(own, key=lambda o: (-o[0], o[1].id)) if blocks])
+    return [instance for _, instance in by_room[:2]] + ([nearest] if nearest is not None else [])
 
 
 def _others(targets: Sequence[Instance], prefill: Instance) -> list[Instance]:

@@ -1,4 +1,4 @@
-"""The instance with the least work: a baseline. Roles are ignored and nothing is split."""
+"""The instance with the least work: a baseline. Roles are ignored, nothing is split or pulled from elsewhere."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from scheduler.core.cluster import Instance
 from scheduler.core.config import SchedulerConfig
 from scheduler.core.events import PlaceRequested
 from scheduler.core.options import Appraiser, Option
+from scheduler.core.policies.local import own_prospect
 
 
 @dataclass(slots=True)
@@ -19,7 +20,7 @@ class LeastLoaded:
         def order(instance: Instance) -> tuple[int, int, str]:
             return appraiser.queue_us(instance), -appraiser.kv_tokens_left(instance), instance.id
 
-        return (appraiser.colocated(i) for i in sorted(instances, key=order))
+        return (appraiser.colocated(i, own_prospect(appraiser, i)) for i in sorted(instances, key=order))
 
     def chosen(self, request: PlaceRequested, option: Option) -> None:
         """Keeps nothing."""

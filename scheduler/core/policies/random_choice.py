@@ -1,4 +1,4 @@
-"""An instance drawn by the request's id: a baseline. Roles are ignored and nothing is split."""
+"""An instance drawn by the request's id: a baseline. Roles are ignored, nothing is split or pulled from elsewhere."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from scheduler.core.cluster import Instance
 from scheduler.core.config import SchedulerConfig
 from scheduler.core.events import PlaceRequested
 from scheduler.core.options import Appraiser, Option
+from scheduler.core.policies.local import own_prospect
 
 
 @dataclass(slots=True)
@@ -24,7 +25,7 @@ class RandomChoice:
             text = f"{appraiser.request.request_id}\0{instance.id}"
             return xxhash.xxh3_64_intdigest(text.encode()), instance.id
 
-        return (appraiser.colocated(i) for i in sorted(instances, key=draw))
+        return (appraiser.colocated(i, own_prospect(appraiser, i)) for i in sorted(instances, key=draw))
 
     def chosen(self, request: PlaceRequested, option: Option) -> None:
         """Keeps nothing."""

@@ -1,0 +1,130 @@
+"""What decodes on an instance, now and later, as placements under way make it. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from scheduler.core.cluster import Instance
+from scheduler.core.cost import CostBook
+from scheduler.core.placements import Placement, PlacementBook
+
+#: A request that decodes longer than predicted is expected to go on for as long as it is late, and this much longer.
+OVERDUE_US = 100_000
+
+
+@dataclass(slots=True)
+class Load:
+    """What decodes on an instance, placements on the way included."""
+
+    batch: int
+    context_tokens: int
+    expected_tokens: int  # a request, on average
+    step_us: int
+    step_with_us: int  # with this request in the batch
+    slow_us: int  # by which this request would slow the others down, and they it
+    wait_us: int  # until a place in a full batch is free
+
+
+def measure(
+    instance: Instance, book: PlacementBook, costs: CostBook, context_tokens: int, expected_tokens: int
+) -> Load:
+    """The load of an instance that a request with `context_tokens` and `expected_tokens` to generate would meet."""
+    holdings = book.on(instance.id)
+    placed = len(holdings.decoding)
+    batch = placed
+    if instance.kv_tokens_foreign:
+        batch += max(instance.running - placed - len(holdings.queue), 0)
+    tokens = holdings.context_tokens + instance.kv_tokens_foreign
+    expected_there = holdings.expected_tokens // placed if placed else expected_tokens
+    step_with_us = costs.decode_us(instance.id, batch + 1, tokens + context_tokens)
+    if not batch:
+        return Load(0, tokens, expected_there, 0, step_with_us, 0, 0)
+    step_us = costs.decode_us(instance.id, batch, tokens)
+    alone_us = costs.decode_us(instance.id, 1, context_tokens)
+    shared_tokens = min(expected_tokens, expected_there)
+    slow_us = (max(step_with_us - step_us, 0) * batch + max(step_with_us - alone_us, 0)) * shared_tokens
+    excess = max(batch + 1 - instance.info.batch_max, 0)
+    wait_us = excess * step_us * expected_there // max(instance.info.batch_max, 1)
+    return Load(batch, tokens, expected_there, step_us, step_with_us, slow_us, wait_us)
+
+
+def ends_us(placement: Placement, now_us: int) -> int:
+    """When a placement is expected to end: as predicted, or later if that has passed."""
+    late_us = now_us - placement.decode_ends_us
+    return placement.decode_ends_us if late_us < 0 else now_us + late_us + OVERDUE_US
+
+
+def peak_step_us(
+    instance: Instance,
+    book: PlacementBook,
+    costs: CostBook,
+    context_tokens: int,
+    span_us: tuple[int, int],
+    now_us: int,
+) -> int:
+    """The longest decode step on an instance while a request decodes there.
+
+    Those predicted to be done before it begins don't count; those whose prefill ends while it decodes do, from then on.
+    So what was promised to those placed earlier is not broken by one that overtakes them.
+
+    Args:
+        context_tokens: of the request.
+        span_us: when it is predicted to decode.
+    """
+    begin_us, end_us = span_us
+    here = [book.placements[owner] for owner in book.on(instance.id).decoding]
+    others = [(max(p.prefill_ends_us, begin_us), ends_us(p, now_us), p.context_tokens) for p in here]
+    others = [other for other in others if other[1] > begin_us and other[0] < end_us]
+    foreign = instance.kv_tokens_foreign
+    tokens = context_tokens + foreign
+    for _, _, context in others:
+        tokens += context
+    bound_us = costs.decode_us(instance.id, len(others) + 1, tokens)
+    if all(first == begin_us for first, _, _ in others):
+        return bound_us
+    peak_us = 0
+    for at_us in sorted({begin_us: None, **{first: None for first, _, _ in others}}):
+        batch, tokens = 1, context_tokens + foreign
+        for first, last, context in others:
+            if first <= at_us < last:
+                batch += 1
+                tokens += context
+        peak_us = max(peak_us, costs.decode_us(instance.id, batch, tokens))
+        if peak_us >= bound_us:
+            break
+    return peak_us
+
+
+def kv_tokens_freed(instance: Instance, book: PlacementBook, until_us: int, now_us: int) -> int:
+    """KV tokens of placements on an instance that are expected to be over by a time."""
+    holdings = book.on(instance.id)
+    freed = 0
+    for owner in holdings.decoding:
+        placement = book.placements[owner]
+        if ends_us(placement, now_us) <= until_us:
+            freed += placement.kv_tokens
+    for owner in holdings.queue:
+        placement = book.placements[owner]
+        if placement.prefill_holds and placement.prefill_ends_us <= until_us:
+            freed += placement.prefill_kv_tokens
+    return freed
+
+
+def stalls_too_long(
+    instance: Instance, book: PlacementBook, prefill_us: int, prefill_ends_us: int, begin_us: int, now_us: int
+) -> bool:
+    """Whether a prefill on an instance would cost somebody who decodes there the TPOT objective.
+
+    Args:
+        prefill_us, prefill_ends_us: the prefill's work, and when it is predicted to end.
+        begin_us: when it could be placed: who has ended by then is not asked.
+    """
+    for placement in book.stalled_by(instance.id, prefill_ends_us):
+        limit_us = placement.stall_us_max
+        if (
+            limit_us is not None
+            and placement.stall_us + prefill_us > limit_us
+            and ends_us(placement, now_us) > begin_us
+        ):
+            return True
+    return False

@@ -1,0 +1,1 @@
+"""The production scheduler core under virtual time, against a ground truth that it can only learn about by events."""

@@ -1,0 +1,147 @@
+"""A gateway that knows several schedulers: it goes on with the next one, and outcomes find who needs them."""
+
+from __future__ import annotations
+
+import asyncio
+
+from kvpool.core.errors import Unavailable
+from kvpool.v1 import common_pb2, scheduler_pb2
+from scheduler.gateway.metrics import Metrics
+from scheduler.gateway.placement import SchedulerClient
+from tests.gateway.cluster_made import Changes, EngineMade, SchedulerMade, colocated, refused, run
+from tests.scheduler_log.schedulers_made import eventually
+
+
+class Schedulers:
+    """Made schedulers, and a client of all of them."""
+
+    def __init__(self, count: int) -> None:
+        self.changes = Changes()
+        self.engine = EngineMade("e", self.changes)
+        self.made = [SchedulerMade([self.engine], "", self.changes) for _ in range(count)]
+        self.metrics = Metrics()
+
+    async def __aenter__(self) -> Schedulers:
+        await self.engine.start()
+        for made in self.made:
+            await made.start()
+        addresses = ",".join(made.address for made in self.made)
+        self.client = SchedulerClient(addresses, "gw", self.metrics)
+        self.client.start()
+        await self.all_connected()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.client.close()
+        for made in self.made:
+            await made.stop()
+        await self.engine.stop()
+
+    async def all_connected(self) -> None:
+        await eventually(lambda: all(line.connected for line in self.client._lines), "all are connected")
+
+    async def place(self, request_id: str, timeout_s: float = 10.0) -> scheduler_pb2.PlaceReply:
+        return await self.client.place(scheduler_pb2.PlaceRequest(request_id=request_id, gateway_id="gw"), timeout_s)
+
+    def asked(self) -> list[list[str]]:
+        return [[p.request_id for p in made.places] for made in self.made]
+
+    async def heard(self, number: int, count: int) -> None:
+        await eventually(lambda: len(self.made[number].outcomes) >= count, "the outcomes came")
+
+
+def outcome(request_id: str, first_token: bool = False) -> scheduler_pb2.Outcome:
+    return scheduler_pb2.Outcome(request_id=request_id, first_token=first_token)
+
+
+def test_one_is_asked_as_long_as_it_is_there() -> None:
+    async def test() -> None:
+        async with Schedulers(3) as s:
+            await s.place("r1")
+            await s.place("r2")
+            assert s.asked() == [["r1", "r2"], [], []]
+            await s.made[0].stop()
+            assert (await s.place("r3")).HasField("placement")
+            assert s.asked()[1] == ["r3"]
+            # The first one is back: whoever was asked last goes on being asked.
+            await s.made[0].start()
+            await s.all_connected()
+            await s.place("r4")
+            assert s.asked() == [["r1", "r2"], ["r3", "r4"], []]
+
+    run(test())
+
+
+def test_a_request_that_is_being_placed_goes_to_the_next() -> None:
+    async def test() -> None:
+        async with Schedulers(2) as s:
+            s.made[0].hold_places = asyncio.Event()
+            placing = asyncio.create_task(s.place("r1"))
+            await s.changes.until(lambda: s.made[0].places)
+            await s.made[0].stop()
+            assert (await placing).HasField("placement")
+            assert s.asked() == [["r1"], ["r1"]]
+
+    run(test())
+
+
+def test_what_one_does_not_know_another_may() -> None:
+    async def test() -> None:
+        async with Schedulers(3) as s:
+            s.made[0].decide = lambda request: refused(common_pb2.ErrorDetail.NO_INSTANCE, "none here", 0)
+            s.made[1].decide = lambda request: colocated(s.engine)
+            assert (await s.place("r1")).HasField("placement")
+            assert s.asked() == [["r1"], ["r1"], []]
+            # Other refusals are answers.
+            s.made[0].decide = lambda request: refused(common_pb2.ErrorDetail.OVERLOADED, "too much", 5)
+            assert (await s.place("r2")).refusal.retry_after_ms == 5
+            assert s.asked()[1] == ["r1"]
+            for made in s.made:
+                made.decide = lambda request: refused(common_pb2.ErrorDetail.NO_INSTANCE, "none", 0)
+            assert (await s.place("r3")).refusal.message == "none"
+            assert [places[-1] for places in s.asked()] == ["r3"] * 3
+
+    run(test())
+
+
+def test_outcomes_go_to_who_placed_and_else_to_another() -> None:
+    async def test() -> None:
+        async with Schedulers(2) as s:
+            await s.place("r1")
+            await s.made[0].stop()
+            await s.place("r2")
+            await s.made[0].start()
+            await s.all_connected()
+            s.client.report(outcome("r1", first_token=True))
+            s.client.report(outcome("r1"))
+            s.client.report(outcome("r2"))
+            await s.heard(0, 2)
+            await s.heard(1, 1)
+            assert [o.request_id for o in s.made[1].outcomes] == ["r2"]
+            await s.place("r3")
+            assert s.asked()[1] == ["r2", "r3"]
+            await s.made[1].stop()
+            await eventually(lambda: not s.client._lines[1].connected, "it is lost")
+            s.client.report(outcome("r3"))
+            await s.heard(0, 3)
+
+    run(test())
+
+
+def test_outcomes_wait_while_nobody_is_there() -> None:
+    async def test() -> None:
+        async with Schedulers(2) as s:
+            for made in s.made:
+                await made.stop()
+            await eventually(lambda: not s.client.connected, "it is lost")
+            s.client.report(outcome("r1"))
+            try:
+                await s.place("r1", 0.2)
+            except Unavailable:
+                pass
+            else:
+                raise AssertionError("nobody can have answered")
+            await s.made[1].start()
+            await s.heard(1, 1)
+
+    run(test())
