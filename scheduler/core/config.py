@@ -54,7 +54,7 @@ class SchedulerConfig:
     #: A placement this old when a report is made is taken to be counted in the report's free KV tokens.
     settle_us: int = SECOND_US
     #: Weight of a microsecond by which somebody else's decode is held up, against one of this request's own.
-    harm_weight: float = 0.5
+    harm_weight: float = 0.2
     #: Tokens a request is expected to generate, as a share of max_tokens, before any has ended.
     output_share: float = 0.5
     #: Longest match : own match above which Mooncake's Algorithm 1 pulls.
@@ -64,10 +64,12 @@ class SchedulerConfig:
 
     #: Policies under which a request is bound to an instance late; under others it is placed or refused at once.
     late_binding: tuple[str, ...] = ("kvpool",)
-    #: An instance is given a request when its outstanding prefill work is below the larger of this ...
-    horizon_us_min: int = SECOND_US // 2
-    #: ... and this many times the request's own. Above it the request waits for a place in the scheduler.
-    horizon_prefills: float = 1.0
+    #: An instance is given a request when its outstanding prefill work is below the largest of this, ...
+    horizon_us_min: int = 2 * SECOND_US
+    #: ... this many times the request's own, ...
+    horizon_prefills: float = 2.0
+    #: ... and this share of its TTFT objective. Above it the request waits for a place in the scheduler.
+    horizon_slo_share: float = 0.33
     #: Longest wait of a request that has no TTFT objective. Then it is placed behind whatever there is, or refused.
     wait_us_max: int = 30 * SECOND_US
     #: Those that fit may go past one that waits for KV tokens for this long; then what gets free is kept for it.
@@ -84,6 +86,9 @@ class SchedulerConfig:
     pending_max: int = 4096
     #: A TPOT objective is for the mean of this share of a request's intervals, the longest: a tenth, as in FAST'25.
     tpot_tail: float = 0.1
+    #: Share of what that leaves for being held up that is given away: answers may be shorter than expected, and the work
+    #: of a prefill comes in steps longer than itself.
+    stall_margin: float = 0.35
     #: Weight of a microsecond by which requests that are expected to come meanwhile are held up.
     delay_weight: float = 1.0
 

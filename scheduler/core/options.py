@@ -422,7 +422,7 @@ class Appraiser:
         if not self.request.tpot_slo_us:
             return None
         slack_us = max(self.request.tpot_slo_us - option.step_us, 0)
-        return int(self.config.tpot_tail * self.expected_tokens * slack_us)
+        return int(self.config.tpot_tail * self.config.stall_margin * self.expected_tokens * slack_us)
 
     def stall_us(self, option: Option, begin_us: int) -> int:
         """Prefill work left on the decode instance of a split when this request begins to decode there."""

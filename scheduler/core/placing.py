@@ -205,7 +205,9 @@ def _instances(core: SchedulerCore, event: PlaceRequested) -> tuple[list[Instanc
 
 def _bind_late(core: SchedulerCore, request: Request, best: Option, verdict: Verdict) -> None:
     """Makes the request wait where its instance has enough to do, or where its blocks are still being computed."""
-    horizon_us = max(core.config.horizon_us_min, int(core.config.horizon_prefills * best.service_us))
+    config = core.config
+    horizon_us = max(config.horizon_us_min, int(config.horizon_prefills * best.service_us))
+    horizon_us = max(horizon_us, int(config.horizon_slo_share * request.event.ttft_slo_us))
     excess_us = best.queue_us - horizon_us
     if best.awaits is not None:
         excess_us = best.queue_us

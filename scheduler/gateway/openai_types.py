@@ -41,6 +41,11 @@ class KvpoolOptions(_Strict):
     session: Annotated[Text, Field(max_length=256)] = ""
     return_token_ids: bool = False
     top2_gaps: bool = False
+    #: Higher goes first while requests wait for a place.
+    priority: Annotated[int, Field(ge=-100, le=100)] = 0
+    #: Latency objectives of this request; 0 = none; left out = the gateway's own.
+    ttft_slo_ms: Annotated[int, Field(ge=0, le=3_600_000)] | None = None
+    tpot_slo_ms: Annotated[int, Field(ge=0, le=3_600_000)] | None = None
 
 
 class StreamOptions(_Strict):

@@ -84,8 +84,7 @@ class SchedulerClient:
         self._metrics.scheduler_connected.set(1 if self.connected else 0)
         if not line.connected:
             # Another one can take them: it tells those that are still there.
-            waiting, line.outcomes = line.outcomes, deque()
-            for outcome in waiting:
+            for outcome in line.take_unsure() if len(self._lines) > 1 else ():
                 self.report(outcome)
         elif self._orphans:
             orphans, self._orphans = self._orphans, deque()

@@ -145,4 +145,8 @@ def _spec(
         use_pool=options.use_pool,
         sticky_key=options.session,
         salt=tenant.salt(request.cache_salt or ""),
+        tenant=tenant.name,
+        priority=options.priority,
+        ttft_slo_ms=options.ttft_slo_ms,
+        tpot_slo_ms=options.tpot_slo_ms,
     )

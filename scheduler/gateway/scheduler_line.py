@@ -19,6 +19,9 @@ log = logging.getLogger(__name__)
 BACKOFF_S_MIN, BACKOFF_S_MAX = 0.05, 1.0
 #: A scheduler that speaks regularly and is silent for this long is taken for lost.
 SILENT_S = 5.0
+#: What was said this long before a loss may have been lost with it, or not been passed on; so many outcomes at most.
+UNSURE_S = SILENT_S + 3.0
+UNSURE_MAX = 4096
 
 
 class SchedulerLine:
@@ -44,6 +47,8 @@ class SchedulerLine:
         #: Done when this connection is lost; a new one for each connection.
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.outcomes: deque[scheduler_pb2.Outcome] = deque()
+        #: Ends that were said of late, with the time: nothing says whether they were heard.
+        self._said: deque[tuple[float, scheduler_pb2.Outcome]] = deque(maxlen=UNSURE_MAX)
         self._gateway_id, self._changed, self._active = gateway_id, changed, active
         self._outcome_added = asyncio.Event()
         self._greeted = asyncio.Event()
@@ -68,6 +73,15 @@ class SchedulerLine:
     def report(self, outcome: scheduler_pb2.Outcome) -> None:
         self.outcomes.append(outcome)
         self._outcome_added.set()
+
+    def take_unsure(self) -> list[scheduler_pb2.Outcome]:
+        """After a loss: outcomes that somebody else should be told. Being told twice changes nothing."""
+        since = asyncio.get_running_loop().time() - UNSURE_S
+        unsure = [outcome for said_at, outcome in self._said if said_at >= since]
+        unsure += self.outcomes
+        self._said.clear()
+        self.outcomes.clear()
+        return unsure
 
     # ------------------------------------------------------------ the line
 
@@ -131,7 +145,10 @@ class SchedulerLine:
         # gRPC may keep a dead call's messages going: they must not take the outcomes of the next one.
         while stream == self._stream_count:
             while self.outcomes:
-                yield scheduler_pb2.GatewayMessage(outcome=self.outcomes.popleft())
+                outcome = self.outcomes.popleft()
+                if not outcome.first_token:
+                    self._said.append((asyncio.get_running_loop().time(), outcome))
+                yield scheduler_pb2.GatewayMessage(outcome=outcome)
             yield scheduler_pb2.GatewayMessage(heartbeat=scheduler_pb2.GatewayHeartbeat(active_requests=self._active()))
             self._outcome_added.clear()
             await self._wait_for_outcome()

@@ -33,6 +33,11 @@ class GenerationSpec:
     use_pool: bool = True
     sticky_key: str = ""
     salt: bytes = b""
+    tenant: str = ""
+    priority: int = 0
+    #: Latency objectives; None = the gateway's own, 0 = none.
+    ttft_slo_ms: int | None = None
+    tpot_slo_ms: int | None = None
 
     @cached_property
     def stop_tokens(self) -> frozenset[int]:
@@ -60,8 +65,10 @@ def place_request(
         keys=[common_pb2.KeyList(keys=keys.tobytes())],
         prompt_tokens=len(tokens),
         max_tokens=max_tokens,
-        ttft_slo_ms=config.ttft_slo_ms,
-        tpot_slo_ms=config.tpot_slo_ms,
+        ttft_slo_ms=config.ttft_slo_ms if spec.ttft_slo_ms is None else spec.ttft_slo_ms,
+        tpot_slo_ms=config.tpot_slo_ms if spec.tpot_slo_ms is None else spec.tpot_slo_ms,
+        tenant=spec.tenant,
+        priority=spec.priority,
         policy=spec.policy or config.policy,
         use_pool=spec.use_pool,
         sticky_key=spec.sticky_key,

@@ -31,6 +31,7 @@ CONFIG = SchedulerConfig(
     wait_us_max=2_000_000,
     reserve_after_us=300_000,
     horizon_us_min=50_000,
+    horizon_prefills=1.0,
     pending_max=5,
     tenants_max=3,
 )

@@ -21,6 +21,8 @@ def redis(tmp_path: Path) -> Iterator[RedisProcess]:
     if REDIS is None:
         pytest.skip("redis-server is not installed")
     process = RedisProcess(tmp_path)
-    process.start()
-    yield process
-    process.kill()
+    try:
+        process.start()
+        yield process
+    finally:
+        process.kill()

@@ -128,6 +128,23 @@ def test_outcomes_go_to_who_placed_and_else_to_another() -> None:
     run(test())
 
 
+def test_an_outcome_that_was_said_to_who_died_is_said_again() -> None:
+    async def test() -> None:
+        async with Schedulers(2) as s:
+            for n in range(3):
+                await s.place(f"r{n}")
+            s.client.report(outcome("r0", first_token=True))
+            s.client.report(outcome("r0"))
+            s.client.report(outcome("r1"))
+            # Heard, and perhaps not passed on.
+            await s.heard(0, 3)
+            await s.made[0].stop()
+            await s.heard(1, 2)
+            assert [o.request_id for o in s.made[1].outcomes] == ["r0", "r1"]
+
+    run(test())
+
+
 def test_outcomes_wait_while_nobody_is_there() -> None:
     async def test() -> None:
         async with Schedulers(2) as s:

@@ -91,15 +91,17 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("several")
     redis = RedisProcess(folder)
     redis.start()
-    local = SeveralLocal(redis, options(), folder / "logs")
-    local.start()
-    running = Running(local)
     try:
-        eventually(local.all_know, "three schedulers know two workers and a node", 60)
-        yield running
+        local = SeveralLocal(redis, options(), folder / "logs")
+        local.start()
+        running = Running(local)
+        try:
+            eventually(local.all_know, "three schedulers know two workers and a node", 60)
+            yield running
+        finally:
+            running.http.close()
+            local.stop()
     finally:
-        running.http.close()
-        local.stop()
         redis.kill()
 
 

@@ -24,6 +24,20 @@ def test_calls_run_on_at_most_so_many_threads():
         threads.submit(call, 1)
 
 
+def test_a_call_does_not_wait_for_one_that_hangs():
+    threads = DaemonThreads(2, "t")
+    for _ in range(50):
+        assert threads.submit(int).result(60) == 0
+    many = [threads.submit(int) for _ in range(50)]
+    assert [future.result(60) for future in many] == [0] * 50
+    go_on = threading.Event()
+    hanging = threads.submit(go_on.wait)
+    assert threads.submit(int).result(60) == 0
+    go_on.set()
+    assert hanging.result(60)
+    threads.shutdown()
+
+
 def test_errors_come_back_and_the_thread_goes_on():
     threads = DaemonThreads(1, "t")
     with pytest.raises(ZeroDivisionError):

@@ -328,7 +328,7 @@ for call in (read, lambda: store.append(batch_of([(9, 0, 20_000)]))):
     assert files.waiting.wait(60)
 print("left", store.close(timeout_s=0.1))
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=110)
     assert done.stdout.split() == ["left", "False"], done.stderr
 
 

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, Final, ParamSpec, TypeVar
 
 #: How long `shutdown` waits for what is under way.
@@ -90,9 +90,15 @@ class DaemonThreads(Executor):
             return self._running.pop(id(future), None) is not None
 
     def _work(self) -> None:
-        call: Any
-        while (call := self._calls.get()) is not None:
+        while True:
+            try:
+                call = self._calls.get_nowait()
+            except Empty:
+                # Counted as idle only where nothing waits: else a call might wait for a thread that hangs.
+                self._idle.release()
+                call = self._calls.get()
+            if call is None:
+                return
             call()
             # What it held must not live on until the next call.
             del call
-            self._idle.release()
