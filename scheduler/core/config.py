@@ -86,8 +86,8 @@ class SchedulerConfig:
     pending_max: int = 4096
     #: A TPOT objective is for the mean of this share of a request's intervals, the longest: a tenth, as in FAST'25.
     tpot_tail: float = 0.1
-    #: Share of what that leaves for being held up that is given away: answers may be shorter than expected, and the work
-    #: of a prefill comes in steps longer than itself.
+    #: Share of what that leaves for being held up that is given away: answers may be shorter than expected, and a
+    #: prefill comes in steps that are longer than its own work.
     stall_margin: float = 0.35
     #: Weight of a microsecond by which requests that are expected to come meanwhile are held up.
     delay_weight: float = 1.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scheduler.core import loads
+from scheduler.core import loads, sharing
 from scheduler.core.calibration import Calibration
 from scheduler.core.cluster import Cluster, Instance, State
 from scheduler.core.config import SchedulerConfig
@@ -13,16 +13,13 @@ from scheduler.core.cost import CostBook, link_class
 from scheduler.core.events import PlaceRequested
 from scheduler.core.fleet import Fleet
 from scheduler.core.loads import Load
-from scheduler.core.pending import GRACE_US, PendingPrompt
+from scheduler.core.pending import PendingPrompt
 from scheduler.core.placements import Owner, PlacementBook
 from scheduler.core.prefix import Prefix, Pull
 from scheduler.core.waiting import Line, Order
 
 #: Why an option can't be taken; the start of its `reason`. The order is that of refusals: the last met is the closest.
 NO_HANDOFF, TOO_LONG, NO_CAPACITY, SLOW = "no hand-off", "context", "capacity", "SLO"
-
-#: Prompts under way on other instances that are considered for a pull, the longest shared prefix first.
-ELSEWHERE_MAX = 2
 
 
 @dataclass(slots=True)
@@ -136,12 +133,12 @@ class Appraiser:
 
         Harm to what decodes there is counted in, harm where this request is decoded is not.
         """
-        prefill_us = self._prefill_us(instance, self.covered)
+        prefill_us = self.prefill_us(instance, self.covered)
         harm_us = prefill_us * self.load(instance).batch
         queue_us = self.queue_us(instance)
-        return queue_us + prefill_us + int(self.config.harm_weight * harm_us) + self._delay_us(queue_us, prefill_us)
+        return queue_us + prefill_us + int(self.config.harm_weight * harm_us) + self.delay_us(queue_us, prefill_us)
 
-    def _delay_us(self, queue_us: int, work_us: int) -> int:
+    def delay_us(self, queue_us: int, work_us: int) -> int:
         """By how much those who come while an instance is busy are held up by this request's work, weighted.
 
         They are as many as come, at the present rate, until the instance has done all that it has. So computing what
@@ -159,53 +156,16 @@ class Appraiser:
 
     def _appraise(self, instance: Instance) -> Prospect:
         own = self.prefix.own_blocks(instance.info.hbm_source_id)
-        prefill_us = self._prefill_us(instance, own)
+        prefill_us = self.prefill_us(instance, own)
         best: Pull | None = None
         best_us, best_prefill_us = prefill_us, prefill_us
         if self.request.use_pool:
             for pull in self.prefix.pulls(instance, own, self.costs, self.now_us):
-                with_pull_us = self._prefill_us(instance, pull.reach)
+                with_pull_us = self.prefill_us(instance, pull.reach)
                 if pull.duration_us + with_pull_us < best_us:
                     best, best_us, best_prefill_us = pull, pull.duration_us + with_pull_us, with_pull_us
-        return self._with_pending(instance, self._prospect(instance, own, best, best_prefill_us))
-
-    def _with_pending(self, instance: Instance, now: Prospect) -> Prospect:
-        """The better of what is there now and what others are computing.
-
-        On the instance that computes it, a prefix is there as soon as that is done; elsewhere it can be pulled from
-        that instance's node then.
-        """
-        best, best_us = now, now.queue_us + now.pull_us + now.prefill_us + self._delay_us(now.queue_us, now.prefill_us)
-        elsewhere = 0
-        for prompt, shared in self.standing.pending:
-            blocks = min(shared, self.prefix.usable)
-            here = prompt.instance_id == instance.id
-            elsewhere += not here
-            if blocks * self.prefix.block_tokens <= now.cached_tokens or (not here and elsewhere > ELSEWHERE_MAX):
-                continue
-            pull_us = 0 if here else self._pending_pull_us(instance, prompt, blocks - now.own_blocks)
-            if pull_us is None:
-                continue
-            ready = here and prompt.done_us is not None
-            left_us = prompt.left_us(self.now_us)
-            if not here and prompt.done_us is not None:
-                left_us = GRACE_US // 8  # until the directory knows what was published
-            queue_us, prefill_us = max(now.queue_us, left_us), self._prefill_us(instance, blocks)
-            cost_us = queue_us + pull_us + prefill_us + self._delay_us(queue_us, prefill_us)
-            if cost_us < best_us:
-                tokens = blocks * self.prefix.block_tokens
-                awaits = None if ready else prompt.owner
-                best_us = cost_us
-                best = Prospect(now.own_blocks, None, tokens, queue_us, pull_us, prefill_us, awaits)
-        return best
-
-    def _pending_pull_us(self, instance: Instance, prompt: PendingPrompt, blocks: int) -> int | None:
-        """Pulling blocks that another instance is about to publish to its node; None if there is no way."""
-        other = self.cluster.instances.get(prompt.instance_id)
-        node = self.cluster.sources.get(other.info.node_source_id) if other is not None else None
-        if node is None or not node.readable or not self.request.use_pool:
-            return None
-        return self.prefix.pull_us(instance, node, blocks, self.costs, self.now_us)
+        now = self._prospect(instance, own, best, best_prefill_us)
+        return sharing.with_pending(self, instance, now) if self.standing.pending else now
 
     def prospect_with(self, instance: Instance, blocks: int) -> Prospect:
         """Prefill on an instance that pulls up to `blocks`, or as near as sources allow, whatever it costs."""
@@ -215,7 +175,7 @@ class Appraiser:
             for pull in self.prefix.pulls(instance, own, self.costs, self.now_us):
                 if best is None or pull.reach <= blocks:
                     best = pull
-        return self._prospect(instance, own, best, self._prefill_us(instance, best.reach if best else own))
+        return self._prospect(instance, own, best, self.prefill_us(instance, best.reach if best else own))
 
     def prospect_from(self, instance: Instance, source_ids: Sequence[str]) -> Prospect:
         """Prefill on an instance that pulls all it can from these sources and nothing from others, whatever it costs.
@@ -226,7 +186,7 @@ class Appraiser:
         pull = None
         if self.request.use_pool:
             pull = self.prefix.pull_from(instance, own, source_ids, self.costs, self.now_us)
-        return self._prospect(instance, own, pull, self._prefill_us(instance, pull.reach if pull else own))
+        return self._prospect(instance, own, pull, self.prefill_us(instance, pull.reach if pull else own))
 
     def _prospect(self, instance: Instance, own: int, pull: Pull | None, prefill_us: int) -> Prospect:
         blocks = pull.reach if pull else own
@@ -239,7 +199,7 @@ class Appraiser:
             prefill_us=prefill_us,
         )
 
-    def _prefill_us(self, instance: Instance, cached_blocks: int) -> int:
+    def prefill_us(self, instance: Instance, cached_blocks: int) -> int:
         cached_tokens = cached_blocks * self.prefix.block_tokens
         return self.costs.prefill_us(instance.id, self.request.prompt_tokens - cached_tokens, cached_tokens)
 
@@ -382,7 +342,7 @@ class Appraiser:
         option.waited_us = self.now_us - self.standing.arrived_us
         option.announced_us = self.corrected_us(option.prefill.id, option.parts_us)
         option.cost_us = option.ttft_us + option.handoff_us + int(self.config.harm_weight * option.harm_us)
-        option.cost_us += self._delay_us(option.queue_us, option.prefill_us)
+        option.cost_us += self.delay_us(option.queue_us, option.prefill_us)
         if option.reason:
             return option
         decode, tokens = option.decode, request.prompt_tokens + request.max_tokens

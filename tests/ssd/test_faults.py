@@ -309,29 +309,6 @@ def test_a_store_on_a_disk_that_hangs_can_be_left():
     check_all(open_on(files.copy()), [1])
 
 
-def test_a_process_ends_though_its_disk_hangs():
-    script = f"""
-import sys, threading
-sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-from tests.ssd.test_crash import open_on
-from tests.ssd.crash_files import CrashFiles
-from tests.ssd.records_made import batch_of, keys_of
-import numpy as np
-files = CrashFiles()
-store = open_on(files)
-assert store.append(batch_of([(n, 0, 20_000) for n in range(4)])).all()
-files.hanging.update(read=threading.Event(), write=threading.Event())
-read = lambda: store.read(keys_of(range(4)), [np.zeros(20_000, np.uint8) for _ in range(4)])
-for call in (read, lambda: store.append(batch_of([(9, 0, 20_000)]))):
-    files.waiting.clear()
-    threading.Thread(target=call, daemon=True).start()
-    assert files.waiting.wait(60)
-print("left", store.close(timeout_s=0.1))
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=110)
-    assert done.stdout.split() == ["left", "False"], done.stderr
-
-
 # ---------------------------------------------------------------- damage
 
 

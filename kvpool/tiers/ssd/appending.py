@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -35,6 +35,8 @@ from kvpool.tiers.ssd.open_log import OpenLog, SegmentFile
 
 #: One system call writes up to this much.
 WRITE_BYTES = 1 << 20
+#: So much of a group is written while what follows is laid out.
+PORTION_BYTES = 4 << 20
 #: Payload of a group: what one fdatasync covers, if as much is waiting.
 GROUP_BYTES = 64 << 20
 GROUP_RECORDS = 4096
@@ -157,11 +159,19 @@ class LogAppender:
         payloads: list[Bytes],
     ) -> None:  # fmt: skip
         self._arena.reset()
+        offset, writes = placed.start, 0
+        under_way: list[Callable[[], None]] = []
         buffers = _lay_out(self._arena, placed, descriptors, names, payloads, self._log.files.direct)
-        parts = cut(buffers, placed.start, WRITE_BYTES)
-        self._lanes.run([partial(segment.file.write, part, offset) for offset, part in parts])
+        try:
+            for some in _portions(buffers):
+                parts = cut(some, offset, WRITE_BYTES)
+                under_way.append(self._lanes.start([partial(segment.file.write, part, at) for at, part in parts]))
+                offset, writes = offset + sum(len(buffer) for buffer in some), writes + len(parts)
+        finally:
+            _finish_all(under_way)
+        assert offset == placed.end
         segment.file.sync()
-        self._log.count(writes=len(parts), write_bytes=placed.end - placed.start, syncs=1)
+        self._log.count(writes=writes, write_bytes=placed.end - placed.start, syncs=1)
 
     def _abandon(self, segment: SegmentFile, placed: Placement, error: OSError) -> None:
         """Cuts a failed group off, so that none of it comes back at the next start, and ends the segment."""
@@ -235,9 +245,8 @@ def _entries(descriptors: NDArray[np.void], placed: Placement) -> FooterEntries:
 def _lay_out(
     arena: Arena, placed: Placement, descriptors: NDArray[np.void], names: list[bytes], payloads: list[Bytes],
     direct: bool,
-) -> list[memoryview]:  # fmt: skip
+) -> Iterator[memoryview]:  # fmt: skip
     """The group as contiguous buffers of whole pages; padding is zero."""
-    buffers: list[memoryview] = []
     raw = descriptors.view(np.uint8).reshape(-1, DESCRIPTOR_BYTES)
     offsets = placed.offsets.tolist()
     row = 0
@@ -246,7 +255,8 @@ def _lay_out(
         if not is_packed(payload.size):
             page = arena.take(PAGE_BYTES)
             _fill(page, [raw[row], np.frombuffer(name, np.uint8)])
-            buffers += [page.data, *_lay_payload(arena, payload, direct)]
+            yield page.data
+            yield from _lay_payload(arena, payload, direct)
             row += 1
             continue
         first = row
@@ -259,8 +269,33 @@ def _lay_out(
             stop = start + record_bytes(payloads[i].size, len(names[i]))
             _fill(area[start:stop], [raw[i], np.frombuffer(names[i], np.uint8), payloads[i]])
         area[end - offsets[first] :] = 0
-        buffers.append(area.data)
-    return buffers
+        yield area.data
+
+
+def _portions(buffers: Iterator[memoryview]) -> Iterator[list[memoryview]]:
+    """Buffers in lists of about PORTION_BYTES."""
+    some: list[memoryview] = []
+    size = 0
+    for buffer in buffers:
+        some.append(buffer)
+        size += len(buffer)
+        if size >= PORTION_BYTES:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some
+
+
+def _finish_all(under_way: Sequence[Callable[[], None]]) -> None:
+    """Waits for all writes, whatever happens to some: they read the callers' memory. Raises: the first failure."""
+    failures: list[BaseException] = []
+    for finish in under_way:
+        try:
+            finish()
+        except BaseException as error:
+            failures.append(error)
+    if failures:
+        raise failures[0]
 
 
 def _lay_payload(arena: Arena, payload: Bytes, direct: bool) -> list[memoryview]:

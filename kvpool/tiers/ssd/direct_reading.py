@@ -121,7 +121,7 @@ def _address_of(target: Bytes | None) -> int:
 
 def _descriptor(file: File) -> int:
     """Of the system's file; _NO_FILE if there is another layer, whose own `read` must be called."""
-    return file._fd if isinstance(file, DiskFile) else _NO_FILE
+    return file.descriptor if isinstance(file, DiskFile) else _NO_FILE
 
 
 def warm_up() -> None:

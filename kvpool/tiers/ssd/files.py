@@ -73,6 +73,11 @@ class DiskFile:
     def __init__(self, fd: int) -> None:
         self._fd = fd
 
+    @property
+    def descriptor(self) -> int:
+        """The system's, for calls that are made without Python."""
+        return self._fd
+
     def read(self, buffers: Buffers, offset: int) -> int:
         total = sum(len(buffer) for buffer in buffers)
         done = os.preadv(self._fd, buffers, offset)

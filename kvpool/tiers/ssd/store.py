@@ -36,6 +36,7 @@ from kvpool.tiers.ssd import reading
 from kvpool.tiers.ssd.appending import LogAppender
 from kvpool.tiers.ssd.audit import audit_log
 from kvpool.tiers.ssd.cleaning import LogCleaner
+from kvpool.tiers.ssd.direct_reading import warm_up
 from kvpool.tiers.ssd.files import DiskFiles, Files
 from kvpool.tiers.ssd.lanes import Bytes, Lanes
 from kvpool.tiers.ssd.open_log import OpenLog
@@ -106,6 +107,8 @@ class SsdStore:
             raise BadArgument(f"an SSD store needs at least {CAPACITY_BYTES_MIN} bytes", hint="--ssd-size 64MiB")
         if not 1 <= io_depth <= 256:
             raise BadArgument("io_depth must be 1 to 256")
+        # No first read is to wait for the compiler.
+        warm_up()
         rows_max = records_max or min(_ROWS_MAX, max(_ROWS_MIN, capacity_bytes // _BYTES_A_ROW))
         files = DiskFiles(folder / f"kvpool-{name}", direct=direct) if files is None else files
         try:
