@@ -1,10 +1,11 @@
 # Set-up, tests and the demo. `make demo` and `make test` work on a fresh clone.
 PYTHON ?= python3
 VENV := .venv
+VENV_VLLM := .venv-vllm
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.kvpool-installed
 
-.PHONY: setup demo test lint bench proto clean
+.PHONY: setup demo test test-engines lint bench proto clean
 setup: $(STAMP)
 
 # torch goes first and pinned: an open range would fetch gigabytes of CUDA libraries.
@@ -25,6 +26,15 @@ demo: setup
 test: setup lint
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# The real vLLM in an environment of its own: its pins and ours differ.
+$(VENV_VLLM)/.kvpool-installed: pyproject.toml constraints.txt tools/install_vllm.py
+	@echo "setting up $(VENV_VLLM): vLLM's CPU build (minutes and 4 GB the first time)"
+	@$(PYTHON) tools/install_vllm.py $(VENV_VLLM)
+	@touch $@
+
+test-engines: $(VENV_VLLM)/.kvpool-installed
+	@$(VENV_VLLM)/bin/python -m pytest tests/vllm_connector tests/vllm_real $(PYTEST_ARGS)
+
 lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -39,4 +49,4 @@ proto: setup
 	@$(BIN)/python tools/generate_proto.py
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(VENV_VLLM) build dist

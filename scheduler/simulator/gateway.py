@@ -129,7 +129,7 @@ class Gateway:
             self._queue.after(min(max(wait_us, REFUSAL_WAIT_US_MIN), REFUSAL_WAIT_US_MAX), self._ask, live)
         elif not live.attempt and live.refusals < self.config.retries_max and refused.reason in WORTH_RETRYING:
             live.refusals += 1
-            self._queue.after(max(wait_us, REFUSAL_WAIT_US_MIN), self._ask, live)
+            self._queue.after(max(int(wait_us * self.config.retry_patience), REFUSAL_WAIT_US_MIN), self._ask, live)
         else:
             live.refusals += 1
             self._end(live, "error" if live.attempt else "refused", refused.reason.name.lower())

