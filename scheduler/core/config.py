@@ -89,6 +89,9 @@ class SchedulerConfig:
     #: Share of what that leaves for being held up that is given away: answers may be shorter than expected, and a
     #: prefill comes in steps that are longer than its own work.
     stall_margin: float = 0.35
+    #: Weight of prefill work by what it takes of the TPOT budgets of those who decode there: the nearer one is to its
+    #: limit, the dearer. TTFT within its objective is worth little; a TPOT objective that is broken costs a request.
+    stall_weight: float = 4.0
     #: Weight of a microsecond by which requests that are expected to come meanwhile are held up.
     delay_weight: float = 1.0
 

@@ -128,3 +128,13 @@ def stalls_too_long(
         ):
             return True
     return False
+
+
+def stall_share(instance: Instance, book: PlacementBook, prefill_us: int, prefill_ends_us: int) -> float:
+    """What a prefill on an instance takes of the TPOT budgets there, summed over those who decode; each at most 1."""
+    total = 0.0
+    for placement in book.stalled_by(instance.id, prefill_ends_us):
+        limit_us = placement.stall_us_max
+        if limit_us is not None:
+            total += min((placement.stall_us + prefill_us) / max(limit_us, 1), 1.0)
+    return total

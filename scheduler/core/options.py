@@ -343,6 +343,10 @@ class Appraiser:
         option.announced_us = self.corrected_us(option.prefill.id, option.parts_us)
         option.cost_us = option.ttft_us + option.handoff_us + int(self.config.harm_weight * option.harm_us)
         option.cost_us += self.delay_us(option.queue_us, option.prefill_us)
+        if option.prefill.decodes() and self.config.stall_weight:
+            ends_us = self.now_us + option.ttft_us
+            share = loads.stall_share(option.prefill, self.book, option.prefill_us, ends_us)
+            option.cost_us += int(self.config.stall_weight * share * option.prefill_us)
         if option.reason:
             return option
         decode, tokens = option.decode, request.prompt_tokens + request.max_tokens
@@ -379,8 +383,8 @@ class Appraiser:
 
     def stall_us_max(self, option: Option) -> int | None:
         """Prefill work of others that may hold up this request's decode; None if it has no TPOT objective."""
-        if not self.request.tpot_slo_us:
-            return None
+        if not self.request.tpot_slo_us or self.request.max_tokens <= 1:
+            return None  # one token has no intervals
         slack_us = max(self.request.tpot_slo_us - option.step_us, 0)
         return int(self.config.tpot_tail * self.config.stall_margin * self.expected_tokens * slack_us)
 

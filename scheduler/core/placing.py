@@ -26,10 +26,9 @@ from scheduler.core.waiting import Order, Plan, Waiting
 if TYPE_CHECKING:
     from scheduler.core.core import SchedulerCore
 
-#: Nothing is looked at again before this time has passed: bounded work in bounded time.
-LOOK_AGAIN_US = 1_000
+LOOK_AGAIN_US = 1_000  # nothing is looked at again before: bounded work in bounded time
 #: Those who wait for one instance that are looked at when it gets free, and those first of all lines.
-FIRST_HERE, FIRST_OF_ALL = 2, 2
+FIRST_HERE, FIRST_OF_ALL = 2, 1
 
 
 @dataclass(slots=True)
@@ -109,9 +108,10 @@ def run_deadlines(core: SchedulerCore, commands: list[Command]) -> None:
             _settle(core, request, weigh(core, request), commands)
         else:
             _, model, instance_id = key
-            count = core.config.waiting_scan_max - FIRST_OF_ALL
-            owners = [*core.room.first_on(model, instance_id, count), *core.room.first(model, FIRST_OF_ALL)]
+            owners = [*core.room.first_on(model, instance_id, FIRST_HERE), *core.room.first(model, FIRST_OF_ALL)]
             _look(core, owners, commands)
+            if instance_id not in core.cluster.instances and core.room.planned_on(model, instance_id):
+                core.room.look_again(model, instance_id, core.now_us + LOOK_AGAIN_US)
 
 
 def news(core: SchedulerCore, freed: list[str], finished: list[Owner], commands: list[Command]) -> None:
@@ -122,9 +122,11 @@ def news(core: SchedulerCore, freed: list[str], finished: list[Owner], commands:
     for owner in finished:
         owners.update(dict.fromkeys(core.room.awaiting.get(owner, ())))
     for instance_id in freed:
+        instance = core.cluster.instances.get(instance_id)
         for model in core.room.lines:
             owners.update(dict.fromkeys(core.room.first_on(model, instance_id, FIRST_HERE)))
-        instance = core.cluster.instances.get(instance_id)
+            if instance is None and core.room.planned_on(model, instance_id) > FIRST_HERE:
+                core.room.look_again(model, instance_id, core.now_us + LOOK_AGAIN_US)
         if instance is not None:
             owners.update(dict.fromkeys(core.room.first(instance.info.model, FIRST_OF_ALL)))
     _look(core, owners, commands)
@@ -138,7 +140,7 @@ def blocks_came(core: SchedulerCore, commands: list[Command]) -> None:
 
 
 def _look(core: SchedulerCore, owners: Iterable[Owner], commands: list[Command]) -> None:
-    """Weighs some who wait again, in their order. Where that moved anything, the next have their turn soon."""
+    """Weighs some who wait again, in their order. Where one has got an answer, the next have their turn soon."""
     known = dict.fromkeys(owner for owner in owners if owner in core.room.entries)
     ordered = sorted((core.room.entries[owner] for owner in known), key=lambda w: w.order)
     for waiting in ordered[: core.config.waiting_scan_max]:
@@ -148,7 +150,7 @@ def _look(core: SchedulerCore, owners: Iterable[Owner], commands: list[Command])
         if verdict.plan is None:
             core.room.remove(waiting.owner)
         _settle(core, request, verdict, commands)
-        if verdict.plan != before:
+        if verdict.plan is None:
             core.room.look_again(waiting.request.model, before.prefill_id, core.now_us + LOOK_AGAIN_US)
     for waiting in ordered[core.config.waiting_scan_max :]:
         core.room.look_again(waiting.request.model, waiting.plan.prefill_id, core.now_us + LOOK_AGAIN_US)

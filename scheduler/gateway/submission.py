@@ -13,6 +13,9 @@ from scheduler.gateway.config import GatewayConfig
 from scheduler.gateway.events import Leg, Place, Submit
 from scheduler.gateway.models import Model
 
+#: Share of the time for a placement that a request may wait for one in the scheduler.
+WAIT_SHARE = 0.8
+
 
 @dataclass(frozen=True)
 class GenerationSpec:
@@ -69,6 +72,8 @@ def place_request(
         tpot_slo_ms=config.tpot_slo_ms if spec.tpot_slo_ms is None else spec.tpot_slo_ms,
         tenant=spec.tenant,
         priority=spec.priority,
+        # The scheduler's answer, if only a refusal, must come before this gateway gives up on it.
+        wait_ms_max=int(config.place_timeout_s * 1000 * WAIT_SHARE),
         policy=spec.policy or config.policy,
         use_pool=spec.use_pool,
         sticky_key=spec.sticky_key,

@@ -19,6 +19,8 @@ APPRAISED_MIN = 3
 #: And at most: of many that are nearly alike it does not matter which is taken. Where none is feasible a few more are
 #: looked at, since what is missing must be told.
 APPRAISED_MAX, HOPELESS_MAX = 16, 32
+#: The same in fleets larger than this: there the more are alike.
+LARGE_FLEET, APPRAISED_MAX_LARGE = 64, 5
 
 
 @dataclass(slots=True)
@@ -54,7 +56,10 @@ def _by_columns(appraiser: Appraiser, fleet: Fleet, rivals: bool) -> list[Option
     work_ahead, kv_ahead = screening.ahead_of(appraiser)
     bounds_us, slow_us = fleet.bounds_us(demand, work_ahead), fleet.slow_us(demand)
     left = fleet.kv_left(demand, kv_ahead)
-    options = _best(fleet.in_order(bounds_us + slow_us, fleet.decodes, left >= 0), lambda i: [appraiser.colocated(i)])
+    limit = APPRAISED_MAX if len(fleet.instances) <= LARGE_FLEET else APPRAISED_MAX_LARGE
+    options = _best(
+        fleet.in_order(bounds_us + slow_us, fleet.decodes, left >= 0), lambda i: [appraiser.colocated(i)], limit=limit
+    )
     if appraiser.request.use_pool and fleet.decodes.any():
         targets = fleet.freest(left, 2)
         holders = np.flatnonzero(demand.own)
@@ -68,6 +73,7 @@ def _by_columns(appraiser: Appraiser, fleet: Fleet, rivals: bool) -> list[Option
             fleet.in_order(bounds_us + least_us, fleet.prefills),
             lambda p: [appraiser.split(p, d) for d in _others(targets, p)],
             _least(options) if rivals else None,
+            limit,
         )
     return options
 
@@ -103,6 +109,7 @@ def _best(
     bounded: Iterable[tuple[float, Instance]],
     options_of: Callable[[Instance], list[Option]],
     best_us: int | None = None,
+    limit: int | None = None,
 ) -> list[Option]:
     """Options of instances in order of their bounds, until a feasible one costs less than the next bound.
 
@@ -110,10 +117,12 @@ def _best(
 
     Args:
         best_us: cost of a feasible option that is known already.
+        limit: instances looked at once an option is feasible; None = `APPRAISED_MAX`.
     """
+    limit = APPRAISED_MAX if limit is None else limit
     options: list[Option] = []
     for count, (bound_us, instance) in enumerate(bounded):
-        if count >= APPRAISED_MIN and best_us is not None and (best_us < bound_us or count >= APPRAISED_MAX):
+        if count >= APPRAISED_MIN and best_us is not None and (best_us < bound_us or count >= limit):
             break
         if count >= HOPELESS_MAX and best_us is None:
             break
