@@ -67,13 +67,16 @@ class PoolLink:
     # ------------------------------------------------------------ calls
 
     def lookup(self, group: int, shards: range, keys: Keys) -> Bools:
-        """Which keys are there in all shards; none while the node is away."""
+        """Which keys are there in all shards; none while the node is away. vLLM's scheduler waits for this."""
         found = np.ones(len(keys), dtype=np.bool_)
         if not self.is_up:
             return np.zeros(len(keys), dtype=np.bool_)
+        timeout_s = self._settings.lookup_timeout_ms / 1e3
         try:
+            if not self._client.is_connected:
+                raise Unavailable("its session has ended")
             for shard in shards:
-                found &= self._client.lookup(self.namespace, keys, group=group, shard=shard)
+                found &= self._client.lookup(self.namespace, keys, group=group, shard=shard, timeout_s=timeout_s)
         except KvpoolError as error:
             self._failed(error)
             found[:] = False

@@ -101,7 +101,9 @@ class ReadingCalls(SourceCalls):
 
     # ------------------------------------------------------------ without a call
 
-    def lookup(self, namespace: NamespaceId, keys: Keys, *, group: int = 0, shard: int = 0) -> Bools:
+    def lookup(
+        self, namespace: NamespaceId, keys: Keys, *, group: int = 0, shard: int = 0, timeout_s: float | None = None
+    ) -> Bools:
         """Which keys are readable, in any tier and fidelity; holds nothing.
 
         What the source's own index shows on this host takes no call; the rest is asked of the source.
@@ -110,14 +112,14 @@ class ReadingCalls(SourceCalls):
         session = self._session()
         number = session.numbers.get(namespace)
         if session.shared is None or number is None:
-            return super().lookup(namespace, keys, group=group, shard=shard)
+            return super().lookup(namespace, keys, group=group, shard=shard, timeout_s=timeout_s)
         try:
             found = session.shared.lookup(number, qualify(keys, group, shard))
         except ChannelError:  # the session has just ended
-            return super().lookup(namespace, keys, group=group, shard=shard)
+            return super().lookup(namespace, keys, group=group, shard=shard, timeout_s=timeout_s)
         if not found.all():
             rest = np.flatnonzero(~found)
-            found[rest] = super().lookup(namespace, keys[rest], group=group, shard=shard)
+            found[rest] = super().lookup(namespace, keys[rest], group=group, shard=shard, timeout_s=timeout_s)
         return found
 
     def _read_shared(

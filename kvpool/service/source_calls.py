@@ -162,10 +162,12 @@ class SourceCalls:
 
     # ------------------------------------------------------------ looking, waiting
 
-    def lookup(self, namespace: NamespaceId, keys: Keys, *, group: int = 0, shard: int = 0) -> Bools:
-        """Which keys are readable; holds nothing."""
+    def lookup(
+        self, namespace: NamespaceId, keys: Keys, *, group: int = 0, shard: int = 0, timeout_s: float | None = None
+    ) -> Bools:
+        """Which keys are readable; holds nothing. `timeout_s`: for this call, instead of the client's own."""
         request = pb.LookupRequest(namespace_id=namespace, keys=key_list(keys, group, shard))
-        reply = self._call(lambda s, t: s.stub.Lookup(request, timeout=t))
+        reply = self._call(lambda s, t: s.stub.Lookup(request, timeout=t if timeout_s is None else timeout_s))
         return np.fromiter(reply.found, dtype=np.bool_, count=len(keys))
 
     def remove(self, namespace: NamespaceId, keys: Keys, *, group: int = 0, shard: int = 0) -> int:
@@ -280,6 +282,11 @@ class SourceCalls:
         if not 0 <= group < len(spec.groups):
             raise BadArgument(f"group {group} is not one of the namespace's {len(spec.groups)}")
         return spec.groups[group]
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether a session is open, so that a call need not wait for one."""
+        return self._keeper.current is not None
 
     def _session(self) -> Session:
         return self._keeper.session(self._timeout_s)
