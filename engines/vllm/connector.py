@@ -11,6 +11,7 @@ and plans what each step loads and stores; the workers' carry the plans out.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 from engines.vllm import handoffs
 from engines.vllm.layout import engine_layout, extra_config
 from engines.vllm.plans import StepPlan
+from engines.vllm.prefixes import KEY_BYTES
 from engines.vllm.saving import SavePipeline
 from engines.vllm.settings import ConnectorSettings
 from engines.vllm.stats import PoolPromMetrics, PoolStats
@@ -56,6 +58,11 @@ log = logging.getLogger("vllm.kvpool")
 HELD_SHARE = 0.25
 #: For stores that wait when the engine is shut down.
 CLOSE_S = 5.0
+
+
+def _recovers(config: VllmConfig, cache: KVCacheConfig) -> bool:
+    """Whether vLLM computes a block that a step's load could not get, instead of ending or of going on without it."""
+    return len(cache.kv_cache_groups) == 1 and not getattr(config, "use_v2_model_runner", False)
 
 
 @dataclass
@@ -97,6 +104,8 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):
         #: Request -> tokens that vLLM had itself when it was matched last.
         self._matched: dict[str, int] = {}
         self._requests: dict[str, Request] = {}
+        #: Of the step under way, if it loads anything: request -> its blocks. Others may share those that are loaded.
+        self._loading: dict[str, list[int]] = {}
         self._handoffs = handoffs.HandoffWaits(self._settings.handoff_wait_s)
         if transfer.kv_load_failure_policy != "recompute":
             log.warning(
@@ -104,9 +113,15 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):
                 transfer.kv_load_failure_policy,
             )
         if role is KVConnectorRole.SCHEDULER:
-            save = self._settings.save and transfer.is_kv_producer
+            reusable = bool(vllm_config.cache_config.enable_prefix_caching)
+            if not reusable:
+                log.warning("kvpool: vLLM caches no prefixes of this model or by its settings: the pool is not used")
+            save = reusable and self._settings.save and transfer.is_kv_producer
             self._tracker = RequestTracker(self._layout.shapes, self._layout.hash_tokens, self._lookup, save=save)
-            self._loads = self._settings.load and transfer.is_kv_consumer
+            self._loads = reusable and self._settings.load and transfer.is_kv_consumer
+            if self._loads and not _recovers(vllm_config, kv_cache_config):
+                log.warning("kvpool: vLLM can't recover from a lost block with this cache or runner: nothing is loaded")
+                self._loads = False
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -164,6 +179,7 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):
 
     def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
         blocks = gpu_block_pool.blocks
+        self._block_pool = gpu_block_pool
         self._saving = SavePipeline(
             blocks_max=int(HELD_SHARE * len(blocks)),
             workers=self._vllm_config.parallel_config.world_size,
@@ -172,12 +188,14 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):
         )
 
     def on_new_request(self, request: Request) -> None:
-        self._requests[request.request_id] = request
+        # vLLM's hashes name an adapter by its name and path: which weights are there, nobody can tell.
+        if request.lora_request is None:
+            self._requests[request.request_id] = request
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         assert self._tracker is not None
         self._matched[request.request_id] = num_computed_tokens
-        if not self._loads or request.skip_reading_prefix_cache:
+        if not self._loads or request.skip_reading_prefix_cache or request.request_id not in self._requests:
             return 0, False
         expected = min(handoffs.tokens_of(request.kv_transfer_params), self._tracker.reach(request.num_tokens))
         now_s = time.monotonic()
@@ -187,7 +205,8 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):
         if num_computed_tokens + tokens < expected and self._link.is_up:
             if self._handoffs.lacks(request.request_id, now_s):
                 return None, False
-            log.warning("kvpool: the blocks of request %s did not come in time", request.request_id)
+            if self._handoffs.gives_up(request.request_id):
+                log.warning("kvpool: the blocks of request %s did not come in time", request.request_id)
         return tokens, False
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
@@ -213,11 +232,16 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):
             if transfer is not None:
                 saves.append(transfer)
         self._saving.computes(self._steps, saves)
+        loads = self._tracker.take_loads()
+        self._loading = {}
+        if loads and state is not None:
+            steps_requests = scheduler_output.num_scheduled_tokens
+            self._loading = {r: list((state.get_block_ids(r) or ((),))[0]) for r in steps_requests}
         return PoolMetadata(
             StepPlan(
                 number=self._steps,
                 idle=not scheduler_output.total_num_scheduled_tokens,
-                loads=self._tracker.take_loads(),
+                loads=loads,
                 saves=self._saving.take_confirmed(),
             )
         )
@@ -228,10 +252,39 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):
         metadata = connector_output.kv_connector_worker_meta
         if connector_output.invalid_block_ids:
             self._saving.failed()
+            self._distrust(connector_output.invalid_block_ids)
+        self._loading = {}
         if metadata is not None:
             assert isinstance(metadata, PoolWorkerMetadata)
             self._saving.computed(metadata.step)
             self._saving.stored(metadata.saved)
+
+    def _distrust(self, bad: set[int]) -> None:
+        """Takes their hashes off blocks that stand on one that was not loaded, and has whoever shares them compute.
+
+        vLLM gives blocks their hashes before they are loaded and leaves them, and it does not look at requests that
+        were aborted meanwhile: others would find what is spoiled.
+        """
+        spoiled = set(bad)
+        block_tokens = self._layout.shapes[0].block_tokens
+        for request_id, block_ids in self._loading.items():
+            first = next((n for n, block in enumerate(block_ids) if block in bad), None)
+            if first is None:
+                continue
+            spoiled.update(block for block in block_ids[first:] if block)
+            request = self._requests.get(request_id)
+            if request is not None:  # else it has ended
+                request.num_computed_tokens = min(request.num_computed_tokens, first * block_tokens)
+        self._block_pool.evict_blocks(spoiled)
+
+    def reset_cache(self) -> bool | None:
+        """The weights may be others now: nothing is shared any more with what was stored before, by whomever."""
+        if self._tracker is None or self._saving is None:
+            return None
+        self._saving.failed()
+        self._saving.drop_confirmed()
+        self._tracker.rename(os.urandom(KEY_BYTES))
+        return True
 
     def has_pending_push_work(self) -> bool:
         return self._saving is not None and self._saving.has_work

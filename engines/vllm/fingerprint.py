@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 #: What makes a model compute what it computes.
-PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.gguf", "config.json", "adapter_config.json")
+PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.gguf", "*.py", "config.json", "adapter_config.json")
 #: Bytes read at the beginning, the middle and the end of each file.
 SAMPLE_BYTES = 1 << 16
 
@@ -16,11 +16,13 @@ def folder_digest(folder: Path) -> str:
 
     Two folders with the same files have the same digest on any host. A change within a large file that keeps its
     size and misses all samples is not seen: name such variants by the setting `model_id`.
+    Args: folder: or a single file.
     Returns: empty if there is no such folder or nothing of a model in it.
     """
-    if not folder.is_dir():
-        return ""
-    paths = sorted({path for pattern in PATTERNS for path in folder.glob(pattern)}, key=lambda path: path.name)
+    if folder.is_file():
+        paths = [folder]
+    else:
+        paths = sorted({path for pattern in PATTERNS for path in folder.glob(pattern)}, key=lambda path: path.name)
     if not paths:
         return ""
     digest = hashlib.sha256()

@@ -32,6 +32,7 @@ def tokens_of(parameters: Mapping[str, Any] | None) -> int:
 class _Wait:
     until_s: float
     look_s: float
+    given_up: bool = False
 
 
 @dataclass(slots=True)
@@ -53,6 +54,12 @@ class HandoffWaits:
             wait = self.waits[request_id] = _Wait(now_s + self.wait_s, now_s)
         wait.look_s = now_s + LOOK_INTERVAL_S
         return now_s < wait.until_s
+
+    def gives_up(self, request_id: str) -> bool:
+        """True once, for whoever says so in the log."""
+        wait = self.waits[request_id]
+        first, wait.given_up = not wait.given_up, True
+        return first
 
     def forget(self, request_id: str) -> None:
         self.waits.pop(request_id, None)

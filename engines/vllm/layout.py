@@ -6,6 +6,8 @@ their order within a block is part of the namespace, and another engine finds no
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 import sys
 from collections.abc import Mapping
@@ -94,11 +96,12 @@ def engine_layout(config: VllmConfig, cache: KVCacheConfig, settings: ConnectorS
         model=model_identity(config, settings),
         revision="",
         dtype=str(config.model_config.dtype),
-        backend=f"vllm {vllm.__version__} {torch.device(config.device_config.device_type).type} {platform.machine()}",
+        backend=f"vllm {vllm.__version__} {torch.device(config.device_config.device_type).type} {machine()}",
         layout=" ".join(
             (
                 f"vllm/{LAYOUT_VERSION} {cache.kv_cache_layout} tp{degree}",
                 _hashing(config, hash_tokens),
+                _computing(config),
                 ";".join(kinds),
             )
         ),
@@ -126,7 +129,33 @@ def model_identity(config: VllmConfig, settings: ConnectorSettings) -> str:
     digest = folder_digest(folder)
     if digest:
         return f"{folder.resolve().name}@{digest[:32]}"
-    return f"{model.model}@{model.revision or 'main'}"
+    return f"{model.model}@{getattr(model.hf_config, '_commit_hash', None) or model.revision or 'main'}"
+
+
+def machine() -> str:
+    """With AMX, vLLM's CPU kernels pack a block's bytes in another order."""
+    return platform.machine() + ("-amx" if torch.cpu._is_amx_tile_supported() else "")
+
+
+def _computing(config: VllmConfig) -> str:
+    """What changes a model's KV besides its files, as a digest: overrides of its configuration, quantization."""
+    model = config.model_config
+    skipped = ("_name_or_path", "transformers_version", "_commit_hash")
+    told = {name: value for name, value in model.hf_config.to_dict().items() if name not in skipped}
+    long_rope = "longrope" in json.dumps(told, default=str)
+    made_up = str(config.load_config.load_format) == "dummy"
+    text = json.dumps(
+        [
+            told,
+            str(model.quantization),
+            model.max_model_len if long_rope else 0,
+            model.seed if made_up else 0,
+            getattr(model.multimodal_config, "mm_processor_kwargs", None),
+        ],
+        sort_keys=True,
+        default=str,
+    )
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _hashing(config: VllmConfig, hash_tokens: int) -> str:

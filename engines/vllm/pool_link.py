@@ -17,7 +17,7 @@ from engines.vllm.settings import ConnectorSettings
 from kvpool.channels.base import Memory
 from kvpool.channels.tls import TlsConfig
 from kvpool.client import PoolClient
-from kvpool.core.errors import KvpoolError, Unavailable
+from kvpool.core.errors import DeadlineExceeded, KvpoolError, Unavailable
 from kvpool.core.ids import NamespaceId
 from kvpool.core.namespace import NamespaceSpec
 
@@ -110,7 +110,7 @@ class PoolLink:
 
     def _failed(self, error: KvpoolError) -> None:
         self.failures += 1
-        if isinstance(error, Unavailable):
+        if isinstance(error, Unavailable | DeadlineExceeded):
             if self._up.is_set():
                 log.warning("kvpool node %s is away, vLLM computes by itself meanwhile: %s", self._settings.node, error)
             self._up.clear()

@@ -65,6 +65,13 @@ class SavePipeline:
             self._let_go(saves)
         self.computing.clear()
 
+    def drop_confirmed(self) -> None:
+        """What waits for the workers is not stored."""
+        for saves in self.confirmed.values():
+            self.blocks_dropped += len(saves.block_ids)
+            self._let_go(saves)
+        self.confirmed.clear()
+
     def take_confirmed(self) -> dict[int, list[Transfer]]:
         """Saves for the workers to begin with; each worker reports each number once."""
         taken, self.confirmed = self.confirmed, {}

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.vllm.plans import GroupBlocks, Transfer
-from engines.vllm.prefixes import GroupShape, Lookup, keys_of, longest_prefix
+from engines.vllm.prefixes import KEY_BYTES, GroupShape, Lookup, keys_of, longest_prefix
 
 
 @dataclass(slots=True)
@@ -38,9 +38,14 @@ class RequestTracker:
         self._step_tokens = int(np.lcm.reduce([shape.block_tokens for shape in groups]))
         self._requests: dict[str, _Tracked] = {}
         self._loads: list[Transfer] = []
+        self._salt = np.zeros(KEY_BYTES, dtype=np.uint8)
 
     def __len__(self) -> int:
         return len(self._requests)
+
+    def rename(self, salt: bytes) -> None:
+        """From here on the same hashes are other keys; `salt` has 16 bytes."""
+        self._salt = np.frombuffer(salt, dtype=np.uint8)
 
     # ------------------------------------------------------------ matching
 
@@ -131,7 +136,7 @@ class RequestTracker:
     # ------------------------------------------------------------ parts
 
     def _keys(self, hashes: Sequence[bytes]) -> list[NDArray[np.uint8]]:
-        return [keys_of(hashes, self._hash_tokens, shape.block_tokens) for shape in self._groups]
+        return [keys_of(hashes, self._hash_tokens, shape.block_tokens) ^ self._salt for shape in self._groups]
 
     @staticmethod
     def _part(

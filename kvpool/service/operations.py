@@ -11,7 +11,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from kvpool.core.source import SourceCore
 from kvpool.service.lower_tier import LowerTier
 from kvpool.service.source_driver import SourceDriver
 from kvpool.service.ssd_tier import SsdTier
+from kvpool.tiers.ssd.daemon_threads import DaemonThreads
 from kvpool.v1 import block_source_pb2
 from kvpool.v1 import source_admin_pb2 as pb
 
@@ -161,7 +162,8 @@ class Operations:
 
     def __init__(self, driver: SourceDriver) -> None:
         self._driver = driver
-        self._threads = ThreadPoolExecutor(max_workers=OPERATIONS_MAX, thread_name_prefix="operation")
+        # One that hangs on a dead disk must not keep the process from ending.
+        self._threads = DaemonThreads(OPERATIONS_MAX, "operation")
         self._live: dict[Operation, Future[None]] = {}
         self._closing = False
 

@@ -73,10 +73,14 @@ class SsdPromotion:
         below = self._better_below(namespace_id, keys)
         if not below.any():
             return Promoted(below)
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._allowed.wait(), timeout_s)
-        if not self._allowed.is_set():
-            return Promoted(below)
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + timeout_s
+        # More than once: the next removal may have begun before this one hears that the last has ended.
+        while not self._allowed.is_set():
+            if loop.time() >= end_s:
+                return Promoted(below)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._allowed.wait(), end_s - loop.time())
         packed = split_keys(keys[below])
         fresh = [key for key in dict.fromkeys(packed) if key not in self._under_way]
         if fresh and len(self._under_way) + len(fresh) <= PROMOTING_MAX:
@@ -92,7 +96,8 @@ class SsdPromotion:
 
         try:
             if mine:
-                await asyncio.wait([promotion.task for promotion in mine], timeout=timeout_s)
+                left_s = max(0.0, end_s - loop.time())
+                await asyncio.wait([promotion.task for promotion in mine], timeout=left_s)
         except BaseException:
             release()
             raise
@@ -197,7 +202,8 @@ class SsdPromotion:
                 for offset, size in zip(slots.offsets.tolist(), slots.sizes.tolist(), strict=True)
             ]
             read = await in_thread(self._store.read, slots.keys, targets, threads=self._threads)
-            good = np.flatnonzero(read.good)
+            # Two looks at the store: what it has may have been replaced between them.
+            good = np.flatnonzero(read.good & (read.fidelities == fidelity) & (read.section_counts == sections))
             indices = np.repeat(mine[good], sections).astype(np.uint32)
             numbers = np.tile(np.arange(sections, dtype=np.uint32), len(good))
             with self._driver.turn() as now:

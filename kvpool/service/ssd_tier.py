@@ -150,6 +150,8 @@ class SsdTier:
             await asyncio.wait({closing}, timeout=2 * timeout_s)
             ended = closing.done() and closing.exception() is None and closing.result()
         if not ended:
+            # First: nobody may begin a call that nobody would end.
+            self._threads.shutdown(wait=False)
             left = self._threads.abandon(NoSsd("the SSD does not answer"))
             log.error("the SSD does not answer: the node ends without it, with %d calls under way", left)
             await asyncio.gather(*tasks, return_exceptions=True)

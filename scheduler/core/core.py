@@ -161,8 +161,8 @@ class SchedulerCore:
     def _learn_from(self, owner: Owner, event: OutcomeReported) -> None:
         """Compares what was predicted with the first token's story, once."""
         placement = self.book.placements.get(owner)
-        if placement is None or placement.compared or not event.ttft_us:
-            return
+        if placement is None or placement.compared or placement.peer or not event.ttft_us:
+            return  # what a peer predicted is not known here
         if placement.prefill_id not in self.cluster.instances:
             return
         placement.compared = True

@@ -24,6 +24,10 @@ def peer_placed(core: SchedulerCore, event: PeerPlaced, commands: list[Command])
     """
     owner = (event.gateway_id, event.request_id)
     known = core.book.placements.get(owner)
+    if owner in core.room.entries:
+        # Its gateway asked here too: what comes of that, a placement or a cancel, is news that the other hears.
+        core.count("peer_placements_unknown")
+        return
     if known is not None:
         same = (event.peer, event.prefill_id, event.decode_id)
         if (known.peer, known.prefill_id, known.decode_id) == same:

@@ -76,14 +76,6 @@ def test_misses_are_results(client: PoolClient, namespace: NamespaceId) -> None:
     assert not nothing.found.any() and nothing.bytes == 0
 
 
-def test_a_lookup_may_have_less_time(client: PoolClient, namespace: NamespaceId) -> None:
-    keys, _ = random_blocks(4, [6, *namespace])
-    assert client.is_connected
-    with pytest.raises(Unavailable):  # what is not there has to be asked for
-        client.lookup(namespace, keys, timeout_s=1e-9)
-    assert not client.lookup(namespace, keys, timeout_s=5.0).any()
-
-
 def test_rows(client: PoolClient, namespace: NamespaceId) -> None:
     keys, data = random_blocks(5, [5, *namespace])
     rows = np.array([4, 2, 0, 1, 3])

@@ -22,7 +22,7 @@ from kvpool.channels.base import Channel
 from kvpool.channels.shm import ShmChannel
 from kvpool.channels.tcp import TcpChannel
 from kvpool.client import PoolClient
-from kvpool.core.errors import KvpoolError, NoSpace, ReservationExpired, Unavailable
+from kvpool.core.errors import DeadlineExceeded, KvpoolError, NoSpace, ReservationExpired, Unavailable
 from kvpool.service.node import main
 from kvpool.service.source_calls import OPENERS
 from kvpool.service.writer_lock import PREFIX, lock_folder
@@ -100,6 +100,9 @@ def test_stopped_node_loses_nothing(start_node: Start, connect: Connect) -> None
             connect(node, timeout_s=0.5).stats()
         with pytest.raises(KvpoolError):
             client.reserve(namespace, random_blocks(1, [3])[0])
+        assert client.is_connected and client.lookup(namespace, keys).all()
+        with pytest.raises(DeadlineExceeded):  # what is not there is asked for
+            client.lookup(namespace, random_blocks(1, [3])[0], timeout_s=0.1)
         assert client.get(namespace, keys, np.zeros_like(data)).found.all(), "reading what is there takes no call"
     finally:
         node.send(signal.SIGCONT)

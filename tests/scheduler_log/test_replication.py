@@ -9,7 +9,7 @@ import scheduler_events as made
 from kvpool.core.ids import Role
 from scheduler.core import events
 from scheduler.core.cluster import State
-from scheduler.core.commands import CloseStream, Placed, PlacementEnded
+from scheduler.core.commands import CloseStream, Placed, PlacementEnded, Refused
 from scheduler.core.config import SECOND_US, SchedulerConfig
 from scheduler.core.core import SchedulerCore
 
@@ -76,6 +76,24 @@ def test_a_full_instance_is_full_for_us_too() -> None:
     d.tell(placed("r8"))
     d.tell(placed("r9", kv_tokens=1 << 40))
     assert d.core.cluster.instances["w0"].kv_tokens_available(d.core.book.on("w0").kv_tokens) == 0
+
+
+def test_placed_by_a_peer_while_it_waits_here() -> None:
+    d = Driven()
+    d.tell(made.joined(1))
+    d.tell(events.GatewayOpened(2, "gw"))
+    for n in range(7):
+        d.tell(placed(f"r{n}"))
+    assert not [c for c in d.tell(made.place("mine")) if isinstance(c, Placed | Refused)]
+    assert ("gw", "mine") in d.core.room.entries
+    # Its gateway lost this scheduler for a moment, and asked another one.
+    d.tell(placed("mine"))
+    assert d.core.counts["peer_placements_unknown"] == 1 and ("gw", "mine") not in d.core.book.placements
+    answers: list[Any] = []
+    for n in range(7):
+        answers += [c for c in d.tell(events.PeerEnded("gw", f"r{n}", "s1#1")) if isinstance(c, Placed | Refused)]
+    d.at(1.5)
+    assert [a.request_id for a in answers] == ["mine"] and isinstance(answers[0], Placed)
 
 
 def test_ends_reach_those_they_are_meant_for() -> None:

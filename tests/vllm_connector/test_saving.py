@@ -50,6 +50,18 @@ def test_a_failed_load_spoils_what_was_begun_since() -> None:
     assert made.held == {1: 1} and made.pipeline.blocks_dropped == 2
 
 
+def test_a_reset_drops_what_the_workers_have_not_got() -> None:
+    made = Made()
+    for step in (1, 2, 3):
+        made.pipeline.computes(step, transfers(step))
+    made.pipeline.computed(1)
+    made.pipeline.take_confirmed()
+    made.pipeline.computed(2)
+    made.pipeline.failed()
+    made.pipeline.drop_confirmed()
+    assert made.pipeline.take_confirmed() == {} and made.held == {1: 1} and made.pipeline.blocks_dropped == 2
+
+
 def test_the_bound() -> None:
     made = Made(blocks_max=2)
     made.pipeline.computes(1, transfers(1, 2))

@@ -90,3 +90,11 @@ def test_without_saving() -> None:
     made = Made(save=False)
     made.tracker.allocated("r", hashes(2), 0, 0, [[11, 12]])
     assert made.tracker.scheduled("r", hashes(2), 0, 8, [[11, 12]]) is None
+
+
+def test_renamed_keys_are_others() -> None:
+    made = Made(there=4)
+    made.tracker.rename(bytes([0x80] * 16))
+    assert made.tracker.match(hashes(4), 17, 0) == 0
+    made.tracker.allocated("r", hashes(4), 0, 0, [[11]])
+    assert moved(made.tracker.scheduled("r", hashes(4), 0, 4, [[11]])) == [(0x81, 11)]

@@ -39,6 +39,8 @@ PROMPT_BLOCKS = 64  # 4096 tokens
 SYSTEM_BLOCKS = 16  # that all conversations share
 CONVERSATIONS = 512
 ACTIVE = 256  # placements under way
+#: The time of a decision is measured, so none is put off.
+DECIDE_NOW = SchedulerConfig(late_binding=())
 POLICIES = ("kvpool", "mooncake_algorithm1", "sticky", "round_robin")
 NAMESPACE = NamespaceSpec(
     model="bench",
@@ -163,7 +165,7 @@ def summary(seconds: list[float], wall_s: float) -> dict[str, float]:
 def measure_core(policy: str, count: int, journal: Journal | None = None) -> dict[str, float]:
     """Times each placement; outcomes keep the number under way, and are left out of the times."""
     workload = Workload(1)
-    shell = Shell(SchedulerCore(SchedulerConfig()), journal, clock_us=StepClock())
+    shell = Shell(SchedulerCore(DECIDE_NOW), journal, clock_us=StepClock())
     if journal is not None:
         journal.begin(shell.core)
     for event in workload.cluster():
@@ -185,7 +187,7 @@ def measure_core(policy: str, count: int, journal: Journal | None = None) -> dic
 
 def measure_nothing(count: int) -> dict[str, float]:
     """An event that decides nothing, through the same entrance."""
-    shell = Shell(SchedulerCore(SchedulerConfig()), clock_us=StepClock())
+    shell = Shell(SchedulerCore(DECIDE_NOW), clock_us=StepClock())
     times = []
     for _ in range(count):
         began = time.perf_counter()
@@ -202,7 +204,7 @@ async def serve() -> None:
     from scheduler.service.server import SchedulerServer, SchedulerServerConfig
 
     hour_us = 3_600_000_000
-    core = SchedulerConfig(suspect_us=hour_us, gone_us=2 * hour_us)
+    core = SchedulerConfig(suspect_us=hour_us, gone_us=2 * hour_us, late_binding=())
     server = SchedulerServer(SchedulerServerConfig(listen="127.0.0.1:0", core=core))
     await server.startup()
     for event in Workload(1).cluster():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, InvalidStateError
 from queue import Empty, SimpleQueue
 from typing import Any, Final, ParamSpec, TypeVar
 
@@ -28,8 +29,8 @@ class DaemonThreads(Executor):
         self._lock = threading.Lock()
         self._idle = threading.Semaphore(0)
         self._threads: list[threading.Thread] = []
-        #: Calls that are under way, by the identity of their future.
-        self._running: dict[int, Future[Any]] = {}
+        #: Calls that have not ended, those that wait for a thread too, by the identity of their future.
+        self._left: dict[int, Future[Any]] = {}
         self._closed = False
 
     def submit(
@@ -39,10 +40,12 @@ class DaemonThreads(Executor):
         future: Future[Result] = Future()
 
         def run() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
             with self._lock:
-                self._running[id(future)] = future
+                if id(future) not in self._left:  # abandoned while it waited
+                    return
+                if not future.set_running_or_notify_cancel():
+                    del self._left[id(future)]
+                    return
             try:
                 result = call(*args, **kwargs)
             except BaseException as error:
@@ -55,11 +58,12 @@ class DaemonThreads(Executor):
         with self._lock:
             if self._closed:
                 raise RuntimeError("these threads have been shut down")
-            self._calls.put(run)
             if not self._idle.acquire(blocking=False) and len(self._threads) < self._count:
-                name = f"{self._name}-{len(self._threads)}"
-                self._threads.append(threading.Thread(target=self._work, name=name, daemon=True))
-                self._threads[-1].start()
+                thread = threading.Thread(target=self._work, name=f"{self._name}-{len(self._threads)}", daemon=True)
+                thread.start()  # raises where the system has no more: nothing has begun then
+                self._threads.append(thread)
+            self._left[id(future)] = future
+            self._calls.put(run)
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -74,31 +78,37 @@ class DaemonThreads(Executor):
             thread.join(max(0.0, end_s - time.monotonic()))
 
     def abandon(self, error: BaseException) -> int:
-        """Ends the futures of all calls under way with an error, though the calls themselves go on. Returns how many.
+        """Ends the futures of all calls with an error, though those under way go on; those that wait never begin.
 
         Only for a process that is about to end: what these calls read and write is nobody's any more.
+
+        Returns: how many calls had not ended.
         """
         with self._lock:
-            left, self._running = self._running, {}
+            left, self._left = self._left, {}
         for future in left.values():
-            future.set_exception(error)
+            with contextlib.suppress(InvalidStateError):  # cancelled while it waited
+                future.set_exception(error)
         return len(left)
 
     def _ends(self, future: Future[Any]) -> bool:
         """False: it was abandoned."""
         with self._lock:
-            return self._running.pop(id(future), None) is not None
+            return self._left.pop(id(future), None) is not None
 
     def _work(self) -> None:
         while True:
-            try:
-                call = self._calls.get_nowait()
-            except Empty:
-                # Counted as idle only where nothing waits: else a call might wait for a thread that hangs.
-                self._idle.release()
-                call = self._calls.get()
+            call = self._next()
             if call is None:
                 return
             call()
             # What it held must not live on until the next call.
             del call
+
+    def _next(self) -> Callable[[], None] | None:
+        with self._lock:
+            # `submit` looks for an idle thread under this lock, too: idle are those for which nothing waits.
+            with contextlib.suppress(Empty):
+                return self._calls.get_nowait()
+            self._idle.release()
+        return self._calls.get()

@@ -78,7 +78,13 @@ class Lanes:
         if len(tasks) == 1:
             _work(waiting, failures)
         else:
-            helpers = [self._threads.submit(_work, waiting, failures) for _ in range(min(self.depth, len(tasks)))]
+            try:
+                helpers.extend(
+                    self._threads.submit(_work, waiting, failures) for _ in range(min(self.depth, len(tasks)))
+                )
+            except BaseException:
+                wait(helpers)
+                raise
 
         def finish() -> None:
             wait(helpers)
@@ -94,10 +100,15 @@ class Lanes:
         """
         waiting = iter(tasks)
         failures: list[BaseException] = []
-        helpers = [self._threads.submit(_work, waiting, failures) for _ in range(min(self.depth, len(tasks)) - 1)]
-        _work(waiting, failures)
-        # Tasks write into the callers' memory: none may be left behind.
-        wait(helpers)
+        helpers: list[Future[None]] = []
+        try:
+            helpers.extend(
+                self._threads.submit(_work, waiting, failures) for _ in range(min(self.depth, len(tasks)) - 1)
+            )
+            _work(waiting, failures)
+        finally:
+            # Tasks write into the callers' memory: none may be left behind.
+            wait(helpers)
         if failures:
             raise failures[0]
 

@@ -1,0 +1,33 @@
+"""How long a request waits for blocks that were announced to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from engines.vllm.handoffs import HandoffWaits, asks, tokens_of
+
+
+@pytest.mark.parametrize(
+    ("parameters", "tokens"),
+    [(None, 0), ({}, 0), ({"kvpool_tokens": 64}, 64), ({"kvpool_tokens": "64"}, 0), ({"kvpool_tokens": True}, 0),
+     ({"kvpool_tokens": -1}, 0), ({"do_remote_prefill": True}, 0)],
+)  # fmt: skip
+def test_what_is_announced(parameters: dict[str, Any] | None, tokens: int) -> None:
+    assert tokens_of(parameters) == tokens
+
+
+def test_who_asks() -> None:
+    assert asks({"kvpool_handoff": True}) and not asks({"kvpool_handoff": False}) and not asks(None)
+
+
+def test_one_wait_and_one_complaint() -> None:
+    waits = HandoffWaits(wait_s=1.0)
+    assert waits.looks("r", 10.0) and waits.lacks("r", 10.0)
+    assert not waits.looks("r", 10.0005) and waits.looks("r", 10.001)
+    assert waits.lacks("r", 10.999) and not waits.lacks("r", 11.0) and not waits.lacks("r", 12.0)
+    assert waits.gives_up("r") and not waits.gives_up("r")
+    waits.forget("r")
+    waits.forget("r")
+    assert not waits.waits
