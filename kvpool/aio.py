@@ -151,6 +151,7 @@ class AsyncPoolClient(_Threaded):
     get_objects = _verb(PoolClient.get_objects)
     lookup = _verb(PoolClient.lookup)
     lookup_objects = _verb(PoolClient.lookup_objects)
+    object_sizes = _verb(PoolClient.object_sizes)
     remove = _verb(PoolClient.remove)
     remove_all = _verb(PoolClient.remove_all)
     remove_objects = _verb(PoolClient.remove_objects)

@@ -19,9 +19,9 @@ from kvpool.channels.base import Memory
 from kvpool.channels.links import Links
 from kvpool.channels.tls import TlsConfig
 from kvpool.core.errors import BadArgument, KvpoolError, NoSpace
-from kvpool.core.hashing import object_key
 from kvpool.core.ids import Fidelity, NamespaceId
 from kvpool.core.namespace import NamespaceSpec
+from kvpool.service.client_lookups import object_keys
 from kvpool.service.client_lossy import LossyBlocks, LossyRead
 from kvpool.service.client_reads import RELEASES_MAX, ReadRequest, as_rows, rows_of
 from kvpool.service.client_sections import SectionCalls
@@ -144,10 +144,11 @@ class PoolClient(SectionCalls):
                 may hold anything.
             handoff: request whose hand-off hold on these blocks ends with this call.
             ttl_s: time within which the call has to be through.
-            promote_s: how long to wait for blocks that are on the source's SSD only; 0 = they count as absent.
+            promote_s: how long to wait for blocks that are on the source's SSD only, at most 0.8 of the time that is
+                left; 0 = they count as absent.
             verify: False for tests and benchmarks only.
             fidelity_min: INT8 also takes blocks that were stored as int8, decoded; see `fidelities` of the result.
-        Raises: Unavailable, ChannelError: nothing was read.
+        Raises: Unavailable, ChannelError, DeadlineExceeded (the source did not answer in time): nothing was read.
         """
         begin_s = time.monotonic()
         request = ReadRequest(
@@ -243,10 +244,6 @@ class PoolClient(SectionCalls):
             values[index] = None
         return ObjectsResult(values, outcome.corrupt, outcome.bytes, time.monotonic() - begin_s, outcome.kind)
 
-    def lookup_objects(self, namespace: NamespaceId, names: Sequence[str]) -> Bools:
-        """Which names are there, in any tier; holds nothing."""
-        return self.lookup(namespace, object_keys(namespace, names))
-
     def remove_objects(self, namespace: NamespaceId, names: Sequence[str] = (), *, prefix: str = "") -> int:
         """Removes objects by name, or all whose names begin with `prefix`. Returns how many were there."""
         if prefix:
@@ -305,12 +302,6 @@ class PoolClient(SectionCalls):
         existed: Bools = reservation.status == EXISTS
         kind = reservation.session.channel.write_kind
         return PutResult(stored, existed, moved, time.monotonic() - begin_s, kind)
-
-
-def object_keys(namespace: NamespaceId, names: Sequence[str]) -> Keys:
-    """Keys of objects: uint8 (names, 16)."""
-    packed = b"".join(object_key(namespace, name) for name in names)
-    return np.frombuffer(packed, dtype=np.uint8).reshape(-1, 16)
 
 
 def as_bytes(name: str, value: Buffer) -> NDArray[np.uint8]:

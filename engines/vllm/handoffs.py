@@ -12,8 +12,11 @@ from typing import Any
 
 #: In a request's `kv_transfer_params`: true asks the engine to say how many tokens it stores ...
 ASKS = "kvpool_handoff"
-#: ... and this is the answer, to be passed on to the engine that goes on.
+#: ... and this is the answer, to be passed on to the engine that goes on,
 TOKENS = "kvpool_tokens"
+#: with what is needed to know the blocks in the pool by vLLM's hashes: hex of the namespace's id, and of the mask that
+#: the first 16 bytes of a hash are combined with (exclusive or) to a block's key.
+NAMESPACE, MASK = "kvpool_namespace", "kvpool_key_mask"
 #: Between two looks into the pool.
 LOOK_INTERVAL_S = 0.001
 
@@ -28,11 +31,15 @@ def tokens_of(parameters: Mapping[str, Any] | None) -> int:
     return tokens if isinstance(tokens, int) and not isinstance(tokens, bool) and tokens > 0 else 0
 
 
+def answer(stored_tokens: int, namespace: bytes, mask: bytes) -> dict[str, Any]:
+    return {TOKENS: stored_tokens, NAMESPACE: namespace.hex(), MASK: mask.hex()}
+
+
 @dataclass(slots=True)
 class _Wait:
     until_s: float
     look_s: float
-    given_up: bool = False
+    over: bool = False
 
 
 @dataclass(slots=True)
@@ -48,18 +55,17 @@ class HandoffWaits:
         return wait is None or now_s >= wait.look_s
 
     def lacks(self, request_id: str, now_s: float) -> bool:
-        """Something has not come yet: whether to go on waiting for it."""
+        """Something has not come yet: whether to go on waiting for it. Once not, the wait is over for good."""
         wait = self.waits.get(request_id)
         if wait is None:
             wait = self.waits[request_id] = _Wait(now_s + self.wait_s, now_s)
         wait.look_s = now_s + LOOK_INTERVAL_S
-        return now_s < wait.until_s
+        wait.over = now_s >= wait.until_s
+        return not wait.over
 
-    def gives_up(self, request_id: str) -> bool:
-        """True once, for whoever says so in the log."""
-        wait = self.waits[request_id]
-        first, wait.given_up = not wait.given_up, True
-        return first
+    def is_over(self, request_id: str) -> bool:
+        wait = self.waits.get(request_id)
+        return wait is not None and wait.over
 
     def forget(self, request_id: str) -> None:
         self.waits.pop(request_id, None)

@@ -35,7 +35,9 @@ from kvpool.core.errors import Unsupported
 from kvpool.core.namespace import GroupKind, GroupSpec, NamespaceSpec
 
 #: Part of every namespace: changed when this module's idea of a block's bytes changes.
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
+#: Of vLLM's ways to hash, those without known collisions.
+SAFE_HASHES = ("sha256", "sha256_cbor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,8 @@ class EngineLayout:
     hash_tokens: int
     shard: int  # of this rank
     shard_count: int
+    #: Whether this rank stores its shard: of ranks that hold the same bytes, one does.
+    stores: bool
 
 
 def engine_layout(config: VllmConfig, cache: KVCacheConfig, settings: ConnectorSettings) -> EngineLayout:
@@ -59,9 +63,11 @@ def engine_layout(config: VllmConfig, cache: KVCacheConfig, settings: ConnectorS
         raise Unsupported("pipeline parallelism is not supported by the kvpool connector yet")
     if parallel.decode_context_parallel_size > 1 or getattr(parallel, "prefill_context_parallel_size", 1) > 1:
         raise Unsupported("context parallelism is not supported by the kvpool connector yet")
-    degree = parallel.tensor_parallel_size
+    degree, replicas = parallel.tensor_parallel_size, cache.kv_tp_replicas
     shared = {layer for group in cache.kv_cache_groups for layer in group.layer_names}
     own = [layer for tensor in cache.kv_cache_tensors for layer in tensor.layers if layer in shared]
+    # Not from the groups' specs: of several kinds of layers in one, vLLM's scheduler is told the first alone.
+    pages = {layer: min(t.layer_stride, t.block_stride) for t in cache.kv_cache_tensors for layer in t.layers}
     specs: list[GroupSpec] = []
     shapes: list[GroupShape] = []
     layers: list[tuple[str, ...]] = []
@@ -71,25 +77,25 @@ def engine_layout(config: VllmConfig, cache: KVCacheConfig, settings: ConnectorS
         group = cache.kv_cache_groups[number]
         names = tuple(layer for layer in own if layer in group.layer_names)
         pool_group = len(specs)
-        kind, window = _kind(group.kv_cache_spec)
+        first = _first(group.kv_cache_spec)
+        kind, window = _kind(first)
         if group.kv_cache_spec.block_size % hash_tokens:
             raise Unsupported(f"blocks of {group.kv_cache_spec.block_size} tokens, hashed by {hash_tokens}")
-        page_bytes = sum(_page_bytes(group.kv_cache_spec, layer) for layer in names)
         specs.append(
             GroupSpec(
                 id=pool_group,
                 kind=kind,
                 layers=tuple(range(len(names))),
                 block_tokens=group.kv_cache_spec.block_size,
-                shard_count=degree,
+                shard_count=degree // replicas,
                 section_count=1,
-                block_bytes=page_bytes,
+                block_bytes=sum(pages[layer] for layer in names),
                 window_tokens=window,
             )
         )
         shapes.append(GroupShape(pool_group, group.kv_cache_spec.block_size, window))
         layers.append(names)
-        kinds.append(repr([(layer, repr(_layer_spec(group.kv_cache_spec, layer))) for layer in names]))
+        kinds.append(repr((repr(first), [(layer, pages[layer]) for layer in names])))
     if not specs:
         raise Unsupported("no group of this model's cache can be named by block hashes")
     spec = NamespaceSpec(
@@ -115,8 +121,9 @@ def engine_layout(config: VllmConfig, cache: KVCacheConfig, settings: ConnectorS
         vllm_groups=tuple(cache.prefix_cacheable_group_ids),
         layers=tuple(layers),
         hash_tokens=hash_tokens,
-        shard=parallel.rank % degree,
-        shard_count=degree,
+        shard=parallel.rank % degree // replicas,
+        shard_count=degree // replicas,
+        stores=parallel.rank % degree % replicas == 0,
     )
 
 
@@ -159,36 +166,39 @@ def _computing(config: VllmConfig) -> str:
 
 
 def _hashing(config: VllmConfig, hash_tokens: int) -> str:
-    """How vLLM names blocks. Where its hashes begin with a seed of each process, nothing is shared."""
+    """How vLLM names blocks. Where its hashes begin with a seed of each process, nothing is shared.
+
+    Raises: Unsupported for hashes for which two prompts with one name can be made on purpose.
+    """
     algorithm = config.cache_config.prefix_caching_hash_algo
+    if algorithm not in SAFE_HASHES:
+        raise Unsupported(
+            f"prefix caching by {algorithm} lets a client make another's prompt look like its own",
+            hint=f"give vLLM --prefix-caching-hash-algo {' or '.join(SAFE_HASHES)}",
+        )
     text = f"{algorithm}:{hash_tokens}:{kv_cache_utils.get_none_hash_seed()}"
     if algorithm == "sha256":  # of a pickle, whose form is that of one Python
         text += f":py{sys.version_info.major}.{sys.version_info.minor}"
     return text
 
 
+def _first(spec: KVCacheSpec) -> KVCacheSpec:
+    """What vLLM's scheduler takes for the spec of a group whose layers differ in size only."""
+    return spec.first_spec if isinstance(spec, UniformTypeKVCacheSpecs) else spec
+
+
 def _kind(spec: KVCacheSpec) -> tuple[GroupKind, int]:
-    """Kind of a group, and its window in tokens (0 = none). Raises: Unsupported."""
-    if isinstance(spec, UniformTypeKVCacheSpecs):
-        kinds = sorted({_kind(inner) for inner in spec.kv_cache_specs.values()})
-        if len(kinds) == 1:
-            return kinds[0]
-        raise Unsupported("a group of layers with different windows")
-    if isinstance(spec, SlidingWindowSpec):
+    """Kind of a group, and its window in tokens (0 = none). Raises: Unsupported.
+
+    Not for subclasses: what they add may make the same tokens have other bytes.
+    """
+    if type(spec) is SlidingWindowSpec:
         return GroupKind.WINDOW, spec.sliding_window + spec.extra_retained_tokens
-    if isinstance(spec, MLAAttentionSpec):
+    if type(spec) is MLAAttentionSpec:
         return GroupKind.MLA, 0
-    if isinstance(spec, FullAttentionSpec):
+    if type(spec) is FullAttentionSpec:
         return GroupKind.FULL, 0
     raise Unsupported(f"caches of kind {type(spec).__name__} are not supported by the kvpool connector yet")
-
-
-def _layer_spec(spec: KVCacheSpec, layer: str) -> KVCacheSpec:
-    return spec.kv_cache_specs[layer] if isinstance(spec, UniformTypeKVCacheSpecs) else spec
-
-
-def _page_bytes(spec: KVCacheSpec, layer: str) -> int:
-    return int(_layer_spec(spec, layer).page_size_bytes)
 
 
 def extra_config(config: VllmConfig) -> Mapping[str, Any]:

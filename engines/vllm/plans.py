@@ -3,6 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
+
+
+class LoadMode(Enum):
+    """How blocks come from the pool.
+
+    IN_STEP: within the step that needs them; a block that is lost is recomputed by vLLM in the next one.
+    AHEAD: the request waits for a step of its own; a lost block makes it begin anew without the pool. For caches and
+        runners of vLLM that can't take back a step's lost block.
+    """
+
+    OFF = "off"
+    IN_STEP = "in step"
+    AHEAD = "ahead"
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,10 +33,15 @@ class GroupBlocks:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """Blocks of one request to be loaded, or to be stored."""
+    """Blocks of one request, from its token `begin_tokens` on, to be loaded, or to be stored."""
 
     request_id: str
     blocks: tuple[GroupBlocks, ...]
+    begin_tokens: int = 0
+
+    @property
+    def block_ids(self) -> tuple[int, ...]:
+        return tuple(block for part in self.blocks for block in part.block_ids)
 
 
 @dataclass(slots=True)
@@ -31,13 +50,14 @@ class StepPlan:
 
     number: int = 0
     idle: bool = False  # nothing is computed in this step
+    ahead: bool = False  # requests wait to hear that their loads are through
     loads: list[Transfer] = field(default_factory=list)
     saves: dict[int, list[Transfer]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class Counts:
-    """Since they were last taken."""
+    """Since they were last taken; of a worker, or of the scheduler's side."""
 
     blocks_loaded: int = 0
     blocks_failed: int = 0
@@ -47,3 +67,5 @@ class Counts:
     bytes_saved: int = 0
     load_us: int = 0
     save_us: int = 0
+    lookups: int = 0
+    lookup_us: int = 0

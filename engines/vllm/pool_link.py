@@ -1,7 +1,8 @@
-"""The connector's line to the pool: one client that vLLM never has to wait for while the node is away.
+"""The connector's line to the pool: one client that vLLM never has to wait for while the node is away, or slow.
 
 A node that is not there, at the start or later, costs hits and nothing else: calls answer "not found" at once until a
-background thread has reached it again. Each change is logged once.
+background thread has reached it again. One that does not answer in time is left alone for a while. Nothing that goes
+wrong here gets out: vLLM would end of it.
 """
 
 from __future__ import annotations
@@ -9,10 +10,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Iterable
 
 import numpy as np
-from numpy.typing import NDArray
 
+from engines.vllm.cores import leave_kernel_cores
+from engines.vllm.prefixes import Bools, Keys
+from engines.vllm.quiet_log import QuietLog
 from engines.vllm.settings import ConnectorSettings
 from kvpool.channels.base import Memory
 from kvpool.channels.tls import TlsConfig
@@ -27,32 +31,56 @@ log = logging.getLogger("vllm.kvpool")
 RETRY_S_MIN, RETRY_S_MAX = 0.5, 10.0
 #: For calls off the critical path: connecting, registering, storing.
 CALL_TIMEOUT_S = 5.0
+#: After a call that took too long: how long the node is not asked about prompts, or for blocks, or given any.
+ASK_REST_S, MOVE_REST_S = 1.0, 5.0
 
-Bools = NDArray[np.bool_]
-Keys = NDArray[np.uint8]
+
+def told(spec: NamespaceSpec) -> str:
+    """What two engines have to agree on to share blocks, for people who wonder why theirs don't."""
+    groups = ", ".join(
+        f"{group.kind.name.lower()} {group.block_tokens} tokens {group.block_bytes} bytes x{group.shard_count}"
+        for group in spec.groups
+    )
+    return f"{spec.model} {spec.dtype}, blocks of {groups}; {spec.backend}; {spec.layout}"
+
+
+class _Rest:
+    """A while in which something is not tried. Any thread: whoever is late tries once too often."""
+
+    def __init__(self, rest_s: float) -> None:
+        self._rest_s, self._until_s = rest_s, 0.0
+
+    def begin(self) -> None:
+        self._until_s = time.monotonic() + self._rest_s
+
+    @property
+    def now(self) -> bool:
+        return time.monotonic() < self._until_s
 
 
 class PoolLink:
     """Lookups, loads and stores in one namespace. Calls may come from several threads."""
 
     def __init__(self, settings: ConnectorSettings, spec: NamespaceSpec, client_name: str) -> None:
-        self._settings, self._spec = settings, spec
+        self._settings, self._spec, self._namespace = settings, spec, spec.id()
         tls = TlsConfig.of_files(settings.tls_cert, settings.tls_key, settings.tls_ca)
         self._client = PoolClient(
             settings.node, client=client_name, credential=settings.credential, timeout_s=CALL_TIMEOUT_S, tls=tls
         )
         self._up = threading.Event()
         self._closing = threading.Event()
-        self._down_since_s = time.monotonic()
-        self._reported = False
-        self.failures = 0
-        self._thread = threading.Thread(target=self._keep, name="kvpool-link", daemon=True)
-        self._try_once()
+        self._reported = ""
+        self._quiet = QuietLog(log)
+        self._asks, self._loads, self._stores = _Rest(ASK_REST_S), _Rest(MOVE_REST_S), _Rest(MOVE_REST_S)
+        tried = threading.Event()
+        # The client's own threads are begun by this one, and so are kept off the cores of vLLM's kernels as well.
+        self._thread = threading.Thread(target=self._keep, args=(tried,), name="kvpool-link", daemon=True)
         self._thread.start()
+        tried.wait(2 * CALL_TIMEOUT_S)
 
     @property
     def namespace(self) -> NamespaceId:
-        return self._spec.id()
+        return self._namespace
 
     @property
     def is_up(self) -> bool:
@@ -66,74 +94,110 @@ class PoolLink:
 
     # ------------------------------------------------------------ calls
 
-    def lookup(self, group: int, shards: range, keys: Keys) -> Bools:
+    def lookup(self, group: int, shards: Iterable[int], keys: Keys) -> Bools:
         """Which keys are there in all shards; none while the node is away. vLLM's scheduler waits for this."""
-        found = np.ones(len(keys), dtype=np.bool_)
-        if not self.is_up:
-            return np.zeros(len(keys), dtype=np.bool_)
-        timeout_s = self._settings.lookup_timeout_ms / 1e3
+        nothing = np.zeros(len(keys), dtype=np.bool_)
+        if not self.is_up or self._loads.now:
+            return nothing
         try:
             if not self._client.is_connected:
                 raise Unavailable("its session has ended")
-            for shard in shards:
-                found &= self._client.lookup(self.namespace, keys, group=group, shard=shard, timeout_s=timeout_s)
-        except KvpoolError as error:
+            if not self._asks.now:
+                try:
+                    return self._look(group, shards, keys, ask=True)
+                except DeadlineExceeded:
+                    self._asks.begin()
+                    self._quiet.warning(
+                        "slow", "kvpool node %s takes more than %d ms to say what it has: asked again in %.0f s",
+                        self._settings.node, self._settings.lookup_timeout_ms, ASK_REST_S,
+                    )  # fmt: skip
+            return self._look(group, shards, keys, ask=False)
+        except Exception as error:
             self._failed(error)
-            found[:] = False
+            return nothing
+
+    def _look(self, group: int, shards: Iterable[int], keys: Keys, *, ask: bool) -> Bools:
+        found = np.ones(len(keys), dtype=np.bool_)
+        end_s = time.monotonic() + self._settings.lookup_timeout_ms / 1e3
+        for shard in shards:
+            left_s = max(end_s - time.monotonic(), 1e-3)
+            found &= self._client.lookup(
+                self._namespace, keys, group=group, shard=shard, timeout_s=left_s, exact=True, ask=ask
+            )
         return found
 
-    def get(self, group: int, shard: int, keys: Keys, out: Memory) -> Bools:
+    def shows(self, group: int, shard: int, keys: Keys) -> Bools:
+        """Which keys the node's index shows on this host; never asks, never waits."""
+        try:
+            return self._client.lookup(self._namespace, keys, group=group, shard=shard, exact=True, ask=False)
+        except Exception as error:
+            self._failed(error)
+            return np.zeros(len(keys), dtype=np.bool_)
+
+    def get(self, group: int, shard: int, keys: Keys, out: Memory, timeout_s: float) -> Bools:
         """Reads blocks into rows of `out`; which are there, verified. None while the node is away."""
         missed = np.zeros(len(keys), dtype=np.bool_)
-        if not self.is_up:
+        if not self.is_up or self._loads.now:
             return missed
         try:
-            return self._client.get(
-                self.namespace, keys, out, group=group, shard=shard, ttl_s=self._settings.load_timeout_s
-            ).found
-        except KvpoolError as error:
+            return self._client.get(self._namespace, keys, out, group=group, shard=shard, ttl_s=timeout_s).found
+        except DeadlineExceeded as error:
+            self._loads.begin()
             self._failed(error)
-            return missed
+        except Exception as error:
+            self._failed(error)
+        return missed
 
     def put(self, group: int, shard: int, keys: Keys, blocks: Memory) -> int:
         """Stores blocks; returns how many are there now. None while the node is away."""
-        if not self.is_up:
+        if not self.is_up or self._stores.now:
             return 0
         try:
-            result = self._client.put(self.namespace, keys, blocks, group=group, shard=shard)
-        except KvpoolError as error:
+            result = self._client.put(self._namespace, keys, blocks, group=group, shard=shard)
+        except DeadlineExceeded as error:
+            self._stores.begin()
+            self._failed(error)
+            return 0
+        except Exception as error:
             self._failed(error)
             return 0
         return int(np.count_nonzero(result.stored | result.existed))
 
     # ------------------------------------------------------------ up and down
 
-    def _failed(self, error: KvpoolError) -> None:
-        self.failures += 1
-        if isinstance(error, Unavailable | DeadlineExceeded):
+    def _failed(self, error: Exception) -> None:
+        if isinstance(error, Unavailable):
             if self._up.is_set():
                 log.warning("kvpool node %s is away, vLLM computes by itself meanwhile: %s", self._settings.node, error)
             self._up.clear()
+        elif isinstance(error, KvpoolError):
+            self._quiet.warning(type(error).__name__, "kvpool: %s", error)
         else:
-            log.warning("kvpool: %s", error)
+            self._quiet.warning(type(error).__name__, "kvpool: %r, which is not meant to happen", error)
 
     def _try_once(self) -> bool:
         try:
             self._client.register(self._spec)
-        except KvpoolError as error:
-            if not self._reported:
+        except Exception as error:
+            hint = f" ({error.hint})" if isinstance(error, KvpoolError) and error.hint else ""
+            text = f"{error}{hint}" if isinstance(error, KvpoolError) else repr(error)
+            if text != self._reported:
                 log.warning(
-                    "kvpool node %s can't be used, vLLM computes by itself meanwhile: %s%s",
-                    self._settings.node, error, f" ({error.hint})" if error.hint else "",
-                )  # fmt: skip
-                self._reported = True
+                    "kvpool node %s can't be used, vLLM computes by itself meanwhile: %s", self._settings.node, text
+                )
+                self._reported = text
             return False
-        self._reported = False
+        self._reported = ""
         self._up.set()
-        log.info("kvpool node %s is used, namespace %s", self._settings.node, self.namespace.hex())
+        log.info(
+            "kvpool node %s is used, namespace %s: %s", self._settings.node, self.namespace.hex(), told(self._spec)
+        )
         return True
 
-    def _keep(self) -> None:
+    def _keep(self, tried: threading.Event) -> None:
+        leave_kernel_cores()
+        self._try_once()
+        tried.set()
         pause_s = RETRY_S_MIN
         while not self._closing.wait(pause_s):
             if self.is_up:

@@ -13,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 Bools = NDArray[np.bool_]
+#: uint8 (blocks, 16).
+Keys = NDArray[np.uint8]
 #: (group, keys) -> which of them are there, in all shards.
-Lookup = Callable[[int, NDArray[np.uint8]], Bools]
+Lookup = Callable[[int, Keys], Bools]
 
 KEY_BYTES = 16
 
@@ -35,20 +37,23 @@ class GroupShape:
         return max(prefix_tokens - (self.window_tokens - 1), 0) // self.block_tokens
 
 
-def keys_of(hashes: Sequence[bytes], hash_tokens: int, block_tokens: int) -> NDArray[np.uint8]:
-    """Keys of a group's full blocks: uint8 (blocks, 16).
+def keys_of(
+    hashes: Sequence[bytes], hash_tokens: int, block_tokens: int, first: int = 0, last: int | None = None
+) -> Keys:
+    """Keys of a group's full blocks from number `first` up to `last` (None: all): uint8 (blocks, 16).
 
     A hash covers all tokens up to its end, so that of a larger block is the last one within it. vLLM's hashes of 32
     bytes are sha256; 16 bytes of one are a key.
     """
     step = block_tokens // hash_tokens
-    packed = b"".join(h[:KEY_BYTES] for h in hashes[step - 1 :: step])
+    end = len(hashes) if last is None else last * step
+    packed = b"".join(h[:KEY_BYTES] for h in hashes[first * step + step - 1 : end : step])
     return np.frombuffer(packed, dtype=np.uint8).reshape(-1, KEY_BYTES)
 
 
 def longest_prefix(
     groups: Sequence[GroupShape],
-    keys: Sequence[NDArray[np.uint8]],
+    keys: Sequence[Keys],
     lookup: Lookup,
     begin_tokens: int,
     end_tokens: int,

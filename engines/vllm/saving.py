@@ -25,7 +25,7 @@ class _Saves:
 class SavePipeline:
     """Saves by the number of the step that computes them: computing -> confirmed -> with the workers -> done.
 
-    blocks_max: blocks held at most; what a step computes beyond it is not stored.
+    blocks_max: blocks held at most; see `room`.
     workers: how many report each save.
     hold, free: take and give back a reference to engine blocks.
     """
@@ -38,39 +38,41 @@ class SavePipeline:
     confirmed: dict[int, _Saves] = field(default_factory=dict)
     storing: dict[int, _Saves] = field(default_factory=dict)
     blocks: int = 0
-    blocks_dropped: int = 0
+
+    @property
+    def room(self) -> int:
+        """Blocks that may still be taken; what a step computes beyond it has to wait or is not stored."""
+        return self.blocks_max - self.blocks
 
     def computes(self, step: int, transfers: list[Transfer]) -> None:
-        """A step that is about to begin computes these blocks."""
-        block_ids = tuple(i for transfer in transfers for part in transfer.blocks for i in part.block_ids)
+        """A step that is about to begin computes these blocks, `room` of them at most."""
+        block_ids = tuple(block for transfer in transfers for block in transfer.block_ids)
         if not block_ids:
             return
-        if self.blocks + len(block_ids) > self.blocks_max:
-            self.blocks_dropped += len(block_ids)
-            return
+        assert len(block_ids) <= self.room and step not in self.computing
         self.hold(block_ids)
         self.blocks += len(block_ids)
         self.computing[step] = _Saves(transfers, block_ids, self.workers)
 
-    def computed(self, step: int) -> None:
-        """A step has ended without a failure."""
+    def computed(self, step: int) -> list[Transfer]:
+        """A step has ended without a failure.
+
+        Returns: what earlier steps were to compute whose outputs never said so, and which is not stored. Outputs come
+        in the order of the steps.
+        """
+        lost = self._drop(self.computing, [number for number in self.computing if number < step])
         saves = self.computing.pop(step, None)
         if saves is not None:
             self.confirmed[step] = saves
+        return lost
 
-    def failed(self) -> None:
-        """A load has failed in some step: nothing that was computed since is to be trusted."""
-        for saves in self.computing.values():
-            self.blocks_dropped += len(saves.block_ids)
-            self._let_go(saves)
-        self.computing.clear()
+    def failed(self) -> list[Transfer]:
+        """A load has failed in some step: nothing that was computed since is to be trusted. Returns: what it drops."""
+        return self._drop(self.computing, list(self.computing))
 
     def drop_confirmed(self) -> None:
         """What waits for the workers is not stored."""
-        for saves in self.confirmed.values():
-            self.blocks_dropped += len(saves.block_ids)
-            self._let_go(saves)
-        self.confirmed.clear()
+        self._drop(self.confirmed, list(self.confirmed))
 
     def take_confirmed(self) -> dict[int, list[Transfer]]:
         """Saves for the workers to begin with; each worker reports each number once."""
@@ -93,6 +95,19 @@ class SavePipeline:
     def has_work(self) -> bool:
         """Whether the engine has to go on stepping, so that confirmed saves reach the workers."""
         return bool(self.confirmed or self.storing)
+
+    def held(self) -> Iterable[int]:
+        """Blocks that will be given back when their stores are through, without anybody computing first."""
+        for saves in (*self.confirmed.values(), *self.storing.values()):
+            yield from saves.block_ids
+
+    def _drop(self, stage: dict[int, _Saves], numbers: list[int]) -> list[Transfer]:
+        dropped: list[Transfer] = []
+        for number in numbers:
+            saves = stage.pop(number)
+            self._let_go(saves)
+            dropped += saves.transfers
+        return dropped
 
     def _let_go(self, saves: _Saves) -> None:
         self.blocks -= len(saves.block_ids)

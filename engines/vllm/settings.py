@@ -24,7 +24,7 @@ class ConnectorSettings:
     load, save: whether blocks are read from the pool and stored there.
     lookup_timeout_ms: how long vLLM's scheduler may wait for an answer about a prompt.
     handoff_wait_s: how long a request waits for blocks that another engine has announced to be on their way.
-    load_timeout_s: how long a load may take before what is missing is computed.
+    load_timeout_s: how long a step may wait for all its loads together before what is missing is computed.
     """
 
     node: str = ""
@@ -36,7 +36,7 @@ class ConnectorSettings:
     load: bool = True
     save: bool = True
     lookup_timeout_ms: int = 100
-    load_timeout_s: float = 10.0
+    load_timeout_s: float = 2.0
     handoff_wait_s: float = 1.0
 
     @classmethod

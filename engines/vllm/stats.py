@@ -24,6 +24,8 @@ _HELP = {
     "bytes_saved": "Bytes stored in the pool.",
     "load_us": "Microseconds for which steps waited for blocks from the pool.",
     "save_us": "Microseconds spent storing blocks, beside the engine's steps.",
+    "lookups": "Looks into the pool for a prompt's blocks, by vLLM's scheduler.",
+    "lookup_us": "Microseconds for which vLLM's scheduler waited for them.",
 }
 
 

@@ -5,14 +5,17 @@ Plain: requests come as ids, hashes and numbers; the pool as a function that say
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from engines.vllm.plans import GroupBlocks, Transfer
-from engines.vllm.prefixes import KEY_BYTES, GroupShape, Lookup, keys_of, longest_prefix
+from engines.vllm.prefixes import KEY_BYTES, GroupShape, Keys, Lookup, keys_of, longest_prefix
+
+#: An engine's blocks of a request, of each group from the request's first block on; None if there are none any more.
+#: A function, since vLLM makes the whole list each time and few steps need it.
+BlockIds = Callable[[], Sequence[Sequence[int]] | None]
 
 
 @dataclass(slots=True)
@@ -25,27 +28,48 @@ class _Tracked:
 class RequestTracker:
     """Plans loads and saves. One thread: vLLM's scheduler."""
 
-    def __init__(self, groups: Sequence[GroupShape], hash_tokens: int, lookup: Lookup, *, save: bool) -> None:
+    def __init__(
+        self, groups: Sequence[GroupShape], hash_tokens: int, lookup: Lookup, *, mask: bytes, save: bool
+    ) -> None:
         """
         Args:
             groups: those that the pool holds, in its order; `block_tokens` of each a whole number of `hash_tokens`.
             hash_tokens: tokens a block hash of vLLM.
+            mask: 16 bytes, see `mask_with`.
         """
         self._groups = tuple(groups)
         self._hash_tokens = hash_tokens
         self._lookup = lookup
         self._save = save
         self._step_tokens = int(np.lcm.reduce([shape.block_tokens for shape in groups]))
+        self._step_blocks = sum(self._step_tokens // shape.block_tokens for shape in groups)
         self._requests: dict[str, _Tracked] = {}
         self._loads: list[Transfer] = []
-        self._salt = np.zeros(KEY_BYTES, dtype=np.uint8)
+        self._mask = np.frombuffer(mask, dtype=np.uint8)
+        assert len(self._mask) == KEY_BYTES
 
     def __len__(self) -> int:
         return len(self._requests)
 
-    def rename(self, salt: bytes) -> None:
-        """From here on the same hashes are other keys; `salt` has 16 bytes."""
-        self._salt = np.frombuffer(salt, dtype=np.uint8)
+    @property
+    def mask(self) -> bytes:
+        """A block's key is the first 16 bytes of its hash, exclusive or this.
+
+        The namespace is in it, since vLLM's hashes are the same for all models, and a source keeps one block of a key.
+        """
+        return self._mask.tobytes()
+
+    def mask_with(self, mask: bytes) -> None:
+        """From here on the same hashes are other keys.
+
+        Requests under way have blocks of before: nothing of them is stored, unless they begin anew.
+        """
+        self._mask = np.frombuffer(mask, dtype=np.uint8)
+        self._requests.clear()
+        self._loads.clear()
+
+    def stop_saving(self) -> None:
+        self._save = False
 
     # ------------------------------------------------------------ matching
 
@@ -61,9 +85,8 @@ class RequestTracker:
         end_tokens = prompt_tokens - 1
         if computed_tokens % self._step_tokens or end_tokens - computed_tokens < self._step_tokens:
             return 0
-        reach = longest_prefix(
-            self._groups, self._keys(hashes), self._lookup, computed_tokens, end_tokens, self._step_tokens
-        )
+        keys = [self._keys(hashes, shape, 0, end_tokens) for shape in self._groups]
+        reach = longest_prefix(self._groups, keys, self._lookup, computed_tokens, end_tokens, self._step_tokens)
         return reach - computed_tokens
 
     def allocated(
@@ -82,12 +105,8 @@ class RequestTracker:
         reach = computed_tokens + external_tokens
         self._requests[request_id] = _Tracked(stored_tokens=reach)
         if external_tokens:
-            blocks = tuple(
-                part
-                for shape, keys, ids in zip(self._groups, self._keys(hashes), block_ids, strict=True)
-                if len(part := self._part(shape, keys, ids, computed_tokens, reach, needed_only=True))
-            )
-            self._loads.append(Transfer(request_id, blocks))
+            blocks = self._parts(hashes, block_ids, computed_tokens, reach, needed_only=True)
+            self._loads.append(Transfer(request_id, blocks, computed_tokens))
 
     # ------------------------------------------------------------ steps
 
@@ -97,28 +116,37 @@ class RequestTracker:
         hashes: Sequence[bytes],
         before_tokens: int,
         after_tokens: int,
-        block_ids: Sequence[Sequence[int]],
+        block_ids: BlockIds,
+        room_blocks: int,
     ) -> Transfer | None:
         """A step computes a request from `before_tokens` to `after_tokens`: its blocks that are full and hashed then.
 
         Tokens that are not known yet (drafts, placeholders) have no hash, and so their blocks wait. What was computed
         before and given up since (a preemption, a load that failed) counts as not stored.
+
+        Args: room_blocks: how many may be stored now; what is beyond waits for a later step of the request.
         """
         tracked = self._requests.get(request_id)
         if tracked is None or not self._save:
             return None
-        tracked.stored_tokens = min(tracked.stored_tokens, before_tokens // self._step_tokens * self._step_tokens)
+        step = self._step_tokens
+        tracked.stored_tokens = min(tracked.stored_tokens, before_tokens // step * step)
         known = min(after_tokens, len(hashes) * self._hash_tokens)
-        reach = known // self._step_tokens * self._step_tokens
+        reach = min(known // step * step, tracked.stored_tokens + room_blocks // self._step_blocks * step)
         if reach <= tracked.stored_tokens:
             return None
-        blocks = tuple(
-            part
-            for shape, keys, ids in zip(self._groups, self._keys(hashes), block_ids, strict=True)
-            if len(part := self._part(shape, keys, ids, tracked.stored_tokens, reach, needed_only=False))
-        )
-        tracked.stored_tokens = reach
-        return Transfer(request_id, blocks) if blocks else None
+        ids = block_ids()
+        if ids is None:
+            return None
+        begin, tracked.stored_tokens = tracked.stored_tokens, reach
+        blocks = self._parts(hashes, ids, begin, reach, needed_only=False)
+        return Transfer(request_id, blocks, begin) if blocks else None
+
+    def not_stored(self, transfer: Transfer) -> None:
+        """What was planned to be stored is not, and is tried again if the request goes on."""
+        tracked = self._requests.get(transfer.request_id)
+        if tracked is not None:
+            tracked.stored_tokens = min(tracked.stored_tokens, transfer.begin_tokens)
 
     def forget(self, request_id: str) -> int:
         """A request has ended. Returns: how many of its tokens are in the pool or on their way there."""
@@ -135,23 +163,30 @@ class RequestTracker:
 
     # ------------------------------------------------------------ parts
 
-    def _keys(self, hashes: Sequence[bytes]) -> list[NDArray[np.uint8]]:
-        return [keys_of(hashes, self._hash_tokens, shape.block_tokens) ^ self._salt for shape in self._groups]
+    def _keys(self, hashes: Sequence[bytes], shape: GroupShape, first: int, end_tokens: int) -> Keys:
+        """Of a group's blocks from number `first` up to a place: uint8 (blocks, 16)."""
+        last = end_tokens // shape.block_tokens
+        return keys_of(hashes, self._hash_tokens, shape.block_tokens, first, last) ^ self._mask
 
-    @staticmethod
-    def _part(
-        shape: GroupShape,
-        keys: NDArray[np.uint8],
-        block_ids: Sequence[int],
+    def _parts(
+        self,
+        hashes: Sequence[bytes],
+        block_ids: Sequence[Sequence[int]],
         begin_tokens: int,
         end_tokens: int,
         *,
         needed_only: bool,
-    ) -> GroupBlocks:
-        """Blocks of one group between two places; block 0 stands for one that vLLM has let go."""
-        first, last = begin_tokens // shape.block_tokens, end_tokens // shape.block_tokens
-        if needed_only:
-            first = max(first, shape.first_needed(end_tokens))
-        last = min(last, len(keys), len(block_ids))
-        chosen = [i for i in range(first, last) if block_ids[i]]
-        return GroupBlocks(shape.group, keys[chosen].tobytes(), tuple(int(block_ids[i]) for i in chosen))
+    ) -> tuple[GroupBlocks, ...]:
+        """Blocks of all groups between two places; block 0 stands for one that vLLM has let go."""
+        parts = []
+        for shape, ids in zip(self._groups, block_ids, strict=True):
+            first = begin_tokens // shape.block_tokens
+            if needed_only:
+                first = max(first, shape.first_needed(end_tokens))
+            keys = self._keys(hashes, shape, first, end_tokens)
+            last = min(first + len(keys), len(ids))
+            chosen = [i for i in range(first, last) if ids[i]]
+            if chosen:
+                packed = keys[[i - first for i in chosen]].tobytes()
+                parts.append(GroupBlocks(shape.group, packed, tuple(int(ids[i]) for i in chosen)))
+        return tuple(parts)

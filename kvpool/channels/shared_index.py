@@ -110,16 +110,16 @@ class SharedIndex:
         """Whether what is not here may be in a lower tier of the same source, now. Raises: ChannelError if closed."""
         return bool(int(self._view().header[FLAGS]) & FLAG_LOWER_TIER)
 
-    def lookup(self, number: int, keys: KeyArray) -> Bools:
-        """Which keys have a readable exact block in the source's namespace `number`; bool (n). False may be wrong.
+    def lookup(self, number: int, keys: KeyArray) -> tuple[Bools, Bools]:
+        """Which keys have a readable exact block in the source's namespace `number`, and which definitely have none.
 
-        Objects are never found here. Raises: ChannelError if closed.
+        Returns: two of bool (n). What is neither only the source knows: an entry on the move, any object.
+        Raises: ChannelError if closed.
         """
         view = self._view()
         answers = np.empty(len(keys), dtype=np.uint8)
         probing.probe(number, _key_words(keys), *view.searched, answers)
-        hits: Bools = answers == probing.HIT
-        return hits
+        return answers == probing.HIT, answers == probing.MISS
 
     def find(self, number: int, keys: KeyArray, names: Sequence[bytes] | None = None) -> Found:
         """Where the blocks of `keys` lie; with `names`, one a key, where those objects do. Changes nothing.

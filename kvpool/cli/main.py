@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from kvpool.cli import output
+from kvpool.cli.engine_agent import EngineApiKey, engine_agent
 from kvpool.cli.flags import Credential, TlsCa, TlsCert, TlsKey, tls_of
 from kvpool.cli.processes import Interrupted, ProcessFailed, announce_ready, die_with_parent, stop_event
 from kvpool.cli.serving import serve
@@ -66,7 +67,7 @@ def _read_config(path: Path) -> dict[str, dict[str, Any]]:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         output.fail(f"can't read {path}: {error}", code=output.EXIT_USAGE)
     known = {
-        c.callback.__name__: set(inspect.signature(c.callback).parameters)
+        c.name or c.callback.__name__: set(inspect.signature(c.callback).parameters)
         for c in app.registered_commands
         if c.callback
     }
@@ -185,6 +186,10 @@ def gateway(
         float, typer.Option("--drain", min=0, help="Seconds for running requests when told to stop.")
     ] = 30.0,
     api_keys: Annotated[str, typer.Option("--api-keys", help="File of `name:key` lines that clients must use.")] = "",
+    handoff: Annotated[
+        str, typer.Option("--handoff", help="How KV gets from one vLLM server to another: pool or nixl.")
+    ] = "pool",
+    engine_api_key: EngineApiKey = "",
     credential: Credential = "",
     tls_cert: TlsCert = "",
     tls_key: TlsKey = "",
@@ -200,6 +205,8 @@ def gateway(
         policy=policy,
         api_keys=api_keys,
         credential=credential,
+        handoff=handoff,
+        engine_api_key=engine_api_key,
         drain_timeout_s=drain,
         tls=tls_of(tls_cert, tls_key, tls_ca),
     )
@@ -283,6 +290,7 @@ def _run(role: str, body: Any) -> None:
 
 
 app.command()(serve)
+app.command("engine-agent")(engine_agent)
 
 
 @app.command()

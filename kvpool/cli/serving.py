@@ -16,6 +16,8 @@ from kvpool.cli.flags import Credential, TlsCa, TlsCert, TlsKey, tls_of
 from kvpool.cli.local import LocalCluster, LocalOptions, metrics_ports
 from kvpool.cli.processes import Interrupted, ProcessFailed, announce_ready, die_with_parent, stop_event
 
+PORT_MAX = 65_535
+
 
 def serve(
     model: Annotated[str, typer.Option("--model", help="Hugging Face folder or hub id.")],
@@ -95,6 +97,8 @@ def serve(
 
 def check_port(host: str, port: int, flag: str) -> None:
     """Before anything is started: a port that is taken is found now, and named by its flag."""
+    if port > PORT_MAX:
+        output.fail(f"there is no port {port}", hint=f"choose a lower one with {flag}: the next ones are used too")
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -17,7 +17,7 @@ from kvpool.channels.base import Memory
 from kvpool.channels.links import Links
 from kvpool.client import PoolClient
 from kvpool.cluster.placement import Place
-from kvpool.core.errors import KvpoolError, Unavailable
+from kvpool.core.errors import DeadlineExceeded, KvpoolError, Unavailable
 from kvpool.core.ids import NamespaceId
 from kvpool.core.namespace import NamespaceSpec
 from kvpool.service.client_reads import Outcome, Provider, ReadRequest
@@ -25,7 +25,7 @@ from kvpool.service.client_session import Session
 from kvpool.service.client_types import RESERVED, Reservation
 from kvpool.service.host import host_id
 from kvpool.service.rpc import from_rpc_error, make_channel
-from kvpool.service.scheduler_list import target
+from kvpool.service.scheduler_list import Rotation
 from kvpool.v1 import common_pb2, directory_pb2, directory_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -151,14 +151,14 @@ class Member(PoolClient):
         """Reads as `get` does, and touches the caller's memory under the request's claim alone."""
         return self._read(request, provide)
 
-    def _read_shared(self, session: Session, request: ReadRequest, provide: Provider, outcome: Outcome) -> Any:
+    def _read_shared(
+        self, session: Session, request: ReadRequest, provide: Provider, outcome: Outcome, end_s: float
+    ) -> Any:
         assert isinstance(request, ClaimedRequest)
         with request.claim.touching():
-            return super()._read_shared(session, request, provide, outcome)
+            return super()._read_shared(session, request, provide, outcome, end_s)
 
-    def _read_leased(
-        self, request: ReadRequest, provide: Provider, outcome: Outcome, rows: Any, begin_s: float
-    ) -> None:
+    def _read_leased(self, request: ReadRequest, provide: Provider, outcome: Outcome, rows: Any, end_s: float) -> None:
         assert isinstance(request, ClaimedRequest)
         claim, begun = request.claim, False
 
@@ -170,7 +170,7 @@ class Member(PoolClient):
             return provide(chosen, sizes)
 
         try:
-            super()._read_leased(request, claimed, outcome, rows, begin_s)
+            super()._read_leased(request, claimed, outcome, rows, end_s)
         finally:
             if begun:
                 claim.end()
@@ -199,14 +199,17 @@ class Member(PoolClient):
 class Members:
     """All nodes of a cluster. Asks the directory again every `refresh_s`, aside; goes on with what it knows meanwhile.
 
-    Args: options: of each node's `PoolClient`.
+    Args:
+        scheduler: address of one, or of several that know the same, with commas: when one is lost, the next is asked.
+        timeout_s: of a look at the directory, all schedulers together.
+        options: of each node's `PoolClient`.
     """
 
     def __init__(self, scheduler: str, *, credential: str, refresh_s: float, timeout_s: float, **options: Any) -> None:
-        self._scheduler, self._refresh_s, self._timeout_s = scheduler, refresh_s, timeout_s
+        self._schedulers, self._refresh_s, self._timeout_s = Rotation(scheduler), refresh_s, timeout_s
+        self._credential, self._tls = credential, options.get("tls")
         self._options = {**options, "credential": credential, "timeout_s": timeout_s, "links": Links()}
-        self._channel = make_channel(target(scheduler), credential=credential, tls=options.get("tls"))
-        self._directory: Any = directory_pb2_grpc.DirectoryStub(self._channel)
+        self._channel = self._connect()
         self._lock = threading.Lock()
         self._members: dict[str, Member] = {}
         self._asked_s: float | None = None
@@ -237,23 +240,50 @@ class Members:
             return list(self._members.values())
 
     def refresh(self) -> None:
-        """Asks the directory now. Raises: Unavailable."""
-        try:
-            reply = self._directory.ListSources(directory_pb2.ListSourcesRequest(), timeout=self._timeout_s)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, self._scheduler) from error
-        except ValueError as error:  # how gRPC says that its channel was closed meanwhile
-            raise Unavailable("this client is closed") from error
+        """Asks the directory now. Raises: Unavailable, DeadlineExceeded: no scheduler answered."""
+        for left in reversed(range(len(self._schedulers))):
+            with self._lock:
+                channel, address = self._channel, self._schedulers.address
+            try:
+                reply = self._list_sources(channel, address)
+                break
+            except (Unavailable, DeadlineExceeded):
+                self._move_on(channel)
+                if not left:
+                    raise
         with self._lock:
             self._asked_s = time.monotonic()
             if not self._closed:
                 self._learn(reply.sources)
 
+    def _list_sources(self, channel: grpc.Channel, address: str) -> Any:
+        stub: Any = directory_pb2_grpc.DirectoryStub(channel)  # type: ignore[no-untyped-call]
+        try:
+            return stub.ListSources(directory_pb2.ListSourcesRequest(), timeout=self._timeout_s / len(self._schedulers))
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, address) from error
+        except ValueError as error:  # how gRPC says that its channel was closed meanwhile
+            raise Unavailable("this client is closed, or asks the next scheduler already") from error
+
+    def _connect(self) -> grpc.Channel:
+        """To one scheduler by its own name, which is what a certificate is checked against."""
+        return make_channel(self._schedulers.address, credential=self._credential, tls=self._tls)
+
+    def _move_on(self, failed: grpc.Channel) -> None:
+        """To the next scheduler, unless another thread has done it."""
+        with self._lock:
+            if self._closed or self._channel is not failed or len(self._schedulers) == 1:
+                return
+            self._schedulers.next()
+            self._channel = self._connect()
+        failed.close()
+
     def close(self) -> None:
         with self._lock:
             self._closed = True
             members, self._members = list(self._members.values()), {}
-        self._channel.close()
+            channel = self._channel
+        channel.close()
         for member in members:
             member.close()
 
@@ -261,7 +291,7 @@ class Members:
         try:
             self.refresh()
         except KvpoolError as error:
-            log.warning("the directory at %s: %s; nodes are as they were", self._scheduler, error)
+            log.warning("the directory: %s; nodes are as they were", error)
         finally:
             with self._lock:
                 self._asking, self._asked_s = False, time.monotonic()

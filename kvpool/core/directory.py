@@ -297,13 +297,33 @@ class Directory:
         Raises: nothing; a miss is zero keys.
         Cost: O(replicas of the covered keys).
         """
-        covered, found = self._table.match(keys)
+        covered, rows = self.match_rows(keys)
         runs = []
-        for number, first, count, fidelity in found.tolist():
+        for number, first, count, fidelity in rows.tolist():
             record = self._by_number[number].record
             runs.append(Run(record.source_id, record.tier, first, count, Fidelity(fidelity)))
         runs.sort(key=lambda run: (run.source, run.first))
         return Match(covered, tuple(runs))
+
+    def match_rows(self, keys: KeyArray) -> tuple[int, NDArray[np.int32]]:
+        """As `match`, without an object for each run: for those who look at thousands of them.
+
+        Args:
+            keys: as of `match`.
+        Returns: leading keys that some source holds; its runs, int32 (runs, 4): number of the source (`number_of`),
+            first key, count of keys, fidelity. In no order that means anything.
+        Raises: nothing; a miss is zero keys and no run.
+        Cost: O(replicas of the covered keys).
+        """
+        return self._table.match(keys)
+
+    def number_of(self, source_id: str) -> int | None:
+        """The small number that `match_rows` calls a source by, from `attach` to `detach`; None if it is not attached.
+
+        Another source may have it afterwards, and so may another life of this one.
+        """
+        source = self._sources.get(source_id)
+        return None if source is None else source.number
 
     def held(self, source_id: str, *, in_order: bool = True) -> tuple[KeyArray, NDArray[np.uint8]]:
         """Keys that a source holds, and the fidelity of each; none if it is not attached.

@@ -22,15 +22,18 @@ from kvpool.channels.base import ChannelError, Memory, Rows
 from kvpool.core.errors import BadArgument
 from kvpool.core.ids import Fidelity, NamespaceId, qualify
 from kvpool.service import wire
+from kvpool.service.client_lookups import LookingCalls
 from kvpool.service.client_session import Session
 from kvpool.service.client_types import Bools
-from kvpool.service.source_calls import Keys, SourceCalls, check_keys, key_list, ms
+from kvpool.service.source_calls import Keys, check_keys, key_list, left_s, ms
 from kvpool.v1 import block_source_pb2 as pb
 
 log = logging.getLogger(__name__)
 
 #: Releases that no reply has come to yet; beyond it a read waits for its own.
 RELEASES_MAX = 64
+#: Of the time that a read has left, what a lower tier may take: the rest is for its answer and for moving the bytes.
+PROMOTE_SHARE = 0.8
 
 #: Gives the memory for some keys of a request, once their sizes are known: (indices of keys, sizes) -> memory, and its
 #: row for each of them (None: in order).
@@ -75,24 +78,24 @@ class Outcome:
         }  # fmt: skip
 
 
-class ReadingCalls(SourceCalls):
+class ReadingCalls(LookingCalls):
     """The reading half of `PoolClient`."""
 
     _releases: threading.BoundedSemaphore
 
     def _read(self, request: ReadRequest, provide: Provider) -> Outcome:
         """Reads what is there. Raises: Unavailable, ChannelError: nothing more was read."""
-        begin_s = time.monotonic()
+        end_s = time.monotonic() + request.ttl_s
         check_keys(request.keys)
         outcome = Outcome(len(request.keys))
-        session = self._session()
-        left = self._read_shared(session, request, provide, outcome)
+        session = self._session(request.ttl_s)
+        left = self._read_shared(session, request, provide, outcome, end_s)
         if len(left):
-            self._read_leased(request, provide, outcome, left, begin_s)
+            self._read_leased(request, provide, outcome, left, end_s)
         if request.handoff and (outcome.shared.any() or not len(left)):
             # A lease ends the hold on its own blocks; these were read without one.
             held = np.flatnonzero(outcome.shared) if len(left) else np.arange(len(request.keys))
-            self._free_handoff(session, request, held)
+            self._free_handoff(session, request, held, end_s)
         counts = outcome.count()
         self._count(**counts)
         if counts["digest_errors"]:
@@ -101,29 +104,8 @@ class ReadingCalls(SourceCalls):
 
     # ------------------------------------------------------------ without a call
 
-    def lookup(
-        self, namespace: NamespaceId, keys: Keys, *, group: int = 0, shard: int = 0, timeout_s: float | None = None
-    ) -> Bools:
-        """Which keys are readable, in any tier and fidelity; holds nothing.
-
-        What the source's own index shows on this host takes no call; the rest is asked of the source.
-        """
-        check_keys(keys)
-        session = self._session()
-        number = session.numbers.get(namespace)
-        if session.shared is None or number is None:
-            return super().lookup(namespace, keys, group=group, shard=shard, timeout_s=timeout_s)
-        try:
-            found = session.shared.lookup(number, qualify(keys, group, shard))
-        except ChannelError:  # the session has just ended
-            return super().lookup(namespace, keys, group=group, shard=shard, timeout_s=timeout_s)
-        if not found.all():
-            rest = np.flatnonzero(~found)
-            found[rest] = super().lookup(namespace, keys[rest], group=group, shard=shard, timeout_s=timeout_s)
-        return found
-
     def _read_shared(
-        self, session: Session, request: ReadRequest, provide: Provider, outcome: Outcome
+        self, session: Session, request: ReadRequest, provide: Provider, outcome: Outcome, end_s: float
     ) -> NDArray[np.int64]:
         """Reads what the shared index shows. Returns the rows that only the source can settle."""
         everything = np.arange(len(request.keys))
@@ -138,7 +120,7 @@ class ReadingCalls(SourceCalls):
             hits = found if len(rows) == len(found) else found.take(rows)
             memory, places = provide(rows, hits.sizes)
             begin_s = time.monotonic()
-            good = session.shared.read(hits, memory, places, verify=request.verify, deadline_s=request.ttl_s)
+            good = session.shared.read(hits, memory, places, verify=request.verify, deadline_s=left_s(end_s))
             self._measured(session, int(hits.sizes.sum()), time.monotonic() - begin_s)
             taken = rows[good]
             outcome.found[taken] = outcome.shared[taken] = True
@@ -152,31 +134,32 @@ class ReadingCalls(SourceCalls):
         with self._links.now() as (meter, now_us):
             meter.transferred(session.source_id, "shm", size_bytes, round(seconds * 1e6), 1, now_us)
 
-    def _free_handoff(self, session: Session, request: ReadRequest, rows: NDArray[np.int64]) -> None:
+    def _free_handoff(self, session: Session, request: ReadRequest, rows: NDArray[np.int64], end_s: float) -> None:
         """Ends the hand-off hold on blocks that were read without a lease; should it be lost, the hold expires."""
         release = pb.ReleaseRequest(
             session_id=session.id, namespace_id=request.namespace, handoff_request_id=request.handoff,
             handed_off=key_list(request.keys[rows], request.group, request.shard),
         )  # fmt: skip
-        self._send_release(session, release, wait=False)
+        self._send_release(session, release, wait=False, end_s=end_s)
 
     # ------------------------------------------------------------ under a lease
 
     def _read_leased(
-        self, request: ReadRequest, provide: Provider, outcome: Outcome, rows: NDArray[np.int64], begin_s: float
+        self, request: ReadRequest, provide: Provider, outcome: Outcome, rows: NDArray[np.int64], end_s: float
     ) -> None:
         keys = request.keys[rows]
 
-        def lease(session: Session, timeout_s: float) -> tuple[Session, pb.LeaseReply]:
+        def lease(session: Session, time_s: float) -> tuple[Session, pb.LeaseReply]:
+            timeout_s, promote_s = lease_times(time_s, self._timeout_s, request.promote_s)
             wanted = pb.LeaseRequest(
                 session_id=session.id, namespace_id=request.namespace,
                 keys=key_list(keys, request.group, request.shard), ttl_ms=ms(request.ttl_s),
                 handoff_request_id=request.handoff, names=[request.names[row] for row in rows] if request.names else [],
-                promote_ms=ms(request.promote_s) if request.promote_s else 0, fidelity_min=int(request.fidelity_min),
+                promote_ms=ms(promote_s) if promote_s else 0, fidelity_min=int(request.fidelity_min),
             )  # fmt: skip
-            return session, session.stub.Lease(wanted, timeout=timeout_s + request.promote_s)
+            return session, session.stub.Lease(wanted, timeout=timeout_s)
 
-        session, reply = self._call(lease)
+        session, reply = self._call(lease, timeout_s=left_s(end_s))
         leased: Bools = np.fromiter(reply.found, dtype=np.bool_, count=len(keys))
         if not reply.lease_id:
             return
@@ -187,11 +170,10 @@ class ReadingCalls(SourceCalls):
             stored = qualify(keys, request.group, request.shard)
             blocks = wire.descriptors_from_proto(reply.blocks, stored, section_count).take(leased)
             memory, places = provide(mine, blocks.sizes)
-            left_s = max(request.ttl_s - (time.monotonic() - begin_s), 0.001)
             good = session.channel.read(
-                reply.lease_id, blocks, memory, places, deadline_s=left_s, verify=request.verify
+                reply.lease_id, blocks, memory, places, deadline_s=left_s(end_s), verify=request.verify
             )
-            in_time = time.monotonic() - begin_s < request.ttl_s
+            in_time = time.monotonic() < end_s
             # Unchecked bytes are as good as the lease that covered them; a lease that ended proves nothing bad.
             if not request.verify and not in_time:
                 good[:] = False
@@ -208,13 +190,18 @@ class ReadingCalls(SourceCalls):
             if corrupt.any():
                 release.namespace_id = request.namespace
                 release.corrupt.CopyFrom(key_list(request.keys[mine[corrupt]], request.group, request.shard))
-            self._send_release(session, release, wait=bool(corrupt.any()))
+            self._send_release(session, release, wait=bool(corrupt.any()), end_s=end_s)
 
-    def _send_release(self, session: Session, release: pb.ReleaseRequest, *, wait: bool) -> None:
-        """Gives holds back, as a rule without waiting for the answer: should it be lost, they expire."""
-        with contextlib.suppress(grpc.RpcError, ValueError):  # ValueError: the session's channel was closed meanwhile
-            if wait or not self._releases.acquire(blocking=False):
-                session.stub.Release(release, timeout=self._timeout_s)
+    def _send_release(self, session: Session, release: pb.ReleaseRequest, *, wait: bool, end_s: float) -> None:
+        """Gives holds back, as a rule without waiting for the answer: should it be lost, they expire.
+
+        Args: wait: for the answer, until `end_s` (monotonic seconds); the call goes on afterwards.
+        """
+        time_s = min(self._timeout_s, left_s(end_s))
+        # ValueError: the session's channel was closed meanwhile.
+        with contextlib.suppress(grpc.RpcError, grpc.FutureTimeoutError, grpc.FutureCancelledError, ValueError):
+            if not self._releases.acquire(blocking=False):
+                session.stub.Release(release, timeout=time_s)
                 return
             try:
                 future = session.stub.Release.future(release, timeout=self._timeout_s)
@@ -222,6 +209,20 @@ class ReadingCalls(SourceCalls):
                 self._releases.release()
                 raise
             future.add_done_callback(lambda _: self._releases.release())
+            if wait:
+                future.result(timeout=time_s)
+
+
+def lease_times(time_s: float, timeout_s: float, promote_s: float) -> tuple[float, float]:
+    """How long the call that asks for a lease may take, and how long of this the source may bring blocks up; seconds.
+
+    Args:
+        time_s: what is left of the caller's time.
+        timeout_s: for a call that brings nothing up.
+        promote_s: what the caller allows for bringing up; 0 = not at all.
+    """
+    promoting_s = min(promote_s, PROMOTE_SHARE * time_s)
+    return min(timeout_s + promoting_s, time_s), promoting_s
 
 
 def rows_of(out: Memory, rows: Rows | None, count: int) -> Provider:

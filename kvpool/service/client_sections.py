@@ -15,11 +15,11 @@ from kvpool.channels.sections import sections_as_blocks
 from kvpool.core.errors import BadArgument
 from kvpool.core.ids import NamespaceId, qualify
 from kvpool.service import wire
-from kvpool.service.client_reads import ReadingCalls, as_rows
+from kvpool.service.client_reads import ReadingCalls, as_rows, lease_times
 from kvpool.service.client_session import Session
 from kvpool.service.client_types import Reservation, SectionsResult
 from kvpool.service.client_writes import WritingCalls
-from kvpool.service.source_calls import Keys, check_keys, key_list, ms
+from kvpool.service.source_calls import Keys, check_keys, key_list, left_s, ms
 from kvpool.v1 import block_source_pb2 as pb
 from kvpool.v1.common_pb2 import KeyList
 
@@ -85,6 +85,7 @@ class SectionCalls(ReadingCalls, WritingCalls):
         # Each block is asked for once, however many of its sections are.
         wanted, of_block = np.unique(keys, axis=0, return_inverse=True)
         of_block = of_block.reshape(-1)
+        end_s = begin_s + ttl_s
         session, reply = self._lease_sections(namespace, key_list(wanted, group, shard), ttl_s, promote_s)
         found, corrupt = np.zeros(len(keys), dtype=np.bool_), np.zeros(len(keys), dtype=np.bool_)
         size = 0
@@ -96,41 +97,36 @@ class SectionCalls(ReadingCalls, WritingCalls):
             if len(mine):
                 blocks = wire.descriptors_from_proto(reply.blocks, qualify(wanted, group, shard), section_count)
                 parts = sections_as_blocks(blocks.take(of_block[mine]), sections[mine])
-                left_s = max(ttl_s - (time.monotonic() - begin_s), 0.001)
-                good = session.channel.read(reply.lease_id, parts, out, places[mine], deadline_s=left_s)
+                good = session.channel.read(reply.lease_id, parts, out, places[mine], deadline_s=left_s(end_s))
                 found[mine] = good
                 # A lease that ended meanwhile proves nothing bad.
-                corrupt[mine] = ~good & (time.monotonic() - begin_s < ttl_s)
+                corrupt[mine] = ~good & (time.monotonic() < end_s)
                 size = int(parts.sizes[good].sum(dtype=np.uint64))
         except ChannelError:
             self._count(channel_errors=1)
             raise
         finally:
             if reply.lease_id:
-                self._release_sections(session, reply.lease_id, namespace, keys[corrupt], group, shard)
+                release = pb.ReleaseRequest(session_id=session.id, lease_ids=[reply.lease_id])
+                if corrupt.any():
+                    release.namespace_id = namespace
+                    release.corrupt.CopyFrom(key_list(np.unique(keys[corrupt], axis=0), group, shard))
+                self._send_release(session, release, wait=bool(corrupt.any()), end_s=end_s)
         self._count(bytes_read=size, digest_errors=int(corrupt.sum()))
         return SectionsResult(found, corrupt, size, time.monotonic() - begin_s, session.channel.kind)
 
     def _lease_sections(
         self, namespace: NamespaceId, keys: KeyList, ttl_s: float, promote_s: float
     ) -> tuple[Session, pb.LeaseReply]:
-        def lease(session: Session, timeout_s: float) -> tuple[Session, pb.LeaseReply]:
+        def lease(session: Session, time_s: float) -> tuple[Session, pb.LeaseReply]:
+            timeout_s, promoting_s = lease_times(time_s, self._timeout_s, promote_s)
             request = pb.LeaseRequest(
                 session_id=session.id, namespace_id=namespace, keys=keys, ttl_ms=ms(ttl_s),
-                promote_ms=ms(promote_s) if promote_s else 0, incomplete=True,
+                promote_ms=ms(promoting_s) if promoting_s else 0, incomplete=True,
             )  # fmt: skip
-            return session, session.stub.Lease(request, timeout=timeout_s + promote_s)
+            return session, session.stub.Lease(request, timeout=timeout_s)
 
-        return self._call(lease)
-
-    def _release_sections(
-        self, session: Session, lease: int, namespace: NamespaceId, corrupt: Keys, group: int, shard: int
-    ) -> None:
-        release = pb.ReleaseRequest(session_id=session.id, lease_ids=[lease])
-        if len(corrupt):
-            release.namespace_id = namespace
-            release.corrupt.CopyFrom(key_list(np.unique(corrupt, axis=0), group, shard))
-        self._send_release(session, release, wait=bool(len(corrupt)))
+        return self._call(lease, timeout_s=ttl_s)
 
 
 def _check(sections: NDArray[np.int64], count: int, section_count: int) -> None:

@@ -28,12 +28,12 @@ from kvpool.core.arrays import SourceArrays
 from kvpool.core.catalog import Catalog
 from kvpool.core.errors import BadArgument, KvpoolError, NoSsd
 from kvpool.core.evictors import EVICTORS
-from kvpool.core.ids import KeyArray, Tier
+from kvpool.core.ids import Tier
 from kvpool.core.namespace import HASHES, GroupKind, GroupSpec, NamespaceSpec
 from kvpool.core.results import SourceConfig
 from kvpool.core.source import SourceCore
 from kvpool.service import rpc
-from kvpool.service.announcer import Announcer, SourceFacts
+from kvpool.service.announcer import Announcer, Snapshot, SourceFacts
 from kvpool.service.block_source import BlockSourceServicer, ChannelServer
 from kvpool.service.grants import Grants
 from kvpool.service.host import host_id
@@ -106,7 +106,8 @@ class NodeServer:
         # Allocating takes seconds for a large segment; nothing else runs in this loop yet.
         self.segment, core = open_memory(config)
         self._keep, self._ssd_failure = False, ""
-        self._cleanup.callback(lambda: self.segment.close(keep=self._keep))
+        self._late_writers: list[Callable[[], bool]] = []
+        self._cleanup.callback(self._close_memory)
         self.segment.prefault()
         writers = WriterTable(self.segment, WRITERS_MAX)
         remove_orphans()
@@ -173,6 +174,7 @@ class NodeServer:
         )  # fmt: skip
         tier = SsdTier(store, self.driver, self.segment.data, demote_from=config.ssd_demote_from)
         self._cleanup.push_async_callback(tier.close)
+        self._late_writers.append(lambda: tier.left_behind)
         try:
             await tier.startup()
         except NoSsd as error:
@@ -205,6 +207,7 @@ class NodeServer:
             tls=config.tls, lower=self.ssd,
         )  # fmt: skip
         self._cleanup.push_async_callback(self.admin.close)
+        self._late_writers.append(lambda: self.admin.left_behind)
 
         def register(server: grpc.aio.Server) -> Sequence[str]:
             block_source_pb2_grpc.add_BlockSourceServicer_to_server(self.servicer, server)
@@ -229,7 +232,7 @@ class NodeServer:
             self.ssd.announcer = self._announce(facts, self.ssd.snapshot, self.ssd.usage)
 
     def _announce(
-        self, facts: SourceFacts, snapshot: Callable[[], tuple[KeyArray, int]], usage: Callable[[], tuple[int, int]]
+        self, facts: SourceFacts, snapshot: Callable[[], Snapshot], usage: Callable[[], tuple[int, int]]
     ) -> Announcer:
         announcer = Announcer(
             self.config.scheduler, facts, snapshot=snapshot, usage=usage, credential=self.config.credential,
@@ -257,6 +260,13 @@ class NodeServer:
 
     async def main_loop(self, stop: asyncio.Event) -> None:
         await stop.wait()
+
+    def _close_memory(self) -> None:
+        """The last thing of all: by then it is known who may still write into it. No successor may have it then."""
+        late = any(left_behind() for left_behind in self._late_writers)
+        if self._keep and late:
+            log.error("memory is not kept: a read of the SSD or a copy has not ended, and may still write into it")
+        self.segment.close(keep=self._keep and not late)
 
     async def shutdown(self) -> None:
         """Ends the sessions, the servers and the segment, in the order in which they depend on each other."""

@@ -61,10 +61,10 @@ class Counts:
 
 
 class Operation:
-    """What the work of one operation may use."""
+    """What the work of one operation may use. `writes`: whether it writes into the segment."""
 
-    def __init__(self, driver: SourceDriver, loop: asyncio.AbstractEventLoop) -> None:
-        self.counts = Counts()
+    def __init__(self, driver: SourceDriver, loop: asyncio.AbstractEventLoop, *, writes: bool = False) -> None:
+        self.counts, self.writes = Counts(), writes
         self._driver, self._loop = driver, loop
         self._stop = threading.Event()
 
@@ -149,12 +149,19 @@ class Operation:
 
         The work writes with its own thread only, and has stopped to when it leaves: nothing needs quarantine.
         """
-        session = self.turn(lambda core, now_us: core.open_session(name, now_us))
+        opened: list[SessionId] = []
+
+        def end(core: SourceCore, now_us: int) -> None:
+            for session in opened:
+                core.close_session(session, now_us, writer_gone=True)
+
         try:
-            yield session
+            self.turn(lambda core, now_us: opened.append(core.open_session(name, now_us)))
+            yield opened[0]
         finally:
+            # One that was opened too late for anybody to use it is ended too: turns of a thread come in order.
             with contextlib.suppress(Unavailable):
-                self.turn(lambda core, now_us: core.close_session(session, now_us, writer_gone=True))
+                self.turn(end)
 
 
 class Operations:
@@ -166,16 +173,21 @@ class Operations:
         self._threads = DaemonThreads(OPERATIONS_MAX, "operation")
         self._live: dict[Operation, Future[None]] = {}
         self._closing = False
+        #: After `close`: work that did not end, and so may still write into memory.
+        self.left_behind = False
 
-    async def run(self, name: str, work: Callable[[Operation], None]) -> AsyncGenerator[pb.Progress, None]:
+    async def run(
+        self, name: str, work: Callable[[Operation], None], *, writes: bool = False
+    ) -> AsyncGenerator[pb.Progress, None]:
         """Runs `work` in a thread; it is asked to stop when the stream is closed.
 
+        Args: writes: whether it writes into the segment.
         Yields: how far it is, once a second; the last one is done.
         Raises: what the work raises; Overloaded.
         """
         if self._closing or len(self._live) >= OPERATIONS_MAX:
             raise Overloaded(f"{len(self._live)} operations run already", hint="wait until one ends, or end one")
-        operation = Operation(self._driver, asyncio.get_running_loop())
+        operation = Operation(self._driver, asyncio.get_running_loop(), writes=writes)
         future = self._threads.submit(work, operation)
         self._live[operation] = future
         ended = asyncio.wrap_future(future)
@@ -203,13 +215,14 @@ class Operations:
             log.error("%s failed", name, exc_info=error)
 
     async def close(self) -> None:
-        """Stops all and waits for their threads: nothing of theirs touches the segment afterwards."""
+        """Stops all and waits for their threads; `left_behind` then says whether one may still touch the segment."""
         self._closing = True
-        futures = [asyncio.wrap_future(future) for future in self._live.values()]
-        for operation in list(self._live):
+        live = {asyncio.wrap_future(future): operation for operation, future in self._live.items()}
+        for operation in live.values():
             operation.stop()
-        if futures:
-            _, late = await asyncio.wait(futures, timeout=STOP_TIMEOUT_S)
+        if live:
+            _, late = await asyncio.wait(live, timeout=STOP_TIMEOUT_S)
+            self.left_behind = any(live[future].writes for future in late)
             if late:
                 log.error("%d operations did not end within %.0f s", len(late), STOP_TIMEOUT_S)
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -155,9 +155,13 @@ class _Guard(grpc.aio.ServerInterceptor):
         details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler:
         handler = await continuation(details)
-        if handler is None or not details.method.startswith("/kvpool."):
+        if handler is None:
             return handler
         refusal = self._refusal(dict(details.invocation_metadata or ()))
+        # Those of others may ask after our health once without a credential; streams, which stay and count, are for
+        # those who have it.
+        if not details.method.startswith("/kvpool.") and (not handler.response_streaming or refusal is None):
+            return handler
         if handler.response_streaming:
             behavior = _stream_behavior(handler.unary_stream or handler.stream_stream, refusal)
             make = (

@@ -9,6 +9,8 @@ from kvpool.core.errors import BadArgument
 
 #: More are taken to be a mistake.
 SCHEDULERS_MAX = 16
+#: How long an address is tried before the next one.
+CONNECT_TIMEOUT_S = 1.0
 
 
 def split(text: str) -> tuple[str, ...]:
@@ -24,16 +26,20 @@ def split(text: str) -> tuple[str, ...]:
     return addresses
 
 
-def target(text: str) -> str:
+def target(text: str, *, by_name: bool = False) -> str:
     """What gRPC connects to: the first of the addresses that answers, and another one when that is lost.
 
     For callers that ask now and then; whoever must know with whom it speaks goes through the list itself.
 
+    Args: by_name: for TLS, which checks the name that is connected to, and would take a whole list for one name: the
+        first address that answers now, and no other one later.
     Raises: BadArgument as `split`, or if the name of one of several can't be resolved.
     """
     addresses = split(text)
     if len(addresses) == 1:
         return addresses[0]
+    if by_name:
+        return next((address for address in addresses if _answers(address)), addresses[0])
     families: dict[str, list[str]] = {}
     for address in addresses:
         host, _, port = address.rpartition(":")
@@ -45,6 +51,15 @@ def target(text: str) -> str:
     # A target has one family: IPv4 if each scheduler has such an address.
     family = "ipv4" if len(families.get("ipv4", ())) >= len(addresses) or "ipv6" not in families else "ipv6"
     return f"{family}:{','.join(dict.fromkeys(families[family]))}"
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except (OSError, UnicodeError, ValueError, OverflowError):
+        return False
+    return True
 
 
 def _resolved(host: str, address: str) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
@@ -65,6 +80,9 @@ class Rotation:
     @property
     def address(self) -> str:
         return self._addresses[self._at]
+
+    def __len__(self) -> int:
+        return len(self._addresses)
 
     def next(self) -> bool:
         """Goes on to the next address. True when all have been tried: time to wait a little."""

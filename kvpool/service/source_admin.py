@@ -73,6 +73,11 @@ class SourceAdminServicer(source_admin_pb2_grpc.SourceAdminServicer):
         """Ends all operations. To be awaited before the segment is closed: their threads write into it."""
         await self._operations.close()
 
+    @property
+    def left_behind(self) -> bool:
+        """After `close`: whether a copy did not end in time, and may still write into memory."""
+        return self._operations.left_behind
+
     # ------------------------------------------------------------ blocks
 
     async def Evict(self, request: pb.EvictRequest, context: object) -> pb.EvictReply:
@@ -103,7 +108,7 @@ class SourceAdminServicer(source_admin_pb2_grpc.SourceAdminServicer):
                 self._tls,
             )  # fmt: skip
 
-        async for progress in self._run(f"copy from {request.from_address}", work):
+        async for progress in self._run(f"copy from {request.from_address}", work, writes=True):
             yield progress
 
     async def Drain(self, request: pb.DrainRequest, context: grpc.aio.ServicerContext) -> AsyncIterator[pb.Progress]:
@@ -133,9 +138,11 @@ class SourceAdminServicer(source_admin_pb2_grpc.SourceAdminServicer):
         async for progress in self._run("drain", work):
             yield progress
 
-    async def _run(self, name: str, work: Callable[[Operation], None]) -> AsyncIterator[pb.Progress]:
+    async def _run(
+        self, name: str, work: Callable[[Operation], None], *, writes: bool = False
+    ) -> AsyncIterator[pb.Progress]:
         """The progress of one operation, which ends with this stream."""
-        async with contextlib.aclosing(self._operations.run(name, work)) as stream:
+        async with contextlib.aclosing(self._operations.run(name, work, writes=writes)) as stream:
             async for progress in stream:
                 yield progress
 

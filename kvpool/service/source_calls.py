@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -167,7 +168,7 @@ class SourceCalls:
     ) -> Bools:
         """Which keys are readable; holds nothing. `timeout_s`: for this call, instead of the client's own."""
         request = pb.LookupRequest(namespace_id=namespace, keys=key_list(keys, group, shard))
-        reply = self._call(lambda s, t: s.stub.Lookup(request, timeout=t if timeout_s is None else timeout_s))
+        reply = self._call(lambda s, t: s.stub.Lookup(request, timeout=t), timeout_s=timeout_s)
         return np.fromiter(reply.found, dtype=np.bool_, count=len(keys))
 
     def remove(self, namespace: NamespaceId, keys: Keys, *, group: int = 0, shard: int = 0) -> int:
@@ -288,16 +289,29 @@ class SourceCalls:
         """Whether a session is open, so that a call need not wait for one."""
         return self._keeper.current is not None
 
-    def _session(self) -> Session:
-        return self._keeper.session(self._timeout_s)
+    def _session(self, timeout_s: float | None = None) -> Session:
+        """The live session, waited for at most `timeout_s` and the client's own time. Raises: Unavailable."""
+        return self._keeper.session(self._timeout_s if timeout_s is None else min(timeout_s, self._timeout_s))
 
-    def _call(self, call: Callable[[Session, float], Reply], *, session: Session | None = None) -> Reply:
-        """Runs one call in the live session, or in the one it belongs to, with its errors translated."""
-        live = session or self._session()
+    def _call(
+        self,
+        call: Callable[[Session, float], Reply],
+        *,
+        session: Session | None = None,
+        timeout_s: float | None = None,
+    ) -> Reply:
+        """Runs one call in the live session, or in the one it belongs to, with its errors translated.
+
+        Args:
+            call: given the session and how long it may take.
+            timeout_s: for waiting for a session and for the call together; None = the client's own time for each.
+        """
+        begin_s = time.monotonic()
+        live = session or self._session(timeout_s)
         if live.lost:
             raise Unavailable(f"the session with {self.address} has ended")
         try:
-            return call(live, self._timeout_s)
+            return call(live, self._timeout_s if timeout_s is None else left_s(begin_s + timeout_s))
         except grpc.RpcError as error:
             raise self._translated(live, error) from error
         except ValueError as error:  # how gRPC says that its channel was closed meanwhile
@@ -326,6 +340,11 @@ class SourceCalls:
         with self._lock:
             for name, amount in amounts.items():
                 setattr(self._counters, name, getattr(self._counters, name) + amount)
+
+
+def left_s(end_s: float) -> float:
+    """What is left until `end_s`, monotonic seconds; once it is over, just enough to be told so."""
+    return max(end_s - time.monotonic(), 0.001)
 
 
 def check_keys(keys: Keys) -> None:

@@ -85,23 +85,27 @@ class ReadingServicer(block_source_pb2_grpc.BlockSourceServicer):
     async def Release(self, request: pb.ReleaseRequest, context: object) -> pb.ReleaseReply:
         session = self._sessions.get(request.session_id)
         leases = list(request.lease_ids)
-        corrupt: KeyArray = wire.keys_from_proto(request.corrupt)
-        if len(corrupt):
-            self._core.group(request.namespace_id, request.corrupt.group, request.corrupt.shard)
-        if request.handoff_request_id:
-            _, handed_off = self._keys(request.namespace_id, request.handed_off)
-            with self._driver.turn() as now:
-                self._core.end_handoff_for(request.namespace_id, handed_off, request.handoff_request_id, now)
         self._grants.revoke_read(session.id, leases)
         try:
+            # Before anything in the request can be found wrong: a hold must not outlive its reader for that.
             with self._driver.turn() as now:
                 self._core.release(session.id, leases, now)
         finally:
             # Also where a lease had expired: what its reader says of the bytes is worth a look all the same.
-            if len(corrupt):
-                self.digest_errors += len(corrupt)
-                await self._check_stored(session, request.namespace_id, corrupt[:CORRUPT_CHECKED_MAX])
+            await self._hear_of(session, request)
         return pb.ReleaseReply()
+
+    async def _hear_of(self, session: Session, request: pb.ReleaseRequest) -> None:
+        """What a reader says besides: a hand-off is done, blocks were bad. Raises: KvpoolError if it makes no sense."""
+        if request.handoff_request_id:
+            _, handed_off = self._keys(request.namespace_id, request.handed_off)
+            with self._driver.turn() as now:
+                self._core.end_handoff_for(request.namespace_id, handed_off, request.handoff_request_id, now)
+        corrupt: KeyArray = wire.keys_from_proto(request.corrupt)
+        if len(corrupt):
+            self._core.group(request.namespace_id, request.corrupt.group, request.corrupt.shard)
+            self.digest_errors += len(corrupt)
+            await self._check_stored(session, request.namespace_id, corrupt[:CORRUPT_CHECKED_MAX])
 
     async def Await(self, request: pb.AwaitRequest, context: grpc.aio.ServicerContext) -> AsyncIterator[pb.AwaitReply]:
         session = self._sessions.get(request.session_id)

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpool.core.arrays import EntryState
-from kvpool.core.errors import NoSsd
+from kvpool.core.errors import NoSsd, Overloaded
 from kvpool.core.ids import KeyArray, Tier
 from kvpool.core.namespace import SECTIONS_MAX
 from kvpool.core.ssd.records import SsdFacts
@@ -39,8 +39,12 @@ from kvpool.v1 import block_source_pb2 as pb
 
 log = logging.getLogger(__name__)
 
-#: Calls of the store at a time; others wait. A disk that hangs takes these threads, and none of the node's other ones.
+#: Reads of the store at a time; others wait. A disk that hangs takes these threads, and none of the node's other ones.
 THREADS = 16
+#: Changes of the store come one at a time; one more thread is there for closing it.
+CHANGE_THREADS = 2
+#: Listings at a time: the names of objects are read from the disk. One more is refused.
+LISTINGS_MAX = 4
 #: How long a removal waits for what is being written or read.
 BUSY_S = 30.0
 #: How long `close` waits for the disk.
@@ -68,14 +72,19 @@ class SsdTier:
             session = self._session = self._core.open_session("ssd tier", now)
             self._core.set_lower_tier(True)
         self._threads = DaemonThreads(THREADS, "ssd-tier")
+        # Of their own, so that changes don't wait for reads that hang: a failing disk may well be written.
+        self._change_threads = DaemonThreads(CHANGE_THREADS, "ssd-tier-change")
         # One change of the store at a time: what is being written down can't be removed behind its back.
         self._changing = asyncio.Lock()
         self._marks = SsdMarks(store, self._core)
         self._up = SsdPromotion(store, driver, data, session, self._marks, self._threads)
         self._down = SsdDemotion(
-            store, driver, data, session, self._marks, self._threads, self._changing, demote_from
+            store, driver, data, session, self._marks, self._change_threads, self._changing, demote_from
         )  # fmt: skip
         self._demoting: asyncio.Task[None] | None = None
+        self._listings = 0
+        #: After `close`: reads that did not end, and so may still write into memory.
+        self.left_behind = False
 
     @property
     def announcer(self) -> Announcer | None:
@@ -113,7 +122,7 @@ class SsdTier:
         equal = stored.facts.present & (stored.facts.sizes == arrays.sizes[objects])
         equal &= ((stored.digests == arrays.digests[objects]) | ~used).all(axis=1)
         older = keys[there & ~equal]
-        if len(older) and not (await in_thread(self._store.remove, older, threads=self._threads)).all():
+        if len(older) and not (await in_thread(self._store.remove, older, threads=self._change_threads)).all():
             raise NoSsd("older versions of objects could not be removed from the SSD", hint="can its disk be written?")
         self._marks.mark(keys[equal])
 
@@ -139,23 +148,31 @@ class SsdTier:
 
     async def close(self, *, timeout_s: float = CLOSE_S) -> None:
         """Ends all work; what was not acknowledged is as if it never was written. A disk that hangs is left alone."""
-        tasks = [*self._up.tasks, *([self._demoting] if self._demoting else [])]
+        reading = set(self._up.tasks)
+        tasks = [*reading, *([self._demoting] if self._demoting else [])]
         for task in tasks:
             task.cancel()
         late = (await asyncio.wait(tasks, timeout=timeout_s))[1] if tasks else set()
         ended = not late
+        self.left_behind = bool(late & reading)
         if ended:
-            closing = asyncio.wrap_future(self._threads.submit(self._store.close, timeout_s=timeout_s))
+            closing = asyncio.wrap_future(self._change_threads.submit(self._store.close, timeout_s=timeout_s))
             closing.add_done_callback(lambda done: None if done.cancelled() else done.exception())
             await asyncio.wait({closing}, timeout=2 * timeout_s)
             ended = closing.done() and closing.exception() is None and closing.result()
         if not ended:
             # First: nobody may begin a call that nobody would end.
-            self._threads.shutdown(wait=False)
-            left = self._threads.abandon(NoSsd("the SSD does not answer"))
+            self._shutdown_threads()
+            left = sum(
+                threads.abandon(NoSsd("the SSD does not answer")) for threads in (self._threads, self._change_threads)
+            )
             log.error("the SSD does not answer: the node ends without it, with %d calls under way", left)
             await asyncio.gather(*tasks, return_exceptions=True)
-        self._threads.shutdown(wait=False)
+        self._shutdown_threads()
+
+    def _shutdown_threads(self) -> None:
+        for threads in (self._threads, self._change_threads):
+            threads.shutdown(wait=False)
 
     def contains(self, namespace_id: bytes, keys: KeyArray) -> NDArray[np.bool_]:
         """Which keys can be read from the SSD in this namespace."""
@@ -182,7 +199,7 @@ class SsdTier:
             return
         async with self._alone():
             undead = keys[self._store.undead(keys).present]
-            gone = await in_thread(self._store.remove, undead, threads=self._threads)
+            gone = await in_thread(self._store.remove, undead, threads=self._change_threads)
             self._marks.settle()
         if not gone.all():
             raise NoSsd(
@@ -205,7 +222,7 @@ class SsdTier:
         """
         # Nothing is on its way up: it would be back after it was removed.
         async with self._alone(), self._up.kept_out(BUSY_S):
-            below = await in_thread(self._remove_below, namespace_id, keys, name_prefix, threads=self._threads)
+            below = await in_thread(self._remove_below, namespace_id, keys, name_prefix, threads=self._change_threads)
             self._marks.settle()
             return max(below, remove_above())
 
@@ -260,10 +277,16 @@ class SsdTier:
     # ------------------------------------------------------------ what others see
 
     async def list_alone(self, request: pb.ListBlocksRequest, limit: int) -> pb.ListBlocksReply:
-        """A page of what lies here and not in memory."""
-        keys, stored, following = await in_thread(
-            ssd_listing.read_page, self._store, request, limit, threads=self._threads
-        )
+        """A page of what lies here and not in memory. Raises: Overloaded."""
+        if self._listings >= LISTINGS_MAX:
+            raise Overloaded(f"{self._listings} listings of the SSD are under way", hint="try again; its disk may hang")
+        self._listings += 1
+        try:
+            keys, stored, following = await in_thread(
+                ssd_listing.read_page, self._store, request, limit, threads=self._threads
+            )
+        finally:
+            self._listings -= 1
         blocks = ssd_listing.infos_of(self._core, keys, stored)
         return pb.ListBlocksReply(blocks=blocks, next_cursor=following)
 

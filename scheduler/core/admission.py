@@ -11,7 +11,7 @@ from scheduler.core.cluster import Cluster, Instance, State
 from scheduler.core.commands import Refused
 from scheduler.core.config import SchedulerConfig
 from scheduler.core.events import PlaceRequested
-from scheduler.core.options import NO_CAPACITY, NO_HANDOFF, SLOW, TOO_LONG, Appraiser, Option, token_limit
+from scheduler.core.options import NO_CAPACITY, NO_HANDOFF, SLOW, TOO_LONG, Appraiser, Option
 from scheduler.core.waiting import TENANT_WEIGHT_MAX
 
 #: Retry-After where nothing tells when it would help.
@@ -79,7 +79,7 @@ def usable_instances(
 def too_long(request: PlaceRequested, instances: Sequence[Instance]) -> Refused | None:
     """A refusal if no instance could ever take the request."""
     tokens = request.prompt_tokens + request.max_tokens
-    limit = max(token_limit(i) for i in instances)
+    limit = max(i.tokens_max for i in instances)
     if tokens <= limit:
         return None
     message = f"{request.prompt_tokens} prompt and {request.max_tokens} new tokens, the model's limit here is {limit}"
@@ -143,9 +143,10 @@ def _most_promising(options: Sequence[Option]) -> list[Option]:
 def _chance_of(option: Option, appraiser: Appraiser, config: SchedulerConfig, precise: bool) -> Chance | None:
     request, horizon_us = appraiser.request, config.retry_after_us_max
     if not _has_room(option, appraiser, horizon_us):
-        # What nobody placed here ends some time, and nothing tells when.
-        others = option.decode.kv_tokens_foreign > 0 and option.kv_tokens_left < 0
-        return Chance(option, RETRY_DEFAULT_US, True, RETRY_DEFAULT_US) if others else None
+        # What nobody placed here ends some time, as does what waits before this one: nothing tells when.
+        others = option.decode.kv_tokens_foreign + appraiser.kv_tokens_ahead(option.decode) > 0
+        unknown = others and option.kv_tokens_left < 0
+        return Chance(option, RETRY_DEFAULT_US, True, RETRY_DEFAULT_US) if unknown else None
 
     def has_room(delay_us: int) -> bool:
         return _has_room(option, appraiser, delay_us)

@@ -16,6 +16,8 @@ TTFT_FORGETTING = 0.95
 CORRECTED_FROM_SAMPLES = 4
 CORRECTION_MIN, CORRECTION_MAX = 0.5, 3.0
 OVERHEAD_US_MAX = 1e6
+#: A correction that no outcome has confirmed for this long loses its weight: one that refuses everybody would stay.
+TRUSTED_US = 10_000_000
 #: An error counts as this much at most: one stall is not worth a hundred good predictions.
 ERROR_MAX = 10.0
 
@@ -60,23 +62,27 @@ class Calibration:
     ttft: Errors = field(default_factory=Errors)
     pull: Errors = field(default_factory=Errors)
     prefill: Errors = field(default_factory=Errors)
+    seen_us: int = 0
 
-    def ttft_us(self, parts_us: int) -> int:
+    def ttft_us(self, parts_us: int, now_us: int) -> int:
         """Corrected TTFT. Grows with its argument."""
         if self.fit.samples < CORRECTED_FROM_SAMPLES:
             return parts_us
-        overhead_us, factor = self.correction()
+        overhead_us, factor = self.correction(now_us)
         return int(overhead_us + factor * parts_us)
 
-    def correction(self) -> tuple[float, float]:
-        """Overhead in microseconds, and factor."""
+    def correction(self, now_us: int) -> tuple[float, float]:
+        """Overhead in microseconds, and factor; nearer to none where the last outcome is long ago."""
         if self.fit.samples < CORRECTED_FROM_SAMPLES:
             return 0.0, 1.0
         overhead_us, factor = self.fit.current()
-        return min(overhead_us, OVERHEAD_US_MAX), min(max(factor, CORRECTION_MIN), CORRECTION_MAX)
+        factor = min(max(factor, CORRECTION_MIN), CORRECTION_MAX)
+        share = TRUSTED_US / max(now_us - self.seen_us, TRUSTED_US)
+        return min(overhead_us, OVERHEAD_US_MAX) * share, 1.0 + (factor - 1.0) * share
 
-    def observe_ttft(self, announced_us: int, parts_us: int, actual_us: int) -> None:
+    def observe_ttft(self, announced_us: int, parts_us: int, actual_us: int, now_us: int) -> None:
         """Args: announced_us: as corrected then; parts_us: before the correction."""
         if actual_us > 0:
+            self.seen_us = now_us
             self.ttft.observe(announced_us, actual_us)
             self.fit.observe((1.0, float(max(parts_us, 1))), float(actual_us))

@@ -39,6 +39,12 @@ class Instance:
     def block_tokens(self) -> int:
         return self.info.namespace.groups[0].block_tokens
 
+    @property
+    def tokens_max(self) -> int:
+        """Prompt and generated tokens that one request may have."""
+        whole = self.info.kv_tokens_total // self.block_tokens * self.block_tokens
+        return min(self.info.context_tokens_max, whole)
+
     def prefills(self) -> bool:
         return self.info.role != Role.DECODE
 

@@ -92,6 +92,8 @@ class SchedulerConfig:
     #: Weight of prefill work by what it takes of the TPOT budgets of those who decode there: the nearer one is to its
     #: limit, the dearer. TTFT within its objective is worth little; a TPOT objective that is broken costs a request.
     stall_weight: float = 4.0
+    #: Price of the first microsecond of a TTFT that has an objective; it grows to 1 at the objective.
+    slack_price: float = 1.0
     #: Weight of a microsecond by which requests that are expected to come meanwhile are held up.
     delay_weight: float = 1.0
 

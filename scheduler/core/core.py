@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kvpool.core.directory import Directory
-from scheduler.core import membership, placing, replication, roles
+from kvpool.core.directory import Directory, DirectoryConfig
+from scheduler.core import looking, membership, placing, replication, roles
 from scheduler.core.arrivals import ArrivalRate
 from scheduler.core.calibration import Calibration
 from scheduler.core.cluster import Cluster
@@ -37,7 +37,7 @@ class SchedulerCore:
 
     def __init__(self, config: SchedulerConfig, directory: Directory | None = None) -> None:
         self.config = config
-        self.directory = directory or Directory()
+        self.directory = directory or Directory(DirectoryConfig(sources_max=config.sources_max))
         self.cluster = Cluster(config)
         self.costs = CostBook(config)
         self.book = PlacementBook()
@@ -79,14 +79,14 @@ class SchedulerCore:
     def next_deadline_us(self) -> int | None:
         """When `tick` is due at the latest."""
         deadlines = (self.cluster.deadlines, self.expiries, self.room.deadlines)
-        times = [t for t in (d.next_us() for d in deadlines) if t is not None]
+        times = [max(t, self.now_us) for t in (d.next_us() for d in deadlines) if t is not None]
         return min(times, default=None)
 
     def _run_deadlines(self, commands: list[Command]) -> None:
         while (key := self.expiries.pop_due(self.now_us)) is not None:
             self.end_placement((key[1], key[2]), "expired", commands)
         membership.run_deadlines(self, commands)
-        placing.run_deadlines(self, commands)
+        looking.run_deadlines(self, commands)
 
     def _run_news(self, commands: list[Command]) -> None:
         """Lets those who wait profit from what has got free."""
@@ -94,7 +94,7 @@ class SchedulerCore:
         for owner in finished:
             self.pending.finish(owner, self.now_us)
         if freed or finished:
-            placing.news(self, freed, finished, commands)
+            looking.news(self, freed, finished, commands)
             freed, finished = self.book.take_news()
             assert not freed and not finished, "placing a request frees nothing"
 
@@ -167,7 +167,7 @@ class SchedulerCore:
             return
         placement.compared = True
         known = self.calibrations.setdefault(placement.prefill_id, Calibration())
-        known.observe_ttft(placement.announced_us, placement.parts_us, event.ttft_us)
+        known.observe_ttft(placement.announced_us, placement.parts_us, event.ttft_us, self.now_us)
         known.prefill.observe(placement.prefill_us, event.prefill.prefill_us)
         if placement.pull_us:
             known.pull.observe(placement.pull_us, event.prefill.pull_us)

@@ -132,6 +132,8 @@ class CostBook:
     pooled_decode: dict[str, LinearFit] = field(default_factory=dict)
     pooled_links: dict[str, LinearFit] = field(default_factory=dict)
     prefill_changes: dict[str, Change] = field(default_factory=dict)
+    #: Link class -> what a link of it costs that was never measured; made anew when one of them is.
+    priors: dict[str, tuple[float, float]] = field(default_factory=dict)
     #: Link class -> the least latency and microseconds a byte that a link of it was ever believed to have.
     floors: dict[str, tuple[float, float]] = field(default_factory=dict)
 
@@ -198,6 +200,7 @@ class CostBook:
         for latency, per_byte in (link.fit.current(), link.usual.current()):
             low = self.floor(kind)
             self.floors[kind] = (min(low[0], latency), min(low[1], per_byte))
+        self.priors.pop(kind, None)
         self.pooled_links.setdefault(kind, LinearFit.start(LINK_PRIORS[kind], LINK_FORGETTING)).observe(x, y)
 
     def floor(self, kind: str) -> tuple[float, float]:
@@ -220,8 +223,11 @@ class CostBook:
 
     def unmeasured_costs(self, kind: str) -> tuple[float, float]:
         """Latency and microseconds a byte of a link that nothing is known of but its class."""
-        latency, per_byte = self._link_prior(kind)
-        return latency, per_byte
+        known = self.priors.get(kind)
+        if known is None:
+            latency, per_byte = self._link_prior(kind)
+            known = self.priors[kind] = latency, per_byte
+        return known
 
     def link_costs(self, instance_id: str, source_id: str, kind: str, now_us: int) -> tuple[float, float] | None:
         """Latency and microseconds a byte; None while the link is taken for down."""

@@ -53,6 +53,13 @@ class SourceHeartbeat:
 
 
 @dataclass(frozen=True, slots=True)
+class SourcesHeard:
+    """Another scheduler hears these sources still: (life line here, bytes used) of each."""
+
+    heard: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class SourceDetached:
     stream: int
 
@@ -281,6 +288,7 @@ Event: TypeAlias = (
     | BlocksChanged
     | SnapshotReceived
     | SourceHeartbeat
+    | SourcesHeard
     | SourceDetached
     | InstanceJoined
     | InstanceReported

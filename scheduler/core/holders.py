@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvpool.core.directory import Directory, Run
 from kvpool.core.ids import Fidelity, KeyArray
+from scheduler.core import covering
 from scheduler.core.cluster import Cluster, Source
+from scheduler.core.covering import ANYWHERE, Ints, Runs
 
-Ints = NDArray[np.int64]
-
-_NUMBER, _FIRST, _COUNT, _FIDELITY = range(4)
+_ANY_FIDELITY = 255
 
 
 class Sources:
@@ -19,8 +18,9 @@ class Sources:
 
     def __init__(self, directory: Directory, cluster: Cluster) -> None:
         self.version = cluster.version
-        self._table = directory._table  # rows of a match, without an object for each
-        known = {name: source.number for name, source in directory._sources.items() if name in cluster.sources}
+        self._directory = directory
+        numbers = {name: directory.number_of(name) for name in cluster.sources}
+        known = {name: number for name, number in numbers.items() if number is not None}
         size = max(known.values(), default=-1) + 1
         self.numbers = known
         self.by_number: list[Source | None] = [None] * size
@@ -35,49 +35,36 @@ class Sources:
             self.rank[number] = rank
             self.hosts[number] = hosts.setdefault(source.attached.host_id, len(hosts))
         self.host_numbers = hosts
+        self.host_names = list(hosts)
 
-    def match(self, keys: KeyArray, exact: bool) -> tuple[int, Ints]:
-        """Leading keys that any source holds, and runs (m, 4) of known sources: number, first, count, fidelity."""
-        covered, found = self._table.match(keys)
-        rows = found.astype(np.int64)
-        keep = rows[:, _NUMBER] < len(self.by_number)
-        if exact:
-            keep &= rows[:, _FIDELITY] == Fidelity.EXACT
-        return covered, rows[keep]
+    def match(self, keys: KeyArray, exact: bool) -> tuple[int, Ints, Runs]:
+        """Leading keys that any source holds, those that each holds from the first on, and runs that may be read.
 
-    def leading(self, rows: Ints) -> Ints:
-        """Blocks that each source holds from the first on, by number."""
-        lead = np.zeros(len(self.by_number), np.int64)
-        first = rows[rows[:, _FIRST] == 0]
-        lead[first[:, _NUMBER]] = first[:, _COUNT]
-        later = rows[rows[:, _FIRST] > 0]
-        # A source's runs touch only where their fidelity differs: hardly ever.
-        touching = dict.fromkeys(later[later[:, _FIRST] <= lead[later[:, _NUMBER]]][:, _NUMBER].tolist())
+        Returns: a count; int64 (sources + 1), the last of nobody; int32 (runs, 4), see `covering`.
+        """
+        covered, rows = self._directory.match_rows(keys)
+        lead = np.zeros(len(self.by_number) + 1, np.int64)
+        fidelity_max = int(Fidelity.EXACT) if exact else _ANY_FIDELITY
+        readable, touching = covering.sort_out(rows, self.readable, fidelity_max, lead[:-1])
         if touching:
-            for number, begin, count, _ in sorted(later.tolist(), key=lambda row: row[_FIRST]):
-                if number in touching and begin <= lead[number]:
-                    lead[number] = max(int(lead[number]), begin + count)
-        return lead
+            _join(rows[rows[:, covering.FIDELITY] <= fidelity_max], lead[:-1])
+        return covered, lead, readable
 
-    def readable_rows(self, rows: Ints) -> Ints:
-        return rows[self.readable[rows[:, _NUMBER]]]
+    def furthest(self, rows: Runs, count: int, host: int = ANYWHERE) -> list[tuple[Source, Run]]:
+        """Runs that reach furthest, of sources on one host or of all; ids break ties."""
+        return self.runs(covering.furthest(rows, self.rank, self.hosts, host, count))
 
-    def furthest(self, rows: Ints, count: int) -> Ints:
-        """Runs that reach furthest, ids breaking ties."""
-        if len(rows) <= count:
-            return rows
-        ends = rows[:, _FIRST] + rows[:, _COUNT]
-        order = np.lexsort((rows[:, _FIRST], self.rank[rows[:, _NUMBER]], -ends))
-        return rows[order[:count]]
-
-    def on_host(self, rows: Ints, host_id: str) -> Ints:
-        number = self.host_numbers.get(host_id)
-        return rows[self.hosts[rows[:, _NUMBER]] == number] if number is not None else rows[:0]
-
-    def runs(self, rows: Ints) -> list[tuple[Source, Run]]:
+    def runs(self, rows: Runs) -> list[tuple[Source, Run]]:
         found = []
         for number, first, count, fidelity in rows.tolist():
             source = self.by_number[number]
             assert source is not None
             found.append((source, Run(source.id, source.attached.tier, first, count, Fidelity(fidelity))))
         return found
+
+
+def _join(rows: Runs, lead: Ints) -> None:
+    """Makes `lead` longer by runs that touch it. A source's runs touch where their fidelity differs: hardly ever."""
+    for number, first, count, _ in sorted(rows.tolist(), key=lambda row: int(row[covering.FIRST])):
+        if number < len(lead) and first <= lead[number]:
+            lead[number] = max(int(lead[number]), first + count)

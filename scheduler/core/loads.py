@@ -110,31 +110,64 @@ def kv_tokens_freed(instance: Instance, book: PlacementBook, until_us: int, now_
     return freed
 
 
+def interval_us(
+    instance: Instance, book: PlacementBook, costs: CostBook, new_tokens: int, prompt_tokens: int, now_us: int
+) -> int:
+    """The longest interval between two tokens of those who decode on an instance while a prompt is computed there.
+
+    A step computes a chunk of prompts and one token of each decode, and reads the weights once for both. A prompt
+    behind others is computed in steps with them.
+
+    Args:
+        new_tokens: of the prompt that are to be computed.
+    """
+    holdings = book.on(instance.id)
+    base_us, sequence_us, token_us = costs.decode[instance.id].current()
+    batch = max(len(holdings.decoding), instance.running if instance.kv_tokens_foreign else 0)
+    others_us = sequence_us * batch + token_us * (holdings.context_tokens + instance.kv_tokens_foreign)
+    _, new_us, pair_us = costs.prefill[instance.id].current()
+
+    def chunk_us(tokens: int) -> float:
+        return new_us * tokens + pair_us * (tokens * (max(prompt_tokens, tokens) - tokens / 2))
+
+    chunk_tokens = instance.info.chunk_tokens
+    longest_us = chunk_us(new_tokens) + holdings.queue_left_us(now_us)
+    if chunk_tokens:
+        longest_us = min(longest_us, chunk_us(chunk_tokens))
+    return int(max(base_us, longest_us) + others_us)
+
+
 def stalls_too_long(
-    instance: Instance, book: PlacementBook, prefill_us: int, prefill_ends_us: int, begin_us: int, now_us: int
+    instance: Instance,
+    book: PlacementBook,
+    work: tuple[int, int],
+    prefill_ends_us: int,
+    begin_us: int,
+    now_us: int,
 ) -> bool:
     """Whether a prefill on an instance would cost somebody who decodes there the TPOT objective.
 
     Args:
-        prefill_us, prefill_ends_us: the prefill's work, and when it is predicted to end.
+        work: of the prefill, and the longest interval that it makes.
+        prefill_ends_us: when it is predicted to end.
         begin_us: when it could be placed: who has ended by then is not asked.
     """
     for placement in book.stalled_by(instance.id, prefill_ends_us):
         limit_us = placement.stall_us_max
-        if (
-            limit_us is not None
-            and placement.stall_us + prefill_us > limit_us
-            and ends_us(placement, now_us) > begin_us
-        ):
+        if limit_us is None or ends_us(placement, now_us) <= begin_us:
+            continue
+        stalled_us = placement.stalled_us(*work)
+        if stalled_us and placement.stall_us + stalled_us > limit_us:
             return True
     return False
 
 
-def stall_share(instance: Instance, book: PlacementBook, prefill_us: int, prefill_ends_us: int) -> float:
+def stall_share(instance: Instance, book: PlacementBook, work: tuple[int, int], prefill_ends_us: int) -> float:
     """What a prefill on an instance takes of the TPOT budgets there, summed over those who decode; each at most 1."""
     total = 0.0
     for placement in book.stalled_by(instance.id, prefill_ends_us):
         limit_us = placement.stall_us_max
-        if limit_us is not None:
-            total += min((placement.stall_us + prefill_us) / max(limit_us, 1), 1.0)
+        stalled_us = placement.stalled_us(*work) if limit_us is not None else 0
+        if limit_us is not None and stalled_us:
+            total += min((placement.stall_us + stalled_us) / max(limit_us, 1), 1.0)
     return total

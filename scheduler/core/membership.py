@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvpool.core.directory import SourceRecord
 from kvpool.core.errors import Reason
-from scheduler.core import placing
+from scheduler.core import looking, placing
 from scheduler.core.cluster import Gateway, State
 from scheduler.core.commands import AcknowledgeSource, CloseStream, Command, StateChanged
 from scheduler.core.cost import link_class
@@ -24,11 +24,16 @@ from scheduler.core.events import (
     SourceAttached,
     SourceDetached,
     SourceHeartbeat,
+    SourcesHeard,
 )
 
 if TYPE_CHECKING:
     from scheduler.core.core import SchedulerCore
 
+#: Instances that have changed and whose columns are stale still, at most.
+TOUCHED_MAX = 16
+#: Deadlines that are looked at so much later than they are due say nothing about those that they belong to.
+LATE_US = 500_000
 FULL = "no room: {count} {kind}s are the limit"
 OLDER = "a newer process speaks for this id"
 REPLACED = "replaced by a newer life line"
@@ -38,6 +43,11 @@ SILENT = "silent for too long"
 def run_deadlines(core: SchedulerCore, commands: list[Command]) -> None:
     """Those that were silent for too long become suspect, or are gone."""
     cluster = core.cluster
+    due_us = cluster.deadlines.next_us()
+    if due_us is not None and core.now_us - due_us > LATE_US:
+        # This process was held up: what was said meanwhile is still to be heard.
+        while (late := cluster.deadlines.pop_due(core.now_us)) is not None:
+            cluster.deadlines.set(late, core.now_us + core.config.heartbeat_interval_us)
     while (key := cluster.deadlines.pop_due(core.now_us)) is not None:
         kind, member_id = key
         if cluster.silent(key, core.now_us) is State.SUSPECT:
@@ -142,7 +152,7 @@ def blocks_changed(core: SchedulerCore, event: BlocksChanged, commands: list[Com
     applied = core.directory.apply(source_id, source.attached.epoch, event.seq, event.changes, core.now_us)
     _acknowledge(core, source_id, applied.acknowledged, applied.want_snapshot, commands)
     if core.room.awaiting:
-        placing.blocks_came(core, commands)
+        looking.blocks_came(core, source_id, commands)
 
 
 def snapshot_received(core: SchedulerCore, event: SnapshotReceived, commands: list[Command]) -> None:
@@ -178,6 +188,13 @@ def source_heartbeat(core: SchedulerCore, event: SourceHeartbeat, commands: list
         core.cluster.sources[source_id].bytes_used = event.bytes_used
 
 
+def sources_heard(core: SchedulerCore, event: SourcesHeard, commands: list[Command]) -> None:
+    for stream, bytes_used in event.heard:
+        source_id = _source_seen(core, stream, commands)
+        if source_id is not None:
+            core.cluster.sources[source_id].bytes_used = bytes_used
+
+
 # ---------------------------------------------------------------- instances
 
 
@@ -196,6 +213,7 @@ def instance_joined(core: SchedulerCore, event: InstanceJoined, commands: list[C
         core.cluster.instance_moved(event)
         core.cluster.seen(old, ("instance", old.id), core.now_us)
         commands.append(StateChanged("instance", old.id, State.ALIVE.value))
+        core.book.freed[old.id] = None
         return
     epochs = None if old is None else (old.info.epoch, info.epoch)
     if not _takes_over(core, "instance", info.instance_id, event.stream, epochs, commands):
@@ -237,6 +255,8 @@ def instance_reported(core: SchedulerCore, event: InstanceReported, commands: li
     if instance.kv_tokens_foreign < foreign or instance.waiting < waited or was_draining != instance.draining:
         core.book.freed[instance.id] = None
     _learn(core, instance.id, event)
+    if len(core.book.touched) >= TOUCHED_MAX:
+        core.fleet_now(instance.info.model)  # fitted and filled in here, not while somebody waits for a place
 
 
 def _learn(core: SchedulerCore, instance_id: str, event: InstanceReported) -> None:
@@ -293,6 +313,7 @@ HANDLERS: dict[type, Callable[[SchedulerCore, Any, list[Command]], None]] = {
     BlocksChanged: blocks_changed,
     SnapshotReceived: snapshot_received,
     SourceHeartbeat: source_heartbeat,
+    SourcesHeard: sources_heard,
     SourceDetached: stream_ended,
     InstanceJoined: instance_joined,
     InstanceReported: instance_reported,

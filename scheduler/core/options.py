@@ -43,6 +43,7 @@ class Option:
     waited_us: int = 0  # so far
     announced_us: int = 0  # TTFT from arrival, corrected by what predictions have been worth
     awaits: Owner | None = None  # the placement whose blocks this option counts on
+    interval_us: int = 0  # that it makes where others decode, at most
 
     @property
     def feasible(self) -> bool:
@@ -136,7 +137,8 @@ class Appraiser:
         prefill_us = self.prefill_us(instance, self.covered)
         harm_us = prefill_us * self.load(instance).batch
         queue_us = self.queue_us(instance)
-        return queue_us + prefill_us + int(self.config.harm_weight * harm_us) + self.delay_us(queue_us, prefill_us)
+        ttft_us = int(priced_us(queue_us + prefill_us, self.request.ttft_slo_us, self.config.slack_price))
+        return ttft_us + int(self.config.harm_weight * harm_us) + self.delay_us(queue_us, prefill_us)
 
     def delay_us(self, queue_us: int, work_us: int) -> int:
         """By how much those who come while an instance is busy are held up by this request's work, weighted.
@@ -231,9 +233,13 @@ class Appraiser:
 
     def kv_tokens_left(self, instance: Instance) -> int:
         """Free KV tokens with this request placed there; below zero if it does not fit behind those before it."""
-        held, standing = self.book.on(instance.id).kv_tokens, self.standing
-        ahead = standing.line.kv_tokens_ahead(instance.id, standing.order) if standing.line is not None else 0
-        return instance.kv_tokens_available(held) - ahead - self.kv_tokens_needed(instance)
+        held = self.book.on(instance.id).kv_tokens
+        return instance.kv_tokens_available(held) - self.kv_tokens_ahead(instance) - self.kv_tokens_needed(instance)
+
+    def kv_tokens_ahead(self, instance: Instance) -> int:
+        """KV tokens kept free there for those who wait before this request."""
+        standing = self.standing
+        return standing.line.kv_tokens_ahead(instance.id, standing.order) if standing.line is not None else 0
 
     def kv_tokens_needed(self, instance: Instance) -> int:
         return whole_blocks(self.request.prompt_tokens + self.request.max_tokens, instance.block_tokens)
@@ -341,19 +347,22 @@ class Appraiser:
         request = self.request
         option.waited_us = self.now_us - self.standing.arrived_us
         option.announced_us = self.corrected_us(option.prefill.id, option.parts_us)
-        option.cost_us = option.ttft_us + option.handoff_us + int(self.config.harm_weight * option.harm_us)
+        option.cost_us = int(priced_us(option.ttft_us, request.ttft_slo_us, self.config.slack_price))
+        option.cost_us += option.handoff_us + int(self.config.harm_weight * option.harm_us)
         option.cost_us += self.delay_us(option.queue_us, option.prefill_us)
         if option.prefill.decodes() and self.config.stall_weight:
             ends_us = self.now_us + option.ttft_us
-            share = loads.stall_share(option.prefill, self.book, option.prefill_us, ends_us)
+            option.interval_us = self.interval_us(option.prefill, request.prompt_tokens - option.cached_tokens)
+            work = option.prefill_us, option.interval_us
+            share = loads.stall_share(option.prefill, self.book, work, ends_us)
             option.cost_us += int(self.config.stall_weight * share * option.prefill_us)
         if option.reason:
             return option
         decode, tokens = option.decode, request.prompt_tokens + request.max_tokens
-        limit = token_limit(decode)
+        limit = decode.tokens_max
         if tokens > limit:
             option.reason = f"{TOO_LONG}: {tokens} tokens, the limit of {decode.id} is {limit}"
-        elif request.prompt_tokens > token_limit(option.prefill):
+        elif request.prompt_tokens > option.prefill.tokens_max:
             option.reason = (
                 f"{TOO_LONG}: a prompt of {request.prompt_tokens} tokens is too long for {option.prefill.id}"
             )
@@ -371,7 +380,7 @@ class Appraiser:
 
     def corrected_us(self, instance_id: str, parts_us: int) -> int:
         known = self._calibrations.get(instance_id)
-        return parts_us if known is None else known.ttft_us(parts_us)
+        return parts_us if known is None else known.ttft_us(parts_us, self.now_us)
 
     def _step_us_later(self, option: Option) -> int:
         return self.peak_step_us(option, self.now_us + option.queue_us + option.service_us)
@@ -388,6 +397,10 @@ class Appraiser:
         slack_us = max(self.request.tpot_slo_us - option.step_us, 0)
         return int(self.config.tpot_tail * self.config.stall_margin * self.expected_tokens * slack_us)
 
+    def interval_us(self, instance: Instance, new_tokens: int) -> int:
+        prompt_tokens = self.request.prompt_tokens
+        return loads.interval_us(instance, self.book, self.costs, new_tokens, prompt_tokens, self.now_us)
+
     def stall_us(self, option: Option, begin_us: int) -> int:
         """Prefill work left on the decode instance of a split when this request begins to decode there."""
         if not option.split:
@@ -402,8 +415,9 @@ class Appraiser:
         if limit_us is not None and self.stall_us(option, begin_us) > limit_us:
             return True
         return option.prefill.decodes() and loads.stalls_too_long(
-            option.prefill, self.book, option.prefill_us, begin_us, self.now_us + delay_us, self.now_us
-        )
+            option.prefill, self.book, (option.prefill_us, option.interval_us), begin_us, self.now_us + delay_us,
+            self.now_us,
+        )  # fmt: skip
 
     def kv_tokens_freed(self, instance: Instance, delay_us: int) -> int:
         return loads.kv_tokens_freed(instance, self.book, self.now_us + delay_us, self.now_us)
@@ -416,10 +430,15 @@ class Appraiser:
         return option.prefill.kv_tokens_available(held) - self.prefill_kv_tokens(option.prefill)
 
 
-def token_limit(instance: Instance) -> int:
-    """Prompt and generated tokens that a request may have at most on an instance."""
-    whole = instance.info.kv_tokens_total // instance.block_tokens * instance.block_tokens
-    return min(instance.info.context_tokens_max, whole)
+def priced_us(ttft_us: float, slo_us: int, slack_price: float) -> float:
+    """What a TTFT counts for: where there is much slack a microsecond is cheap, at the objective it has its full price.
+
+    Grows with `ttft_us`, by no more than it grows.
+    """
+    if not slo_us:
+        return ttft_us
+    within_us = min(ttft_us, slo_us)
+    return slack_price * within_us + (1 - slack_price) * (within_us * within_us / (2 * slo_us)) + ttft_us - within_us
 
 
 def whole_blocks(tokens: int, block_tokens: int) -> int:

@@ -8,6 +8,8 @@ from typing import TypeAlias
 
 #: Gateway and request: who owns a placement. Each has an expiry as well.
 Owner: TypeAlias = tuple[str, str]
+#: An interval that is predicted to be below this share of a TPOT objective does it no harm.
+HARMLESS = 0.85
 
 
 @dataclass(slots=True)
@@ -34,6 +36,8 @@ class Placement:
     #: Prefill work of others that may hold up its decode before its TPOT objective is missed; None = it has none.
     stall_us_max: int | None = None
     stall_us: int = 0  # placed so far
+    tpot_slo_us: int = 0
+    interval_us: int = 0  # between two tokens of those who decode where it is computed, at most
     pulls: tuple[str, ...] = ()  # sources that blocks are pulled from
     pull_ends_us: int = 0  # predicted
     pull_us: int = 0  # predicted
@@ -41,6 +45,15 @@ class Placement:
     announced_us: int = 0
     compared: bool = False  # whether the prediction was compared with what happened
     peer: str = ""  # scheduler that made it; empty = this one
+
+    def stalled_us(self, prefill_us: int, interval_us: int) -> int:
+        """What a prefill that makes such intervals takes of what this decode may be held up.
+
+        An objective is broken by intervals that are longer than it: a prompt computed in short steps takes nothing.
+        Below the objective it is less and less, since the intervals are predicted.
+        """
+        share = (interval_us / max(self.tpot_slo_us, 1) - HARMLESS) / (1.0 - HARMLESS)
+        return int(prefill_us * min(max(share, 0.0), 1.0))
 
 
 @dataclass(slots=True)
@@ -106,7 +119,7 @@ class PlacementBook:
         _use(source, placement, placement.prefill_kv_tokens)
         for other in self.stalled_by(placement.prefill_id, placement.prefill_ends_us):
             if other is not placement:
-                other.stall_us += placement.prefill_us
+                other.stall_us += other.stalled_us(placement.prefill_us, placement.interval_us)
         for source_id in placement.pulls:
             self.pulls.setdefault(source_id, {})[owner] = placement.pull_ends_us
 

@@ -1,11 +1,10 @@
-"""From a request to its place: weighed when it comes, and again whenever its turn may have come. Pure.
+"""From a request to its place: weighed, then placed, put off or refused. Pure; `looking` weighs those who wait again.
 
 A request ends in one of two ways, exactly once: placed, or refused with a reason. Between, it may wait.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -27,8 +26,8 @@ if TYPE_CHECKING:
     from scheduler.core.core import SchedulerCore
 
 LOOK_AGAIN_US = 1_000  # nothing is looked at again before: bounded work in bounded time
-#: Those who wait for one instance that are looked at when it gets free, and those first of all lines.
-FIRST_HERE, FIRST_OF_ALL = 2, 1
+#: What was weighed in vain is not weighed again before, and the later the longer it has waited: news come as events.
+IN_VAIN_US, IN_VAIN_SHARE = 10_000, 16
 
 
 @dataclass(slots=True)
@@ -83,7 +82,7 @@ def place(core: SchedulerCore, event: PlaceRequested, commands: list[Command]) -
     else:
         start_us, order = core.room.place_in_order(event, instances)
         request = Request(event, start_us, order, core.now_us)
-    _settle(core, request, weigh(core, request), commands)
+    settle(core, request, weigh(core, request), commands)
 
 
 def cancelled(core: SchedulerCore, event: PlaceCancelled, commands: list[Command]) -> None:
@@ -96,64 +95,7 @@ def give_up(core: SchedulerCore, owner: Owner, reason: Reason, why: str, command
     if waiting is not None:
         verdict = Verdict(refused=admission.refuse(waiting.request, reason, why))
         _refused(core, waiting.request, verdict, waiting.arrived_us, commands)
-
-
-def run_deadlines(core: SchedulerCore, commands: list[Command]) -> None:
-    """Those whose wait is over are placed or refused now; others have another look at their instance."""
-    while (key := core.room.deadlines.pop_due(core.now_us)) is not None:
-        if key[0] == "waiting":
-            waiting = core.room.remove((key[1], key[2]))
-            assert waiting is not None
-            request = Request(waiting.request, waiting.start_us, waiting.order, waiting.arrived_us, final=True)
-            _settle(core, request, weigh(core, request), commands)
-        else:
-            _, model, instance_id = key
-            owners = [*core.room.first_on(model, instance_id, FIRST_HERE), *core.room.first(model, FIRST_OF_ALL)]
-            _look(core, owners, commands)
-            if instance_id not in core.cluster.instances and core.room.planned_on(model, instance_id):
-                core.room.look_again(model, instance_id, core.now_us + LOOK_AGAIN_US)
-
-
-def news(core: SchedulerCore, freed: list[str], finished: list[Owner], commands: list[Command]) -> None:
-    """Something has got free, or blocks may be there that somebody waits for."""
-    if not core.room.entries:
-        return
-    owners: dict[Owner, None] = {}
-    for owner in finished:
-        owners.update(dict.fromkeys(core.room.awaiting.get(owner, ())))
-    for instance_id in freed:
-        instance = core.cluster.instances.get(instance_id)
-        for model in core.room.lines:
-            owners.update(dict.fromkeys(core.room.first_on(model, instance_id, FIRST_HERE)))
-            if instance is None and core.room.planned_on(model, instance_id) > FIRST_HERE:
-                core.room.look_again(model, instance_id, core.now_us + LOOK_AGAIN_US)
-        if instance is not None:
-            owners.update(dict.fromkeys(core.room.first(instance.info.model, FIRST_OF_ALL)))
-    _look(core, owners, commands)
-
-
-def blocks_came(core: SchedulerCore, commands: list[Command]) -> None:
-    """The directory has learned of blocks: perhaps of those that somebody waits for."""
-    done = [owner for owner in core.room.awaiting if owner in core.pending.done]
-    if done:
-        news(core, [], done, commands)
-
-
-def _look(core: SchedulerCore, owners: Iterable[Owner], commands: list[Command]) -> None:
-    """Weighs some who wait again, in their order. Where one has got an answer, the next have their turn soon."""
-    known = dict.fromkeys(owner for owner in owners if owner in core.room.entries)
-    ordered = sorted((core.room.entries[owner] for owner in known), key=lambda w: w.order)
-    for waiting in ordered[: core.config.waiting_scan_max]:
-        before = waiting.plan
-        request = Request(waiting.request, waiting.start_us, waiting.order, waiting.arrived_us)
-        verdict = weigh(core, request)
-        if verdict.plan is None:
-            core.room.remove(waiting.owner)
-        _settle(core, request, verdict, commands)
-        if verdict.plan is None:
-            core.room.look_again(waiting.request.model, before.prefill_id, core.now_us + LOOK_AGAIN_US)
-    for waiting in ordered[core.config.waiting_scan_max :]:
-        core.room.look_again(waiting.request.model, waiting.plan.prefill_id, core.now_us + LOOK_AGAIN_US)
+        core.room.left(waiting.request.model, waiting.plan, core.now_us + LOOK_AGAIN_US)
 
 
 # ---------------------------------------------------------------- deciding
@@ -196,9 +138,10 @@ def weigh(core: SchedulerCore, request: Request) -> Verdict:
 
 def _instances(core: SchedulerCore, event: PlaceRequested) -> tuple[list[Instance], Refused | None]:
     """Instances that may serve a request, or why none can: the whole fleet wherever it is asked for nothing special."""
-    if event.model in core.cluster.by_model and not event.exclude_instances:
+    if event.model in core.cluster.by_model:
         fleet = core.fleet_now(event.model)
         named = not event.namespace_id or list(fleet.namespaces) == [event.namespace_id]
+        named = named and not any(i in fleet.rows for i in event.exclude_instances)
         if fleet.instances and named and event.prompt_tokens + event.max_tokens <= fleet.tokens_max:
             return fleet.instances, None
     instances, none = admission.usable_instances(event, core.cluster, core.config)
@@ -221,7 +164,12 @@ def _bind_late(core: SchedulerCore, request: Request, best: Option, verdict: Ver
     verdict.option = None
     verdict.plan = _plan(core, best, verdict.appraiser)
     verdict.deadline_us = deadline_us
-    verdict.look_again_us = core.now_us + max(min(excess_us, deadline_us - core.now_us), LOOK_AGAIN_US)
+    verdict.look_again_us = core.now_us + max(min(excess_us, deadline_us - core.now_us), _in_vain_us(core, request))
+
+
+def _in_vain_us(core: SchedulerCore, request: Request) -> int:
+    """When a request is looked at again though nothing has happened."""
+    return max(IN_VAIN_US, (core.now_us - request.arrived_us) // IN_VAIN_SHARE)
 
 
 def _find_wait(core: SchedulerCore, request: Request, late: bool, verdict: Verdict) -> None:
@@ -234,7 +182,7 @@ def _find_wait(core: SchedulerCore, request: Request, late: bool, verdict: Verdi
         if chance.servable and core.now_us + chance.wait_us <= deadline_us and deadline_us > core.now_us:
             verdict.plan = _plan(core, chance.option, verdict.appraiser)
             verdict.deadline_us = deadline_us
-            verdict.look_again_us = core.now_us + max(chance.wait_us, 10 * LOOK_AGAIN_US)
+            verdict.look_again_us = core.now_us + max(chance.wait_us, _in_vain_us(core, request))
             return
         chance = admission.chance(verdict.options, verdict.appraiser, core.config, precise=True)
     verdict.refused = admission.refusal(
@@ -281,7 +229,7 @@ def appraiser_of(
 # ---------------------------------------------------------------- doing
 
 
-def _settle(core: SchedulerCore, request: Request, verdict: Verdict, commands: list[Command]) -> None:
+def settle(core: SchedulerCore, request: Request, verdict: Verdict, commands: list[Command]) -> None:
     """Does what the verdict says. A request that waits already stays where it is, with another plan."""
     event, room = request.event, core.room
     if verdict.refused is not None:
@@ -353,6 +301,8 @@ def _open(core: SchedulerCore, event: PlaceRequested, option: Option, appraiser:
         expires_us=now_us + ttl_us,
         prefill_ends_us=now_us + option.queue_us + option.service_us,
         stall_us_max=appraiser.stall_us_max(option),
+        tpot_slo_us=event.tpot_slo_us,
+        interval_us=option.interval_us,
         stall_us=appraiser.stall_us(option, now_us + option.ttft_us),
         pulls=tuple(dict.fromkeys(run.source_id for run in runs)),
         pull_ends_us=now_us + option.queue_us + option.pull_us,

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
 
 from kvpool.core.directory import Run
 from kvpool.core.ids import KEY_BYTES, Fidelity, Tier, unpack_keys
+from scheduler.core import covering
 from scheduler.core.cluster import Instance, Source
 from scheduler.core.commands import PullRun
 from scheduler.core.cost import CostBook, link_class
+from scheduler.core.covering import Ints, Runs
 from scheduler.core.events import PlaceRequested
-from scheduler.core.holders import Ints, Sources
+from scheduler.core.holders import Sources
 from scheduler.core.placements import PlacementBook
 
 #: (first, end, source, run): blocks from `first` to before `end` come from a source.
@@ -43,9 +45,11 @@ class _Coverage:
 
     group: int
     shard: int
-    lead: Ints  # blocks that each source holds from the first on, by its number
-    rows: Ints  # runs that may be pulled, of all sources
+    lead: Ints  # blocks that each source holds from the first on, by its number; the last is of nobody
+    rows: Runs  # runs that may be pulled, of all sources
     furthest: list[tuple[Source, Run]]  # those that reach furthest
+    #: Host -> runs worth reading from there, once somebody has asked.
+    by_host: dict[str, list[tuple[Source, Run]]] = field(default_factory=dict)
 
 
 class Prefix:
@@ -75,11 +79,10 @@ class Prefix:
         self._covered = self.usable
         for batch in request.keys:
             keys = unpack_keys(batch.keys)[: self.usable]
-            covered, rows = sources.match(keys, exact=request.fidelity_min == Fidelity.EXACT)
+            covered, lead, rows = sources.match(keys, exact=request.fidelity_min == Fidelity.EXACT)
             self._covered = min(self._covered, covered)
-            readable = sources.readable_rows(rows)
-            furthest = sources.runs(sources.furthest(readable, sources_max))
-            self._lists.append(_Coverage(batch.group, batch.shard, sources.leading(rows), readable, furthest))
+            furthest = sources.furthest(rows, sources_max)
+            self._lists.append(_Coverage(batch.group, batch.shard, lead, rows, furthest))
 
     def covered(self) -> int:
         """Leading blocks that could be reused at most, wherever they are."""
@@ -96,10 +99,15 @@ class Prefix:
     def source_numbers(self) -> dict[str, int]:
         return self._sources.numbers
 
+    @property
+    def host_numbers(self) -> dict[str, int]:
+        """Hosts of sources, by the numbers that `crowding` has."""
+        return self._sources.host_numbers
+
     def own_by_number(self) -> Ints:
-        """The same for all sources, by number."""
+        """The same for all sources, by number: int64 (sources + 1), the last of nobody."""
         if not self._lists:
-            return np.zeros(len(self._sources.by_number), np.int64)
+            return np.zeros(len(self._sources.by_number) + 1, np.int64)
         own = self._lists[0].lead
         for coverage in self._lists[1:]:
             own = np.minimum(own, coverage.lead)
@@ -120,10 +128,14 @@ class Prefix:
         """Runs worth reading from for an instance: those that reach furthest, and those on its own host."""
         if len(coverage.rows) <= self._sources_max:
             return coverage.furthest
-        near = self._sources.on_host(coverage.rows, instance.info.host_id)
-        local = self._sources.runs(self._sources.furthest(near, self._sources_max))
-        seen = {(source.id, run.first): (source, run) for source, run in (*coverage.furthest, *local)}
-        return list(seen.values())
+        host_id = instance.info.host_id
+        known = coverage.by_host.get(host_id)
+        if known is None:
+            host = self._sources.host_numbers.get(host_id)
+            local = self._sources.furthest(coverage.rows, self._sources_max, host) if host is not None else []
+            seen = {(source.id, run.first): (source, run) for source, run in (*coverage.furthest, *local)}
+            known = coverage.by_host[host_id] = list(seen.values())
+        return known
 
     def pulls(self, instance: Instance, own: int, costs: CostBook, now_us: int) -> list[Pull]:
         """Ways to extend an instance's own prefix, shortest first; each ends where some source's run ends.
@@ -169,22 +181,26 @@ class Prefix:
             return None
         return Pull(reach, self._duration_us(reach, segments, instance, links), segments)
 
-    def crowding(self, now_us: int) -> tuple[int, dict[str, int]]:
-        """By how many at least a source is shared that a pull reads from: anywhere, and on each host."""
-        hosts = {number: host for host, number in self._sources.host_numbers.items()}
-        by_host: dict[str, int] = {}
+    def crowding(self, now_us: int) -> Ints:
+        """By how many at least a source is shared that a pull reads from.
+
+        Returns: int64 (hosts + 1), by the number of the source's host; 0 where nobody may be read from, as the last is.
+        """
+        sources = self._sources
+        shared = np.zeros(len(sources.host_numbers) + 1, np.int64)
+        busy = [n for s in self._book.pulls if (n := sources.numbers.get(s)) is not None]
         for coverage in self._lists:
-            numbers = coverage.rows[:, 0]
-            busy = [n for s in self._book.pulls if (n := self._sources.numbers.get(s)) is not None]
-            idle = numbers[~np.isin(numbers, busy)] if busy else numbers
-            for host in np.unique(self._sources.hosts[idle]).tolist():
-                by_host[hosts[host]] = 1
-            for number in dict.fromkeys(n for n in busy if (numbers == n).any()):
-                source = self._sources.by_number[number]
-                assert source is not None
-                shared, host_id = 1 + self._book.pulling(source.id, now_us), source.attached.host_id
-                by_host[host_id] = min(by_host.get(host_id, shared), shared)
-        return min(by_host.values(), default=1), by_host
+            holds = np.zeros(len(sources.by_number), bool)
+            covering.mark(coverage.rows, holds)
+            crowded = [number for number in busy if holds[number]]
+            holds[crowded] = False
+            shared[sources.hosts[holds]] = 1
+            for number in crowded:
+                source, host = sources.by_number[number], sources.hosts[number]
+                if source is not None and shared[host] != 1:
+                    crowd = 1 + self._book.pulling(source.id, now_us)
+                    shared[host] = min(shared[host], crowd) if shared[host] else crowd
+        return shared
 
     def _duration_us(
         self,

@@ -34,6 +34,10 @@ class Plan:
     #: The placement whose blocks it waits for, if it does.
     awaits: Owner | None = None
 
+    def instances(self) -> tuple[str, ...]:
+        """Where it takes something."""
+        return (self.prefill_id,) if self.prefill_id == self.decode_id else (self.prefill_id, self.decode_id)
+
 
 @dataclass(slots=True)
 class Waiting:
@@ -98,8 +102,10 @@ class Line:
     #: Instance -> prefill microseconds, and KV tokens, that waiting requests are going to take.
     prefill_us: dict[str, Lane] = field(default_factory=dict)
     kv_tokens: dict[str, Lane] = field(default_factory=dict)
-    #: Prefill instance -> who plans to go there, in order.
+    #: Instance -> who plans to prefill or to decode there, in order.
     planned: dict[str, list[tuple[int, int, Owner]]] = field(default_factory=dict)
+    #: Instance -> whose turn it is among those behind the first.
+    turns: dict[str, int] = field(default_factory=dict)
 
     def start_us(self, tenant: str) -> int:
         return max(self.virtual_us, self.done_us.get(tenant, 0))
@@ -203,7 +209,8 @@ class WaitingRoom:
         line, plan = self.lines[waiting.request.model], waiting.plan
         line.prefill_us.setdefault(plan.prefill_id, Lane()).add(waiting.order, plan.prefill_us)
         line.kv_tokens.setdefault(plan.decode_id, Lane()).add(waiting.order, plan.kv_tokens)
-        insort(line.planned.setdefault(plan.prefill_id, []), (*waiting.order, waiting.owner))
+        for instance_id in plan.instances():
+            insort(line.planned.setdefault(instance_id, []), (*waiting.order, waiting.owner))
         if plan.awaits is not None:
             self.awaiting.setdefault(plan.awaits, {})[waiting.owner] = None
 
@@ -216,10 +223,12 @@ class WaitingRoom:
             lanes[instance_id].remove(waiting.order, amount)
             if not lanes[instance_id].entries:
                 del lanes[instance_id]
-        planned = line.planned[plan.prefill_id]
-        del planned[bisect_left(planned, (*waiting.order, waiting.owner))]
-        if not planned:
-            del line.planned[plan.prefill_id]
+        for instance_id in plan.instances():
+            planned = line.planned[instance_id]
+            del planned[bisect_left(planned, (*waiting.order, waiting.owner))]
+            if not planned:
+                del line.planned[instance_id]
+                line.turns.pop(instance_id, None)
         if plan.awaits is not None:
             awaiting = self.awaiting[plan.awaits]
             del awaiting[waiting.owner]
@@ -228,10 +237,16 @@ class WaitingRoom:
 
     # ------------------------------------------------------------ who is next
 
-    def first_on(self, model: str, instance_id: str, count: int) -> list[Owner]:
-        """Those who plan to go to an instance, in order."""
+    def whose_turn(self, model: str, instance_id: str, count: int) -> list[Owner]:
+        """The first of those who plan to go to an instance, and one of the others, each in its turn."""
         line = self.lines.get(model)
-        return [owner for _, _, owner in line.planned.get(instance_id, [])[:count]] if line is not None else []
+        planned = line.planned.get(instance_id, []) if line is not None else []
+        chosen = planned[:count]
+        if line is not None and len(planned) > count:
+            at = line.turns.get(instance_id, 0) % (len(planned) - count)
+            line.turns[instance_id] = at + 1
+            chosen.append(planned[count + at])
+        return [owner for _, _, owner in chosen]
 
     def first(self, model: str, count: int) -> list[Owner]:
         line = self.lines.get(model)
@@ -255,6 +270,12 @@ class WaitingRoom:
         if known_us is None or at_us < known_us:
             self.deadlines.set(key, at_us)
 
+    def left(self, model: str, plan: Plan, at_us: int) -> None:
+        """Somebody has another plan than this one, or none: those behind may fit where it would have gone."""
+        for instance_id in plan.instances():
+            if self.planned_on(model, instance_id):
+                self.look_again(model, instance_id, at_us)
+
     def of_gateway(self, gateway_id: str) -> tuple[Owner, ...]:
         return tuple(self.by_gateway.get(gateway_id, ()))
 
@@ -273,7 +294,8 @@ class WaitingRoom:
         for model, line in self.lines.items():
             assert len(line.done_us) <= self.config.tenants_max
             assert line.order == sorted(line.order)
-            recount.lines[model] = Line(line.virtual_us, line.done_us)
+            assert line.turns.keys() <= line.planned.keys()
+            recount.lines[model] = Line(line.virtual_us, line.done_us, turns=line.turns)
         for owner, waiting in self.entries.items():
             assert owner == waiting.owner and owner in self.by_gateway[owner[0]]
             assert self.deadlines.live["waiting", *owner] == waiting.deadline_us

@@ -7,7 +7,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Any
 
@@ -19,12 +19,14 @@ from starlette.routing import Route
 
 from scheduler.gateway import replies
 from scheduler.gateway.config import GatewayConfig
-from scheduler.gateway.credentials import Credentials
+from scheduler.gateway.credentials import Credentials, Tenant
 from scheduler.gateway.errors import ApiError, bad_request, model_not_found, overloaded
 from scheduler.gateway.generation import Backends, Generation
 from scheduler.gateway.models import Model, Models
 from scheduler.gateway.openai_types import ChatRequest, CompletionRequest, parse
 from scheduler.gateway.prompts import chat_spec, completion_specs
+from scheduler.gateway.relay.reading import read_ask
+from scheduler.gateway.relay.relaying import Relay, RelayBackends
 from scheduler.gateway.streaming import WatchedResponse, collected, merged
 from scheduler.gateway.submission import GenerationSpec
 
@@ -38,12 +40,20 @@ Handler = Callable[[Request], Awaitable[Response]]
 class Gateway:
     """State behind the routes: who may come in, which models there are, and how many requests are under way."""
 
-    def __init__(self, config: GatewayConfig, backends: Backends, models: Models, credentials: Credentials) -> None:
+    def __init__(
+        self,
+        config: GatewayConfig,
+        backends: Backends,
+        models: Models,
+        credentials: Credentials,
+        relays: RelayBackends,
+    ) -> None:
         self._config = config
         self._backends = backends
+        self._relays = relays
         self._models = models
         self._credentials = credentials
-        self._live: dict[Generation, None] = {}
+        self._live: dict[Generation | Relay, None] = {}
 
     @property
     def active(self) -> int:
@@ -82,17 +92,21 @@ class Gateway:
 
     async def _completions(self, request: Request) -> Response:
         arrived_at, tenant = self._now(), self._check_credential(request)
-        body = parse(CompletionRequest, await self._read_json(request))
+        data, request_id = await self._read_json(request), f"cmpl-{uuid.uuid4().hex}"
+        if (served := await self._served_elsewhere(data)) is not None:
+            return await self._relayed(data, served, tenant, request_id, arrived_at, chat=False)
+        body = parse(CompletionRequest, data)
         model = await self._models.get(body.model)
-        request_id = f"cmpl-{uuid.uuid4().hex}"
         specs = await completion_specs(body, request_id, model, tenant, self._config)
         return self._answer(body, request_id, specs, replies.CompletionReply, arrived_at)
 
     async def _chat(self, request: Request) -> Response:
         arrived_at, tenant = self._now(), self._check_credential(request)
-        body = parse(ChatRequest, await self._read_json(request))
+        data, request_id = await self._read_json(request), f"chatcmpl-{uuid.uuid4().hex}"
+        if (served := await self._served_elsewhere(data)) is not None:
+            return await self._relayed(data, served, tenant, request_id, arrived_at, chat=True)
+        body = parse(ChatRequest, data)
         model = await self._models.get(body.model)
-        request_id = f"chatcmpl-{uuid.uuid4().hex}"
         spec = await chat_spec(body, request_id, model, tenant, self._config)
         return self._answer(body, request_id, [spec], replies.ChatReply, arrived_at)
 
@@ -136,6 +150,35 @@ class Gateway:
             on_error=self._count_error,
         )
 
+    async def _served_elsewhere(self, data: Any) -> Model | None:
+        """The model of a body, if servers of its own serve it; None for all else, errors included."""
+        name = data.get("model") if isinstance(data, dict) else None
+        if not isinstance(name, str):
+            return None
+        try:
+            model = await self._models.get(name)
+        except ApiError:
+            return None
+        return model if model.naming is not None else None
+
+    async def _relayed(
+        self, data: dict[str, Any], model: Model, tenant: Tenant, request_id: str, arrived_at: float, *, chat: bool
+    ) -> Response:
+        ask = await read_ask(
+            data, chat=chat, request_id=request_id, model=model, tenant=tenant, context_tokens=model.context_tokens_max
+        )
+        relay = Relay(ask, model, self._relays, arrived_at)
+
+        async def blocks() -> AsyncGenerator[bytes, None]:
+            with self._admitted([relay]):
+                async with aclosing(relay.blocks()) as made:
+                    async for block in made:
+                        yield block
+
+        return WatchedResponse(
+            blocks(), stream=ask.streamed, request_id=request_id, on_disconnect=relay.cancel, on_error=self._count_error
+        )
+
     async def _streamed(
         self, reply: replies.Reply, generations: list[Generation], usage: bool
     ) -> AsyncGenerator[bytes, None]:
@@ -153,7 +196,7 @@ class Gateway:
             yield reply.whole(await collected(generations))
 
     @contextmanager
-    def _admitted(self, generations: list[Generation]) -> Iterator[None]:
+    def _admitted(self, generations: Sequence[Generation | Relay]) -> Iterator[None]:
         """Counts requests as under way. Raises: ApiError (429) if there are too many."""
         if self.active + len(generations) > self._config.active_requests_max:
             raise overloaded("This gateway has too many requests under way.")
@@ -184,7 +227,7 @@ class Gateway:
 
         return guarded
 
-    def _check_credential(self, request: Request) -> Any:
+    def _check_credential(self, request: Request) -> Tenant:
         return self._credentials.check(request.headers.get("authorization", ""))
 
     def _count_error(self, error: ApiError) -> None:

@@ -53,5 +53,9 @@ class GatewayConfig:
     #: Commands that wait for one worker; beyond it the worker counts as lost.
     link_commands_max: int = 4096
     link_idle_s: float = 60.0
+    #: How a prompt's KV gets from one OpenAI server to another: "pool" (kvpool's connector) or "nixl" (vLLM's own).
+    handoff: str = "pool"
+    #: Presented to the OpenAI servers.
+    engine_api_key: str = ""
     #: After SIGTERM: how long running requests may go on before they are aborted.
     drain_timeout_s: float = 30.0

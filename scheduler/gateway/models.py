@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpool.core import hashing
+from kvpool.core.engine_keys import EngineNaming
 from kvpool.core.errors import KvpoolError
 from kvpool.core.ids import KeyArray
 from kvpool.service.wire import namespace_from_proto
@@ -38,6 +39,8 @@ class Model:
     eos_tokens: frozenset[int]
     tokenizer: Tokenizer
     created: int
+    #: How the servers name their blocks, where the model is served by OpenAI servers; else None.
+    naming: EngineNaming | None = None
 
     def root_key(self, salt: bytes) -> bytes:
         return hashing.root_key(self.namespace_id, hashing.Extras(salt=salt), self.hash_name)
@@ -45,6 +48,11 @@ class Model:
     def block_keys(self, root: bytes, tokens: NDArray[np.uint32]) -> KeyArray:
         """Keys of the full blocks of `tokens`."""
         return hashing.block_keys(root, tokens, self.block_tokens, self.hash_name)
+
+    def served_keys(self, tokens: NDArray[np.uint32], salt: str) -> KeyArray:
+        """Keys of the full blocks of `tokens` as the model's OpenAI servers name them."""
+        assert self.naming is not None
+        return self.naming.keys(self.namespace_id, tokens, self.block_tokens, salt)
 
 
 class Models:
@@ -136,6 +144,7 @@ class Models:
             eos_tokens=frozenset(info.eos_token_ids),
             tokenizer=tokenizer,
             created=int(time.time()),
+            naming=EngineNaming.of_layout(namespace.layout),
         )
         # Compiled kernels are loaded now, not with the first request.
         model.block_keys(model.root_key(b""), np.zeros(model.block_tokens, dtype=np.uint32))

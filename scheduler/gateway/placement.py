@@ -6,6 +6,7 @@ A gateway has a life line to each scheduler that it knows, and places with one o
 from __future__ import annotations
 
 import asyncio
+import random
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -116,7 +117,11 @@ class SchedulerClient:
         backoff_s = BACKOFF_S_MIN
         why = "it is not connected"
         refused: dict[SchedulerLine, scheduler_pb2.PlaceReply] = {}
+        wait_ms_max, wait_share = request.wait_ms_max, request.wait_ms_max / (timeout_s * 1000)
         while (left_s := deadline - clock()) > 0:
+            if request.HasField("wait_ms_max"):
+                # A refusal must come before this gateway gives up, also from the second that is asked.
+                request.wait_ms_max = min(wait_ms_max, int(left_s * 1000 * wait_share))
             line = self._pick(tuple(refused))
             if line is None and refused:
                 break
@@ -135,8 +140,12 @@ class SchedulerClient:
                 others = [other for other in self._lines if other.connected and other is not line]
                 if others:
                     self._current = others[0]
-                await asyncio.sleep(min(backoff_s, max(0.0, deadline - clock())))
-                backoff_s = min(2 * backoff_s, BACKOFF_S_MAX)
+                backoff_s = await _back_off(backoff_s, deadline - clock())
+                continue
+            if reply.HasField("refusal") and reply.refusal.reason == int(Reason.UNREACHABLE):
+                # For that scheduler this gateway was gone for a moment.
+                why = reply.refusal.message
+                backoff_s = await _back_off(backoff_s, deadline - clock())
                 continue
             if not (reply.HasField("refusal") and reply.refusal.reason in _ASK_OTHERS):
                 self._note_placed(request.request_id, line)
@@ -205,6 +214,12 @@ class SchedulerClient:
     def set_active(self, count: int) -> None:
         """How many requests the next heartbeat says are under way."""
         self._active = count
+
+
+async def _back_off(backoff_s: float, left_s: float) -> float:
+    """Sleeps, all gateways for different times: they lose a scheduler at the same moment. Returns the next time."""
+    await asyncio.sleep(min(backoff_s * random.uniform(0.5, 1.5), max(0.0, left_s)))
+    return min(2 * backoff_s, BACKOFF_S_MAX)
 
 
 async def _answer_of(call: grpc.aio.UnaryUnaryCall) -> scheduler_pb2.PlaceReply:

@@ -144,13 +144,13 @@ class SchedulerLine:
         await self._greeted.wait()
         # gRPC may keep a dead call's messages going: they must not take the outcomes of the next one.
         while stream == self._stream_count:
+            self._outcome_added.clear()
             while self.outcomes:
                 outcome = self.outcomes.popleft()
                 if not outcome.first_token:
                     self._said.append((asyncio.get_running_loop().time(), outcome))
                 yield scheduler_pb2.GatewayMessage(outcome=outcome)
             yield scheduler_pb2.GatewayMessage(heartbeat=scheduler_pb2.GatewayHeartbeat(active_requests=self._active()))
-            self._outcome_added.clear()
             await self._wait_for_outcome()
 
     async def _wait_for_outcome(self) -> None:

@@ -23,6 +23,9 @@ from scheduler.gateway.generation import Backends
 from scheduler.gateway.metrics import Metrics
 from scheduler.gateway.models import Models
 from scheduler.gateway.placement import SchedulerClient
+from scheduler.gateway.relay.asks import HANDOFFS
+from scheduler.gateway.relay.relaying import RelayBackends
+from scheduler.gateway.relay.upstream import Upstream
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +81,8 @@ class GatewayServer:
         """
         config = self.config
         credentials = Credentials.load(config.api_keys)
+        if config.handoff not in HANDOFFS:
+            raise BadArgument(f"handoff {config.handoff!r} is not one of {', '.join(HANDOFFS)}")
         listener = self._listen()
         self._scheduler = SchedulerClient(
             config.scheduler, config.gateway_id, self.metrics,
@@ -90,7 +95,9 @@ class GatewayServer:
         )  # fmt: skip
         self._models = Models(self._scheduler.list_models)
         backends = Backends(config, self._scheduler, self.links, self.metrics)
-        self._gateway = Gateway(config, backends, self._models, credentials)
+        self._upstream = Upstream(config.engine_api_key)
+        relays = RelayBackends(config, self._scheduler, self._upstream, self.metrics)
+        self._gateway = Gateway(config, backends, self._models, credentials, relays)
         self._http = _HttpServer(
             uvicorn.Config(
                 build_app(self._gateway), loop="none", http="httptools", ws="none", lifespan="off", access_log=False,
@@ -129,6 +136,7 @@ class GatewayServer:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.links.close()
+        await self._upstream.close()
         await self._scheduler.close()
 
     async def _limit_drain(self) -> None:

@@ -53,7 +53,10 @@ class Tokenizer:
         return str(self._hf.decode([token], skip_special_tokens=False))
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, str]], options: Mapping[str, Any] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        options: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> NDArray[np.uint32]:
         """Ids of a conversation under the model's chat template, up to where the answer begins.
 
@@ -67,7 +70,11 @@ class Tokenizer:
             raise TemplateFailed("this model has no chat template; use /v1/completions")
         try:
             text = self._hf.apply_chat_template(
-                [dict(m) for m in messages], tokenize=False, add_generation_prompt=True, **options
+                [dict(m) for m in messages],
+                tools=[dict(tool) for tool in tools] if tools else None,
+                tokenize=False,
+                add_generation_prompt=True,
+                **options,
             )
         except Exception as error:
             # Templates are programs that come with the model, and may fail in any way.

@@ -27,6 +27,8 @@ from scheduler.service.journal import Journal
 log = logging.getLogger(__name__)
 
 FLUSH_INTERVAL_S = 1.0
+#: Requests that have come and were not looked at yet; one more is turned away.
+TURNS_MAX = 8192
 
 
 def monotonic_us() -> int:
@@ -54,6 +56,9 @@ class Shell:
         self._streams: dict[int, LifeLine] = {}
         #: Gateway and request -> who waits for the answer: as many as requests wait in the core.
         self._answers: dict[tuple[str, str], asyncio.Future[Placed | Refused]] = {}
+        #: Requests are placed one at a time, and whatever else has come in has its turn before the next.
+        self._turn = asyncio.Lock()
+        self._turns_wanted = 0
         self._next_stream = 1
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at_us = 0
@@ -117,7 +122,7 @@ class Shell:
 
         If the caller is cancelled, so is the request, unless the same one has been asked for again meanwhile.
 
-        Raises: Overloaded if it was asked for again; Unavailable if the scheduler stops.
+        Raises: Overloaded if it was asked for again, or too many have come at once; Unavailable if the scheduler stops.
         """
         owner = (request.gateway_id, request.request_id)
         before = self._answers.pop(owner, None)
@@ -126,13 +131,26 @@ class Shell:
         answer: asyncio.Future[Placed | Refused] = asyncio.get_running_loop().create_future()
         self._answers[owner] = answer
         try:
-            self.submit(request)
+            await self._submit_in_turn(request, answer)
             return await answer
         finally:
             if self._answers.get(owner) is answer:
                 del self._answers[owner]
                 if not answer.done() or answer.cancelled():
                     self._cancel(owner)
+
+    async def _submit_in_turn(self, request: PlaceRequested, answer: asyncio.Future[Placed | Refused]) -> None:
+        """Lets life lines speak between two placements: a crowd that comes at once would keep them unheard."""
+        if self._turns_wanted >= TURNS_MAX:
+            raise Overloaded(f"{TURNS_MAX} requests wait to be looked at", hint="ask again in a second")
+        self._turns_wanted += 1
+        try:
+            async with self._turn:
+                await asyncio.sleep(0)
+                if not answer.done():
+                    self.submit(request)
+        finally:
+            self._turns_wanted -= 1
 
     def _cancel(self, owner: tuple[str, str]) -> None:
         if self._running:

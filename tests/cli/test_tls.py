@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
@@ -83,6 +83,20 @@ def kvctl(pool: Encrypted, mine: Files | None, *arguments: str, code: int = 0, w
     assert done.exit_code == code, (arguments, done.stdout, done.stderr)
     assert words in done.stderr, done.stderr
     return done.stdout
+
+
+def test_one_of_several_schedulers_is_known_by_its_own_name(pool: Encrypted) -> None:
+    """A certificate names one process, never the whole list."""
+    for several in (f"127.0.0.1:1,{pool.scheduler}", f"{pool.scheduler},127.0.0.1:1"):
+        with ClusterClient(several, timeout_s=20.0, tls=files().config()) as cluster:
+
+            def joined(cluster: ClusterClient = cluster) -> bool:
+                cluster.refresh()
+                return cluster.nodes() == ["a", "b"]
+
+            assert eventually(joined)
+        listed = json.loads(kvctl(replace(pool, scheduler=several), files(), "nodes", "--json"))
+        assert len(listed["nodes"]) == 2
 
 
 def test_blocks_go_through_every_way_encrypted(pool: Encrypted) -> None:

@@ -201,7 +201,14 @@ class DirectoryMachine(RuleBasedStateMachine):
     def match(self, numbers):
         packed = [key(n) for n in numbers]
         holders = {name: held(self.directory, name) for name in self.sources}
-        assert found(self.directory.match(keys_array(packed))) == runs_oracle(holders, packed)
+        covered, runs = runs_oracle(holders, packed)
+        assert found(self.directory.match(keys_array(packed))) == (covered, runs)
+        # The same as rows, by number of source.
+        by_number = {self.directory.number_of(name): name for name in self.sources}
+        assert len(by_number) == len(self.sources) and all(number >= 0 for number in by_number)
+        covered_rows, rows = self.directory.match_rows(keys_array(packed))
+        assert (rows.dtype, rows.shape[1]) == (np.int32, 4)
+        assert (covered_rows, sorted((by_number[n], *run) for n, *run in rows.tolist())) == (covered, runs)
 
     @invariant()
     def in_step_means_equal(self):
@@ -363,3 +370,6 @@ def test_questions_about_strangers():
     assert directory.synced("nobody") == (0, False)
     assert directory.match(np.empty((0, 16), np.uint8)).covered == 0
     assert directory.match(keys_array([key(1)])).runs == ()
+    assert directory.number_of("nobody") is None
+    covered, rows = directory.match_rows(keys_array([key(1)]))
+    assert (covered, rows.shape) == (0, (0, 4))

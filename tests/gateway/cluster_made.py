@@ -216,6 +216,7 @@ class SchedulerMade(scheduler_pb2_grpc.SchedulerServicer):
     gateways: list[str] = field(default_factory=list)
     hold_places: asyncio.Event | None = None
     serves_model: bool = True
+    layout: str = "lkthd"
     address: str = "127.0.0.1:0"
 
     async def start(self) -> None:
@@ -256,7 +257,7 @@ class SchedulerMade(scheduler_pb2_grpc.SchedulerServicer):
             section_count=1, block_bytes=64, kv_heads=1, head_dim=2,
         )  # fmt: skip
         namespace = common_pb2.NamespaceSpec(
-            model="made", revision="1", dtype="float32", backend="none", layout="lkthd", hash="xxh3_128/1",
+            model="made", revision="1", dtype="float32", backend="none", layout=self.layout, hash="xxh3_128/1",
             groups=[group],
         )  # fmt: skip
         model = scheduler_pb2.ModelInfo(

@@ -38,6 +38,11 @@ def test_any_size_comes_back(client: PoolClient, domain: NamespaceId) -> None:
     got = client.get_objects(domain, [*names, "missing"])
     assert [None if v is None else v.tobytes() for v in got.values] == [*values, None]
     assert client.lookup_objects(domain, [*names, "missing"]).tolist() == [True] * len(names) + [False]
+    sizes = client.object_sizes(domain, [*names, "missing"])
+    assert sizes.dtype == np.uint64 and sizes.tolist() == [*SIZES, 0]
+    elsewhere = client.register_objects("another domain")
+    assert not client.object_sizes(elsewhere, names).any() and not client.lookup_objects(elsewhere, names).any()
+    assert client.object_sizes(domain, []).shape == client.lookup_objects(domain, []).shape == (0,)
     assert client.remove_objects(domain, names) == len(names)
     assert client.get_objects(domain, names).values == [None] * len(names)
     client.close()

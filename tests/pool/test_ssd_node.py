@@ -80,6 +80,9 @@ def test_the_ssd_outlives_memory(start_node: Start, connect: Connect, disk: Path
     got = client.get(namespace, keys[:128], out)
     assert got.found.sum() >= min(128, below - COUNT // 2)
     assert np.array_equal(out[:128][got.found], data[:128][got.found])
+    assert client.lookup_objects(domain, ["early", "late"]).tolist() == [True, False]
+    assert client.object_sizes(domain, ["late", "early"]).tolist() == [0, 4000]
+    assert client.object_sizes(domain, ["late", "early"], ask=False).tolist() == [0, 0], "it is on the SSD alone"
     early = client.get_objects(domain, ["early"]).values[0]
     assert early is not None and early.tobytes() == b"bird" * 1000
 
@@ -137,7 +140,7 @@ def test_what_could_not_be_read_once_does_not_come_back(start_node: Start, conne
 
 
 def evict(node: NodeProcess, namespace: bytes, names: list[str]) -> None:
-    from kvpool.client import object_keys
+    from kvpool.service.client_lookups import object_keys
     from kvpool.service.rpc import make_channel
     from kvpool.service.source_calls import key_list
     from kvpool.v1 import source_admin_pb2, source_admin_pb2_grpc

@@ -16,7 +16,7 @@ import pytest
 from kvpool.channels.sections import digest_block
 from kvpool.core.arrays import EntryState, SourceArrays
 from kvpool.core.catalog import Catalog
-from kvpool.core.errors import KvpoolError, NoSsd
+from kvpool.core.errors import KvpoolError, NoSsd, Overloaded
 from kvpool.core.hashing import object_key
 from kvpool.core.ids import Fidelity
 from kvpool.core.namespace import OBJECTS_GROUP, GroupKind, GroupSpec, NamespaceSpec
@@ -24,8 +24,9 @@ from kvpool.core.results import ReserveStatus, SourceConfig
 from kvpool.core.source import SourceCore
 from kvpool.service.grants import Grants
 from kvpool.service.source_driver import SourceDriver
-from kvpool.service.ssd_tier import SsdTier
+from kvpool.service.ssd_tier import LISTINGS_MAX, THREADS, SsdTier
 from kvpool.tiers.ssd.store import SsdStore
+from kvpool.v1 import block_source_pb2 as pb
 from tests.ssd.crash_files import CrashFiles
 
 SEGMENT_BYTES = 64 << 10
@@ -547,8 +548,72 @@ def test_it_can_be_left_while_its_disk_hangs() -> None:
             node.tier.wake()
             await asyncio.sleep(0.001)
         await node.close(timeout_s=0.1)
+        assert node.tier.left_behind, "the disk may still answer, into memory that was to be kept"
         for event in files.hanging.values():
             event.set()
+
+    run(story)
+
+
+def test_a_write_that_hangs_leaves_nothing_behind_in_memory() -> None:
+    async def story() -> None:
+        node = await Node(Host()).start()
+        keys, data = blocks_of(12, 4)
+        node.put(keys, data)
+        files = node.host.files
+        hanging = files.hanging["write"] = threading.Event()
+        assert node.tier is not None
+        node.tier.start()
+        await until(files.waiting.is_set)
+        await node.close(timeout_s=0.1)
+        assert not node.tier.left_behind, "it only reads from there"
+        hanging.set()
+
+    run(story)
+
+
+def test_changes_do_not_wait_for_reads_that_hang() -> None:
+    async def story() -> None:
+        node = await Node(Host()).start()
+        keys, data = blocks_of(13, THREADS + 4)
+        node.put(keys, data)
+        assert await node.put_object("d/a", b"OLD" * 1000)
+        await node.copied_down(np.concatenate([keys, key_of("d/a")]))
+        node.core.evict_keys(O, key_of("d/a"), 0)
+        node.core.evict_keys(N, keys, 0)
+        files = node.host.files
+        files.faults["read"] = [errno.EIO]
+        assert await node.get(O, key_of("d/a")) == [None], "it can't be read, and may be there all the same"
+        hanging = files.hanging["read"] = threading.Event()
+        assert node.tier is not None
+        for row in range(len(keys)):
+            (await node.tier.promote(N, keys[row : row + 1], 0.01)).release()
+        assert await node.put_object("d/a", b"NEW" * 1000), "more reads hang than there are threads for them"
+        hanging.set()
+        await node.close()
+
+    run(story)
+
+
+def test_listings_of_a_disk_that_hangs_are_bounded() -> None:
+    async def story() -> None:
+        node = await Node(Host()).start()
+        assert await node.put_object("d/a", b"bird" * 1000)
+        await node.copied_down(key_of("d/a"))
+        node.core.evict_keys(O, key_of("d/a"), 0)
+        files = node.host.files
+        hanging = files.hanging["read"] = threading.Event()
+        assert node.tier is not None
+        request = pb.ListBlocksRequest(namespace_id=O)
+        listings = [asyncio.create_task(node.tier.list_alone(request, 10)) for _ in range(LISTINGS_MAX)]
+        await until(files.waiting.is_set)
+        with pytest.raises(Overloaded):
+            await node.tier.list_alone(request, 10)
+        hanging.set()
+        for listing in listings:
+            assert [block.name for block in (await listing).blocks] == ["d/a"]
+        assert len((await node.tier.list_alone(request, 10)).blocks) == 1
+        await node.close()
 
     run(story)
 

@@ -78,12 +78,11 @@ class Auditor:
                     assert command.message, "a refusal without a reason"
         if isinstance(event, events.PlaceCancelled):
             assert (event.gateway_id, event.request_id) not in self.waiting
-        self._check_waiting(now_us)
         for owner, placed in self.live.items():
             assert self._member(events.InstanceJoined, placed.decode.instance_id), f"{owner} outlived its instance"
 
-    def _check_waiting(self, now_us: int) -> None:
-        """Only under policies that bind late does anybody wait, and nobody too long."""
+    def check_waiting(self, now_us: int) -> None:
+        """Only under policies that bind late does anybody wait, and nobody too long. Asked when nothing is due."""
         assert len(self.waiting) <= self.config.waiting_max
         for owner, (since_us, request) in self.waiting.items():
             assert (request.policy or self.config.policy) in self.config.late_binding, f"{owner} was not answered"

@@ -65,9 +65,10 @@ def test_predicted_ttft_converges_on_what_happens() -> None:
     for _ in range(60):
         parts_us = rng.randrange(20_000, 2_000_000)
         actual_us = int((30_000 + 1.6 * parts_us) * rng.uniform(0.9, 1.1))
-        known.observe_ttft(known.ttft_us(parts_us), parts_us, actual_us if rng.random() < 0.95 else 20 * actual_us)
+        actual_us = actual_us if rng.random() < 0.95 else 20 * actual_us
+        known.observe_ttft(known.ttft_us(parts_us, 0), parts_us, actual_us, 0)
     for parts_us in (50_000, 500_000, 2_000_000):
-        assert known.ttft_us(parts_us) == pytest.approx(30_000 + 1.6 * parts_us, rel=0.2)
+        assert known.ttft_us(parts_us, 0) == pytest.approx(30_000 + 1.6 * parts_us, rel=0.2)
     assert (known.ttft.median() or 1) < 0.25
 
 

@@ -40,8 +40,9 @@ class Schedulers:
     async def all_connected(self) -> None:
         await eventually(lambda: all(line.connected for line in self.client._lines), "all are connected")
 
-    async def place(self, request_id: str, timeout_s: float = 10.0) -> scheduler_pb2.PlaceReply:
-        return await self.client.place(scheduler_pb2.PlaceRequest(request_id=request_id, gateway_id="gw"), timeout_s)
+    async def place(self, request_id: str, timeout_s: float = 10.0, **fields: int) -> scheduler_pb2.PlaceReply:
+        request = scheduler_pb2.PlaceRequest(request_id=request_id, gateway_id="gw", **fields)  # type: ignore[arg-type]
+        return await self.client.place(request, timeout_s)
 
     def asked(self) -> list[list[str]]:
         return [[p.request_id for p in made.places] for made in self.made]
@@ -100,6 +101,51 @@ def test_what_one_does_not_know_another_may() -> None:
                 made.decide = lambda request: refused(common_pb2.ErrorDetail.NO_INSTANCE, "none", 0)
             assert (await s.place("r3")).refusal.message == "none"
             assert [places[-1] for places in s.asked()] == ["r3"] * 3
+
+    run(test())
+
+
+def test_who_forgot_this_gateway_for_a_moment_is_asked_again() -> None:
+    async def test() -> None:
+        async with Schedulers(1) as s:
+            told = [refused(common_pb2.ErrorDetail.UNREACHABLE, "its gateway is gone", 0), colocated(s.engine)]
+            s.made[0].decide = lambda request: told.pop(0)
+            assert (await s.place("r1")).HasField("placement")
+            assert s.asked() == [["r1", "r1"]]
+
+    run(test())
+
+
+def test_the_second_is_asked_for_an_answer_within_what_is_left_of_the_time() -> None:
+    async def test() -> None:
+        async with Schedulers(2) as s:
+            s.made[0].hold_places = asyncio.Event()
+            placing = asyncio.create_task(s.place("r1", timeout_s=10.0, wait_ms_max=8000))
+            await s.changes.until(lambda: s.made[0].places)
+            await s.made[0].stop()
+            assert (await placing).HasField("placement")
+            waits = [made.places[0].wait_ms_max for made in s.made]
+            assert waits[0] in range(7900, 8001) and waits[1] < waits[0]
+
+    run(test())
+
+
+def test_an_outcome_that_comes_with_a_heartbeat_is_said_at_once() -> None:
+    """It must not wait for the next one: its instance would look busy for as long."""
+
+    async def test() -> None:
+        async with Schedulers(1) as s:
+            line = s.client._lines[0]
+            await line.close()  # what is said is taken here
+            line._interval_s = 3600.0
+            messages = line._messages(line._stream_count)
+            assert (await anext(messages)).HasField("hello")
+            assert (await anext(messages)).HasField("heartbeat")
+            # The generator stands where the heartbeat is being written.
+            line.outcomes.append(outcome("r1"))
+            line._outcome_added.set()
+            assert (await asyncio.wait_for(anext(messages), 10)).outcome.request_id == "r1"
+            await messages.aclose()
 
     run(test())
 

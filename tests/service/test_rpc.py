@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from kvpool.core.errors import (
     BadKeyLength,
@@ -192,3 +194,27 @@ def test_calls_at_a_time_are_bounded() -> None:
         assert eventually(served)
         ended[1].set()
         assert not list(streams[1])
+
+
+def test_streams_of_health_and_reflection_need_the_credential() -> None:
+    """They stay and count among the calls at a time: whoever has no credential could use all of them up."""
+    watched = health_pb2.HealthCheckRequest()
+    with serving() as address:
+        with rpc.make_channel(address, credential="wrong") as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            reflected = reflection_pb2_grpc.ServerReflectionStub(channel)
+            for stream in (
+                stub.Watch(watched, timeout=20),
+                reflected.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest()]), timeout=20),
+            ):
+                with pytest.raises(grpc.RpcError) as refused:
+                    next(stream)
+                assert isinstance(rpc.from_rpc_error(refused.value), Unauthenticated)
+            assert stub.Check(watched, timeout=20).status == health_pb2.HealthCheckResponse.SERVING, "a probe may ask"
+        with rpc.make_channel(address, credential=CREDENTIAL) as channel:
+            watch = health_pb2_grpc.HealthStub(channel).Watch(watched, timeout=20)
+            assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+            listing = reflection_pb2.ServerReflectionRequest(list_services="")
+            reply = next(reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([listing])))
+            assert "kvpool.v1.Directory" in {service.name for service in reply.list_services_response.service}
+            watch.cancel()

@@ -309,6 +309,63 @@ def test_a_store_on_a_disk_that_hangs_can_be_left():
     check_all(open_on(files.copy()), [1])
 
 
+class GivenUpMeanwhile(threading.Event):
+    """Time is up; and before that can be said, the writer gives up all that waits for it."""
+
+    def __init__(self, writer):
+        super().__init__()
+        self._writer = writer
+
+    def wait(self, timeout=None):
+        if not self.is_set():
+            self._writer._give_up()
+            return False
+        return True
+
+
+def test_a_request_may_be_given_up_just_when_its_time_is_up():
+    files = CrashFiles()
+    store = open_on(files)
+    assert fill(store, [1]) == [1]
+    files.hanging["write"] = threading.Event()
+    writing = threading.Thread(target=fill, args=(store, [2]))
+    writing.start()
+    assert files.waiting.wait(60)
+    request = Request(keys=keys_of([1]), acknowledged=np.zeros(1, np.bool_), done=GivenUpMeanwhile(store._writer))
+    assert store._writer.submit(request, 0.0) is False
+    assert not request.acknowledged.any()
+    files.hanging["write"].set()
+    writing.join(60)
+    store.close()
+
+
+@pytest.mark.parametrize("call", ["recovery._restore", "store.seal_scanned"])
+def test_a_store_that_can_not_be_opened_keeps_nothing_open(call, tmp_path, monkeypatch):
+    def opened():
+        links = [os.readlink(entry.path) for entry in os.scandir("/proc/self/fd") if os.path.islink(entry.path)]
+        return [link for link in links if link.startswith(str(tmp_path))]
+
+    def refuse(*_):
+        raise OSError(errno.EIO, "injected")
+
+    def attempt():
+        return SsdStore.open(tmp_path, "t", 16 << 20)
+
+    store = attempt()
+    assert fill(store, range(6)) == list(range(6))
+    assert opened()
+    store.close()
+    with monkeypatch.context() as patched:
+        patched.setattr(f"kvpool.tiers.ssd.{call}", refuse)
+        threads = threading.active_count()
+        with pytest.raises(NoSsd):
+            attempt()
+        assert not opened() and threading.active_count() == threads
+    store = attempt()
+    check_all(store, range(6))
+    store.close()
+
+
 # ---------------------------------------------------------------- damage
 
 
@@ -358,6 +415,45 @@ def test_a_removal_lost_at_the_end_of_a_segment_is_noticed_too():
     assert again.stats().counters.recovery_damaged == 1
     assert read_all(again, [1, 2]) == {1: None, 2: None}
     check_all(again, range(10, 13))
+
+
+@pytest.mark.parametrize("sealed_by", ["the next segment", "closing"])
+def test_a_footer_that_rots_brings_nothing_back_that_it_called_lost(sealed_by):
+    """A read of object 1 failed once; since a restart its name may have been put again, without a word on the disk."""
+    files = CrashFiles()
+    store = open_on(files)
+    assert store.append(batch_of([(1, 0, 3000), (2, 0, 3000)])).all()
+    files.faults["read"] = [errno.EIO]
+    assert read_all(store, [1]) == {1: None}
+    if sealed_by == "the next segment":
+        assert fill(store, range(10, 13)) == list(range(10, 13))
+        assert len(store._log.core.segments) == 2
+    store.close()
+    second = open_on(files.copy())
+    assert not second.undead(keys_of([1])).present.any(), "so nothing would be written before it is put"
+    assert read_all(second, [1, 2]) == {1: None, 2: small(2)}
+    for close in (False, True):
+        if close:
+            second.close()
+        rotten = second._log.files.copy()
+        rotten.inodes[segment_name(1)].current[-PAGE_BYTES + 20] ^= 1
+        third = open_on(rotten)
+        assert third.stats().counters.recovery_damaged == 1
+        assert read_all(third, [1]) == {1: None}
+        assert third.audit() == ()
+        third.close()
+
+
+def test_a_footer_that_a_crash_cut_off_costs_nothing():
+    files = CrashFiles()
+    store = open_on(files)
+    assert store.append(batch_of([(1, 0, 3000), (2, 0, 3000)])).all()
+    store.close()
+    torn = files.copy()
+    torn.inodes[segment_name(1)].current[-PAGE_BYTES:] = b"\1" * PAGE_BYTES
+    again = open_on(torn)
+    assert read_all(again, [1, 2]) == {1: small(1), 2: small(2)}
+    assert again.stats().counters.recovery_damaged == 0
 
 
 def with_a_damaged_removal(numbers, *, then_large=False):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from engines.vllm.handoffs import HandoffWaits, asks, tokens_of
+from engines.vllm.handoffs import HandoffWaits, answer, asks, tokens_of
 
 
 @pytest.mark.parametrize(
@@ -22,12 +22,18 @@ def test_who_asks() -> None:
     assert asks({"kvpool_handoff": True}) and not asks({"kvpool_handoff": False}) and not asks(None)
 
 
-def test_one_wait_and_one_complaint() -> None:
+def test_what_is_answered_is_understood() -> None:
+    told = answer(64, b"n" * 16, b"m" * 16)
+    assert told == {"kvpool_tokens": 64, "kvpool_namespace": "6e" * 16, "kvpool_key_mask": "6d" * 16}
+    assert tokens_of(told) == 64 and tokens_of(answer(0, b"n" * 16, b"m" * 16)) == 0
+
+
+def test_one_wait() -> None:
     waits = HandoffWaits(wait_s=1.0)
     assert waits.looks("r", 10.0) and waits.lacks("r", 10.0)
     assert not waits.looks("r", 10.0005) and waits.looks("r", 10.001)
-    assert waits.lacks("r", 10.999) and not waits.lacks("r", 11.0) and not waits.lacks("r", 12.0)
-    assert waits.gives_up("r") and not waits.gives_up("r")
+    assert waits.lacks("r", 10.999) and not waits.is_over("r")
+    assert not waits.lacks("r", 11.0) and waits.is_over("r") and not waits.is_over("other")
     waits.forget("r")
     waits.forget("r")
     assert not waits.waits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -43,11 +44,11 @@ def test_a_failed_load_spoils_what_was_begun_since() -> None:
     made.pipeline.computed(1)
     made.pipeline.computes(2, transfers(2))  # its load has failed
     made.pipeline.computes(3, transfers(3))  # begun before that was known
-    made.pipeline.failed()
+    assert made.pipeline.failed() == [*transfers(2), *transfers(3)]
     made.pipeline.computed(2)
     made.pipeline.computed(3)
     assert made.pipeline.take_confirmed() == {1: transfers(1)}
-    assert made.held == {1: 1} and made.pipeline.blocks_dropped == 2
+    assert made.held == {1: 1} and list(made.pipeline.held()) == [1]
 
 
 def test_a_reset_drops_what_the_workers_have_not_got() -> None:
@@ -59,16 +60,28 @@ def test_a_reset_drops_what_the_workers_have_not_got() -> None:
     made.pipeline.computed(2)
     made.pipeline.failed()
     made.pipeline.drop_confirmed()
-    assert made.pipeline.take_confirmed() == {} and made.held == {1: 1} and made.pipeline.blocks_dropped == 2
+    assert made.pipeline.take_confirmed() == {} and made.held == {1: 1}
 
 
 def test_the_bound() -> None:
     made = Made(blocks_max=2)
     made.pipeline.computes(1, transfers(1, 2))
-    made.pipeline.computes(2, transfers(3))
-    assert made.held == {1: 1, 2: 1} and made.pipeline.blocks_dropped == 1
-    made.pipeline.computed(2)
-    assert made.pipeline.take_confirmed() == {}
+    assert made.pipeline.room == 0
+    with pytest.raises(AssertionError):
+        made.pipeline.computes(2, transfers(3))
+    made.pipeline.computed(1)
+    assert made.pipeline.room == 0
+    made.pipeline.take_confirmed()
+    made.pipeline.stored({1: 2})
+    assert made.pipeline.room == 2 and made.held == {}
+
+
+def test_an_output_that_never_comes_holds_nothing_for_ever() -> None:
+    made = Made()
+    made.pipeline.computes(1, transfers(1))
+    made.pipeline.computes(2, transfers(2))
+    assert made.pipeline.computed(2) == transfers(1)
+    assert made.held == {2: 1} and made.pipeline.computed(1) == [] and made.pipeline.computed(5) == []
 
 
 @given(st.lists(st.tuples(st.sampled_from(["computes", "computed", "failed", "take", "stored"]), st.integers(0, 9))))
@@ -78,7 +91,8 @@ def test_no_reference_is_lost(steps: list[tuple[str, int]]) -> None:
     for what, value in steps:
         if what == "computes":
             number += 1
-            made.pipeline.computes(number, transfers(value, value + 10))
+            if made.pipeline.room >= 2:
+                made.pipeline.computes(number, transfers(value, value + 10))
         elif what == "computed":
             made.pipeline.computed(number - value)
         elif what == "failed":

@@ -19,7 +19,12 @@ class Made:
 
     def __init__(self, there: int = 0, shapes: tuple[GroupShape, ...] = (GroupShape(0, 4),), save: bool = True) -> None:
         self.there = there
-        self.tracker = RequestTracker(shapes, 4, self.lookup, save=save)
+        self.tracker = RequestTracker(shapes, 4, self.lookup, mask=bytes(16), save=save)
+
+    def scheduled(
+        self, known: int, before: int, after: int, block_ids: list[list[int]] | None, room: int = 99
+    ) -> Transfer | None:
+        return self.tracker.scheduled("r", hashes(known), before, after, lambda: block_ids, room)
 
     def lookup(self, group: int, keys: NDArray[np.uint8]) -> NDArray[np.bool_]:
         return keys[:, 0] <= self.there
@@ -47,27 +52,27 @@ def test_what_was_loaded_is_not_stored_again() -> None:
     made.tracker.allocated("r", hashes(4), 0, 8, [[11, 12, 13, 14, 15]])
     assert [moved(load) for load in made.tracker.take_loads()] == [[(1, 11), (2, 12)]]
     assert made.tracker.take_loads() == []
-    step = made.tracker.scheduled("r", hashes(4), 8, 17, [[11, 12, 13, 14, 15]])
+    step = made.scheduled(4, 8, 17, [[11, 12, 13, 14, 15]])
     assert moved(step) == [(3, 13), (4, 14)]
     # Decoding: the fifth block is full and hashed three tokens later.
-    assert made.tracker.scheduled("r", hashes(4), 17, 18, [[11, 12, 13, 14, 15]]) is None
-    assert moved(made.tracker.scheduled("r", hashes(5), 19, 20, [[11, 12, 13, 14, 15]])) == [(5, 15)]
+    assert made.scheduled(4, 17, 18, [[11, 12, 13, 14, 15]]) is None
+    assert moved(made.scheduled(5, 19, 20, [[11, 12, 13, 14, 15]])) == [(5, 15)]
 
 
 def test_blocks_of_tokens_not_known_yet_wait() -> None:
     made = Made()
     made.tracker.allocated("r", hashes(1), 0, 0, [[11, 12]])
-    assert moved(made.tracker.scheduled("r", hashes(1), 0, 8, [[11, 12]])) == [(1, 11)]  # 4 drafts among them
-    assert moved(made.tracker.scheduled("r", hashes(2), 5, 9, [[11, 12, 13]])) == [(2, 12)]
+    assert moved(made.scheduled(1, 0, 8, [[11, 12]])) == [(1, 11)]  # 4 drafts among them
+    assert moved(made.scheduled(2, 5, 9, [[11, 12, 13]])) == [(2, 12)]
 
 
 def test_what_was_given_up_is_stored_again() -> None:
     made = Made(there=2)
     made.tracker.allocated("r", hashes(3), 0, 8, [[11, 12, 13]])
     made.tracker.take_loads()
-    assert moved(made.tracker.scheduled("r", hashes(3), 8, 12, [[11, 12, 13]])) == [(3, 13)]
+    assert moved(made.scheduled(3, 8, 12, [[11, 12, 13]])) == [(3, 13)]
     # The load had failed: the request is back at its beginning.
-    assert moved(made.tracker.scheduled("r", hashes(3), 0, 12, [[11, 12, 13]])) == [(1, 11), (2, 12), (3, 13)]
+    assert moved(made.scheduled(3, 0, 12, [[11, 12, 13]])) == [(1, 11), (2, 12), (3, 13)]
 
 
 def test_a_window_is_loaded_behind_the_prefix_only() -> None:
@@ -83,18 +88,58 @@ def test_nothing_is_kept_of_ended_requests() -> None:
     made.tracker.forget("r")
     made.tracker.forget("r")
     assert len(made.tracker) == 0 and made.tracker.take_loads() == []
-    assert made.tracker.scheduled("r", hashes(2), 4, 8, [[11, 12]]) is None
+    assert made.scheduled(2, 4, 8, [[11, 12]]) is None
 
 
 def test_without_saving() -> None:
     made = Made(save=False)
     made.tracker.allocated("r", hashes(2), 0, 0, [[11, 12]])
-    assert made.tracker.scheduled("r", hashes(2), 0, 8, [[11, 12]]) is None
+    assert made.scheduled(2, 0, 8, [[11, 12]]) is None
 
 
-def test_renamed_keys_are_others() -> None:
+def test_under_another_mask_keys_are_others() -> None:
     made = Made(there=4)
-    made.tracker.rename(bytes([0x80] * 16))
-    assert made.tracker.match(hashes(4), 17, 0) == 0
+    made.tracker.mask_with(bytes([0x80] * 16))
+    assert made.tracker.mask == bytes([0x80] * 16) and made.tracker.match(hashes(4), 17, 0) == 0
     made.tracker.allocated("r", hashes(4), 0, 0, [[11]])
-    assert moved(made.tracker.scheduled("r", hashes(4), 0, 4, [[11]])) == [(0x81, 11)]
+    assert moved(made.scheduled(4, 0, 4, [[11]])) == [(0x81, 11)]
+
+
+def test_requests_of_before_another_mask_are_not_stored() -> None:
+    made = Made(there=2)
+    made.tracker.allocated("r", hashes(4), 0, 8, [[11, 12, 13]])
+    made.tracker.mask_with(bytes([0x80] * 16))
+    assert made.tracker.take_loads() == [] and made.scheduled(4, 8, 12, [[11, 12, 13]]) is None
+
+
+def test_what_has_no_room_is_stored_later() -> None:
+    made = Made()
+    made.tracker.allocated("r", hashes(5), 0, 0, [[11, 12, 13, 14, 15]])
+    assert moved(made.scheduled(5, 0, 20, [[11, 12, 13, 14, 15]], room=2)) == [(1, 11), (2, 12)]
+    assert made.scheduled(5, 20, 21, [[11, 12, 13, 14, 15]], room=0) is None
+    assert moved(made.scheduled(5, 21, 22, [[11, 12, 13, 14, 15]], room=2)) == [(3, 13), (4, 14)]
+    assert made.tracker.forget("r") == 16
+
+
+def test_what_was_not_stored_is_stored_later() -> None:
+    made = Made()
+    made.tracker.allocated("r", hashes(5), 0, 0, [[11, 12, 13, 14, 15]])
+    made.scheduled(5, 0, 8, [[11, 12, 13, 14, 15]])
+    second = made.scheduled(5, 8, 16, [[11, 12, 13, 14, 15]])
+    assert second is not None
+    made.tracker.not_stored(second)
+    made.tracker.not_stored(Transfer("gone", (), 0))
+    assert moved(made.scheduled(5, 16, 20, [[11, 12, 13, 14, 15]])) == [(3, 13), (4, 14), (5, 15)]
+
+
+def test_block_ids_are_asked_for_only_when_a_block_is_full() -> None:
+    made = Made()
+    made.tracker.allocated("r", hashes(2), 0, 0, [[11, 12]])
+
+    def never() -> list[list[int]]:
+        raise AssertionError("asked for")
+
+    assert made.tracker.scheduled("r", hashes(1), 3, 4, lambda: [[11]], 9) is not None
+    for before in (4, 5, 6):
+        assert made.tracker.scheduled("r", hashes(1), before, before + 1, never, 9) is None
+    assert made.scheduled(2, 7, 8, None) is None  # its blocks are gone

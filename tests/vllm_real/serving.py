@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import signal
@@ -77,9 +78,9 @@ def start(arguments: Sequence[str], log: Path, environment: dict[str, str] | Non
 class Node:
     """A pool node without a scheduler of its own; may be killed and started again at the same address."""
 
-    def __init__(self, folder: Path, memory: str = "256MiB") -> None:
+    def __init__(self, folder: Path, memory: str = "256MiB", arguments: Sequence[str] = ()) -> None:
         self.port = free_port()
-        self._folder, self._memory = folder, memory
+        self._folder, self._memory, self._arguments = folder, memory, arguments
         self.process = self.start()
 
     @property
@@ -89,7 +90,17 @@ class Node:
     def start(self) -> Process:
         script = Path(sys.executable).parent / "kvpool"
         self.process = start(
-            [str(script), "node", "--id", f"node-{self.port}", "--listen", self.address, "--memory", self._memory],
+            [
+                str(script),
+                "node",
+                "--id",
+                f"node-{self.port}",
+                "--listen",
+                self.address,
+                "--memory",
+                self._memory,
+                *self._arguments,
+            ],
             self._folder / f"node-{self.port}.log",
         )
         deadline_s = time.monotonic() + START_S
@@ -105,6 +116,56 @@ class Node:
                 return True
         except OSError:
             return False
+
+
+@dataclass
+class Offline:
+    """A vLLM without a server that asks prompts in rounds: see `offline`."""
+
+    process: Process
+    prompts: list[list[list[int]]]
+
+    @classmethod
+    def start(
+        cls,
+        folder: Path,
+        name: str,
+        node: Node,
+        prompts: list[list[list[int]]],
+        settings: dict[str, Any] | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> Offline:
+        engine = {
+            "model": str(MODEL), "dtype": "float32", "enforce_eager": True, "max_model_len": 2048,
+            "block_size": BLOCK_TOKENS, "kv_transfer_config": connector(node), **(settings or {}),
+        }  # fmt: skip
+        job = json.dumps({"engine": engine, "rounds": prompts, "max_tokens": 16})
+        command = [sys.executable, "-m", "tests.vllm_real.offline", job]
+        return cls(start(command, folder / f"{name}.log", {**ENVIRONMENT, **(environment or {})}), prompts)
+
+    def rounds(self) -> list[Round]:
+        """What was answered, once it has ended."""
+        try:
+            self.process.popen.wait(START_S)
+        finally:
+            self.process.stop()
+        line = next((line for line in self.process.text.splitlines() if line.startswith("[{")), None)
+        assert line is not None, self.process.text[-4000:]
+        return [
+            Round([tuple(tokens) for tokens in one["tokens"]], one["cached"], prompts)
+            for one, prompts in zip(json.loads(line), self.prompts, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Round:
+    tokens: list[tuple[int, ...]]
+    cached: list[int]
+    prompts: list[list[int]]
+
+    def all_cached(self, block_tokens: int = BLOCK_TOKENS) -> bool:
+        """Whether all full blocks of each prompt were had, one token at least being left to compute."""
+        return self.cached == [(len(prompt) - 1) // block_tokens * block_tokens for prompt in self.prompts]
 
 
 class Engine:
@@ -163,6 +224,26 @@ class Engine:
             tuple(reply["choices"][0]["token_ids"]), details.get("cached_tokens") or 0, reply.get("kv_transfer_params")
         )
 
+    def leave(self, prompt: Sequence[int], tokens: int, **fields: Any) -> None:
+        """A client that asks for a stream and closes its connection after some tokens."""
+        body = {"model": "tiny", "prompt": list(prompt), "max_tokens": 400, "temperature": 0, "ignore_eos": True,
+                "stream": True, **fields}  # fmt: skip
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=REPLY_S)
+        try:
+            connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+            reply = connection.getresponse()
+            while tokens:
+                tokens -= reply.readline().startswith(b"data:")
+        finally:
+            connection.close()
+
+    def forget(self) -> None:
+        """Empties vLLM's own prefix cache. Stores under way hold blocks: until they are through, vLLM refuses."""
+        deadline_s = time.monotonic() + REPLY_S
+        while not self.post("/reset_prefix_cache", {})["success"]:
+            assert time.monotonic() < deadline_s, self.process.text[-2000:]
+            self.process.wait_a_little()
+
     def metric(self, name: str) -> float:
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as reply:
             lines = reply.read().decode().splitlines()
@@ -170,6 +251,16 @@ class Engine:
 
     def stop(self) -> None:
         self.process.stop()
+
+    def stored(self, prompt: Sequence[int]) -> None:
+        """Waits until all full blocks of a prompt that was answered are in the pool."""
+        deadline_s = time.monotonic() + REPLY_S
+        whole = (len(prompt) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+        while True:
+            self.forget()
+            if self.complete(prompt, 1).cached_tokens == whole:
+                return
+            assert time.monotonic() < deadline_s, self.process.text[-2000:]
 
 
 @dataclass(frozen=True)
@@ -182,8 +273,29 @@ class Completion:
 def connector(node: Node, **extra: Any) -> dict[str, Any]:
     return {
         "kv_connector": "KVPoolConnector", "kv_connector_module_path": "engines.vllm.connector", "kv_role": "kv_both",
-        "kv_load_failure_policy": "recompute", "kv_connector_extra_config": {"node": node.address, **extra},
+        "kv_connector_extra_config": {"node": node.address, **extra},
     }  # fmt: skip
+
+
+@dataclass
+class Servers:
+    node: Node
+    plain: Engine
+    prefill: Engine
+    decode: Engine
+
+
+@contextlib.contextmanager
+def running_servers(folder: Path) -> Iterator[Servers]:
+    node = Node(folder)
+    servers = Servers(
+        node,
+        plain=Engine(folder, "plain"),
+        prefill=Engine(folder, "prefill", connector(node)),
+        decode=Engine(folder, "decode", connector(node, handoff_wait_s=30.0)),
+    )
+    with running(node, servers.plain, servers.prefill, servers.decode):
+        yield servers
 
 
 @contextlib.contextmanager

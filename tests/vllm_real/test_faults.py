@@ -1,79 +1,80 @@
-"""What a lost node, a restart, or an engine of another kind costs: recomputing, and never a token."""
+"""What a lost node, a full pool, a restart or a wrong setting costs: recomputing, and never a token."""
 
 from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.vllm_real.prompts import prompts
-from tests.vllm_real.serving import BLOCK_TOKENS, REPLY_S, Engine, Node, connector, running
+from tests.vllm_real.serving import REPLY_S, Engine, Node, Servers, connector, running
 
 TALKS = [tokens for tokens, fields in prompts(2) if not fields][:16]
-LONG = TALKS[3] + TALKS[7] + TALKS[11]
+SHORT = TALKS[0]
+#: Smaller than the blocks of all talks together.
+NODE_MEMORY = "8MiB"
 
 
-def saved(engine: Engine, blocks: int) -> None:
-    """Waits until an engine has stored that many blocks; it says so with its next step."""
+def until(holds: Callable[[], bool], engine: Engine) -> None:
     deadline_s = time.monotonic() + REPLY_S
-    while engine.metric("vllm:kvpool_blocks_saved_total") < blocks:
-        assert time.monotonic() < deadline_s, engine.process.text[-2000:]
-        engine.complete([7], 1)
+    while not holds():
+        engine.process.must_run()
+        assert time.monotonic() < deadline_s, engine.process.text[-4000:]
+        engine.process.wait_a_little()
 
 
-def test_the_cache_outlives_the_engine_and_the_engine_its_node(tmp_path: Path) -> None:
-    node = Node(tmp_path)
-    plain = Engine(tmp_path, "plain")
-    first = Engine(tmp_path, "first", connector(node))
-    with running(node, plain, first):
-        expected = [plain.complete(talk).tokens for talk in TALKS]
-        expected_long = plain.complete(LONG).tokens
-        blocks = {
-            tuple(talk[: end * BLOCK_TOKENS]) for talk in TALKS for end in range(1, len(talk) // BLOCK_TOKENS + 1)
-        }
-        assert [first.complete(talk).tokens for talk in TALKS] == expected
-        saved(first, len(blocks))
-        first.process.stop(signal.SIGKILL)
+def test_a_life_of_faults(tmp_path: Path, servers: Servers) -> None:
+    node = Node(tmp_path, NODE_MEMORY)
+    node.process.stop()
+    engine = Engine(tmp_path, "engine", connector(node))
+    wrong = Engine(tmp_path, "wrong", connector(node, nod="127.0.0.1:1"))
+    with running(engine, node):
+        expected = {tuple(talk): servers.plain.complete(talk).tokens for talk in TALKS}
 
+        def right(talk: list[int]) -> None:
+            assert engine.complete(talk).tokens == expected[tuple(talk)], f"{len(talk)} tokens"
+
+        # Started without a node: vLLM says so and goes on.
+        assert f"kvpool node {node.address} can't be used, vLLM computes by itself meanwhile" in engine.process.text
+        right(SHORT)
+
+        # It comes, and is used.
+        node.start()
+        until(lambda: "is used, namespace" in engine.process.text, engine)
+        engine.stored(SHORT)
+        assert engine.metric("vllm:kvpool_blocks_loaded_total") > 0
+
+        # It is full: what is oldest goes.
+        for talk in TALKS:
+            right(talk)
+        engine.stored(TALKS[-1])
+        assert engine.metric("vllm:kvpool_bytes_saved_total") > 8 << 20
+
+        # It is killed while requests load.
+        with ThreadPoolExecutor(4) as pool:
+            engine.forget()
+            answers = [pool.submit(right, talk) for talk in 2 * TALKS]
+            answers[2].result(REPLY_S)
+            node.process.stop(signal.SIGKILL)
+            for answer in answers:
+                answer.result(REPLY_S)
+        engine.process.must_run()
+        until(lambda: "is away" in engine.process.text, engine)
+        engine.forget()
+        right(SHORT)
+
+        # It comes back, and so do the hits.
+        node.start()
+        until(lambda: engine.process.text.count("is used, namespace") > 2, engine)
+        engine.stored(SHORT)
+
+        # The engine is killed; the next one finds what it has stored.
+        engine.process.stop(signal.SIGKILL)
         second = Engine(tmp_path, "second", connector(node))
         with running(second):
-            answers = [second.complete(talk) for talk in TALKS]
-            assert [answer.tokens for answer in answers] == expected
-            assert answers[3].cached_tokens >= (len(TALKS[3]) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
-            assert second.metric("vllm:kvpool_blocks_loaded_total") > 0
-
-            node.process.stop(signal.SIGKILL)
-            second.post("/reset_prefix_cache", {})
-            assert [second.complete(talk).tokens for talk in TALKS[:4]] == expected[:4]
-            second.process.must_run()
-            assert "is away" in second.process.text
-
-            node.start()  # empty, at the same address
-            assert second.complete(LONG).tokens == expected_long
-
-
-def test_engines_that_must_not_share(tmp_path: Path) -> None:
-    node = Node(tmp_path)
-    first = Engine(tmp_path, "first", connector(node))
-    blocks_of_64 = Engine(tmp_path, "blocks", connector(node), ["--block-size", "64"])
-    other_model = Engine(tmp_path, "model", connector(node, model_id="another"))
-    with running(node, first, blocks_of_64, other_model):
-        expected = first.complete(LONG).tokens
-        saved(first, len(LONG) // BLOCK_TOKENS)
-        for engine in (blocks_of_64, other_model):
-            answer = engine.complete(LONG)
-            assert answer.tokens == expected, engine.name
-            assert answer.cached_tokens == 0, engine.name
-
-
-def test_starting_without_a_node(tmp_path: Path) -> None:
-    node = Node(tmp_path)
-    node.process.stop()
-    plain = Engine(tmp_path, "plain")
-    alone = Engine(tmp_path, "alone", connector(node))
-    wrong = Engine(tmp_path, "wrong", connector(node, nod="127.0.0.1:1"))
-    with running(plain, alone):
-        assert "can't be used, vLLM computes by itself meanwhile" in alone.process.text
-        assert alone.complete(LONG).tokens == plain.complete(LONG).tokens
-        assert wrong.process.popen.wait(REPLY_S) != 0
-        assert "unknown settings: nod" in wrong.process.text
+            answer = second.complete(SHORT)
+            assert answer.tokens == expected[tuple(SHORT)] and answer.cached_tokens > 0
+    assert wrong.process.popen.wait(REPLY_S) != 0
+    assert "unknown settings: nod" in wrong.process.text

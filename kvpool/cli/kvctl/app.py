@@ -16,6 +16,8 @@ from kvpool.cli.kvctl import (
     looking,
     moving,
     overview,
+    plan,
+    replay,
     requests,
     settings,
     simulate,
@@ -67,7 +69,12 @@ _COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
         "namespaces": settings.namespaces,
         "bench": bench.bench,
     },
-    "planning": {"simulate": simulate.simulate, "advise": advise.advise},
+    "planning": {
+        "plan": plan.plan,
+        "replay": replay.replay,
+        "simulate": simulate.simulate,
+        "advise": advise.advise,
+    },
 }
 for _panel, _commands in _COMMANDS.items():
     for _name, _command in _commands.items():

@@ -37,7 +37,8 @@ class Cluster:
     def __init__(self, address: str, access: Access = ANYBODY) -> None:
         self.address, self.access = address, access
         # Of several schedulers whichever answers: they know the same.
-        self._channel = rpc.make_channel(target(address), credential=access.credential, tls=access.tls)
+        by_name = access.tls is not None and not access.tls.server_name
+        self._channel = rpc.make_channel(target(address, by_name=by_name), credential=access.credential, tls=access.tls)
         self._scheduler: Any = scheduler_pb2_grpc.SchedulerStub(self._channel)
         self._directory: Any = directory_pb2_grpc.DirectoryStub(self._channel)
 
@@ -54,6 +55,9 @@ class Cluster:
 
     def models(self) -> list[scheduler_pb2.ModelInfo]:
         return list(self._scheduler.ListModels(scheduler_pb2.ListModelsRequest()).models)
+
+    def plan(self) -> dict[str, Any]:
+        return output.to_dict(self._scheduler.GetPlan(scheduler_pb2.GetPlanRequest()))
 
     def match(self, keys: bytes) -> dict[str, Any]:
         request = directory_pb2.MatchRequest(keys=[common_pb2.KeyList(keys=keys)])

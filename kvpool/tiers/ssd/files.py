@@ -105,7 +105,11 @@ class DiskFile:
         return os.fstat(self._fd).st_size
 
     def close(self) -> None:
-        os.close(self._fd)
+        """Idempotent."""
+        # Its number may be another file's afterwards.
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 def _behind(buffers: Buffers, done: int) -> list[memoryview]:

@@ -104,8 +104,13 @@ class OpenLog:
             # A read that never ends keeps its file: its descriptor must not become another file's.
             if not self.idle.wait_for(lambda: not any(s.readers for s in self.segments.values()), timeout_s):
                 return
+        self.close_segments()
+        self.files.close()
+
+    def close_segments(self) -> None:
+        """Closes the files, of which nobody reads."""
+        with self.lock:
             segments = list(self.segments.values())
             self.segments.clear()
         for segment in segments:
             segment.file.close()
-        self.files.close()

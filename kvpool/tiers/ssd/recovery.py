@@ -142,10 +142,29 @@ def open_log(files: Files, *, segment_bytes: int, capacity_bytes: int, rows_max:
     core = LogCore(LogConfig(segment_bytes, capacity_bytes // segment_bytes, rows_max))
     log = OpenLog(files, uuid, core)
     found: list[Found] = []
-    for number in numbers:
-        segment = _read_segment(log, number, arena, newest=number == numbers[-1])
-        if segment is not None:
-            found.append(segment)
+    try:
+        for number in numbers:
+            segment = _read_segment(log, number, arena, newest=number == numbers[-1])
+            if segment is not None:
+                found.append(segment)
+        damage = _recover(log, found, numbers)
+    except BaseException:
+        # A node goes on without its SSD, and must not keep its files open.
+        for segment in found:
+            segment.file.close()
+        raise
+    counters = log.counters
+    counters.recovered_records = core.space().records
+    counters.recovery_s = time.perf_counter() - begin_s
+    return log, damage
+
+
+def _recover(log: OpenLog, found: list[Found], numbers: Sequence[int]) -> Damage:
+    """Fills the log with what was found. Raises: OSError.
+
+    Args: found: the segments that could be read, which the log has in its hands afterwards; numbers: of all files.
+    """
+    core = log.core
     readable = [segment.number for segment in found]
     damaged = [segment_name(number) for number in numbers if number not in readable]
     unreadable = len(damaged)
@@ -159,10 +178,7 @@ def open_log(files: Files, *, segment_bytes: int, capacity_bytes: int, rows_max:
         log.add(segment.number, segment.file)
     if numbers:
         core.next_segment = max(core.next_segment, numbers[-1] + 1)
-    counters = log.counters
-    counters.recovered_records = core.space().records
-    counters.recovery_s = time.perf_counter() - begin_s
-    return log, Damage(_suspects(core, suspect), damaged)
+    return Damage(_suspects(core, suspect), damaged)
 
 
 def remove_files(files: Files, names: Sequence[str]) -> None:
@@ -241,6 +257,10 @@ def _try_segment(log: OpenLog, number: int, arena: Arena, *, newest: bool) -> Fo
             found = Found(number, file, entries, used_bytes, first, after, 0, False)
         else:
             found = _scan(log, number, file, fetch, first, newest=newest)
+            last_page = fetch.pages(log.core.config.segment_bytes - PAGE_BYTES, PAGE_BYTES)
+            if not newest and any(last_page):
+                # It had a footer, which may have called records lost that now verify; nothing else says so.
+                found.suspect_sequence = _EVERYTHING
     except BaseException as error:
         file.close()
         if not isinstance(error, OSError):

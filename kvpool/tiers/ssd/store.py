@@ -80,7 +80,14 @@ class SsdStore:
         appender = LogAppender(log, self._writes)
         self._appender = appender
         self._writer = LogWriter(log, LogCleaner(log, appender, self._writes))
-        self._repair(damage)
+        try:
+            self._repair(damage)
+        except BaseException:
+            # A node goes on without its SSD, and must keep neither threads nor files of it.
+            self._reads.close()
+            self._writes.close()
+            log.close_segments()
+            raise
         log.changes.take()
         self._writer.start()
 
@@ -141,6 +148,11 @@ class SsdStore:
                 )
         remove_files(self._log.files, damage.files)
         seal_scanned(self._log)
+        newest = max(self._log.core.segments, default=None)
+        if newest is not None and self._log.core.calls_objects_lost(newest):
+            # A later segment shows that this one was complete: should its footer rot, that is seen as damage, and not
+            # taken for a crash that cut it off. Names that it calls lost may be put again from here on.
+            self._appender.open_segment()
 
     @property
     def unsure(self) -> str:

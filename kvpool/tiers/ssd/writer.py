@@ -76,7 +76,8 @@ class LogWriter:
             self._wake.notify()
         if not request.done.wait(timeout_s):
             with self._wake:
-                if not request.started:
+                # The thread may have given up all that waited just now.
+                if not request.started and request in self._waiting:
                     self._waiting.remove(request)
                     self._waiting_bytes -= size
                     return False

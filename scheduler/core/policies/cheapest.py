@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from scheduler.core import screening
 from scheduler.core.cluster import Instance
 from scheduler.core.config import SchedulerConfig
@@ -21,6 +19,20 @@ APPRAISED_MIN = 3
 APPRAISED_MAX, HOPELESS_MAX = 16, 32
 #: The same in fleets larger than this: there the more are alike.
 LARGE_FLEET, APPRAISED_MAX_LARGE = 64, 5
+#: There nothing is looked at in vain, and what is known to be within this factor of the best is good enough.
+APPRAISED_MIN_LARGE, NEARLY = 0, 1.03
+#: Where nobody has room nothing is feasible: so many are looked at for what is missing, and for how long.
+FULL_MAX = 4
+
+
+@dataclass(slots=True)
+class Reach:
+    """How many instances are looked at: at most and at least once an option is feasible, and while none is."""
+
+    limit: int
+    least: int
+    nearly: float = 1.0  # what costs so many times a bound is good enough
+    hopeless: int = HOPELESS_MAX
 
 
 @dataclass(slots=True)
@@ -52,28 +64,26 @@ class Cheapest:
 
 def _by_columns(appraiser: Appraiser, fleet: Fleet, rivals: bool) -> list[Option]:
     """What is worth looking at in a fleet, by bounds of all at once."""
-    demand = screening.demand_of(appraiser, fleet)
-    work_ahead, kv_ahead = screening.ahead_of(appraiser)
-    bounds_us, slow_us = fleet.bounds_us(demand, work_ahead), fleet.slow_us(demand)
-    left = fleet.kv_left(demand, kv_ahead)
-    limit = APPRAISED_MAX if len(fleet.instances) <= LARGE_FLEET else APPRAISED_MAX_LARGE
-    options = _best(
-        fleet.in_order(bounds_us + slow_us, fleet.decodes, left >= 0), lambda i: [appraiser.colocated(i)], limit=limit
-    )
-    if appraiser.request.use_pool and fleet.decodes.any():
-        targets = fleet.freest(left, 2)
-        holders = np.flatnonzero(demand.own)
-        order = holders[np.argsort(-demand.own[holders], kind="stable")].tolist()
-        nearest = _nearest(appraiser, (fleet.instances[row] for row in order))
+    screen = screening.screen(appraiser, fleet)
+    large = len(fleet.instances) > LARGE_FLEET
+    reach = Reach(APPRAISED_MAX_LARGE, APPRAISED_MIN_LARGE, NEARLY) if large else Reach(APPRAISED_MAX, APPRAISED_MIN)
+    count = min(max(reach.limit, HOPELESS_MAX) + 1, len(fleet.instances))
+    bounded = screen.colocated(count)
+    full = screen.full(bounded)
+    reach.hopeless = FULL_MAX if full else HOPELESS_MAX
+    options = _best(bounded, lambda i: [appraiser.colocated(i)], None, reach)
+    if full:
+        seen = {option.decode.id for option in options}
+        options += [appraiser.colocated(i) for i in screen.freest(2) if i.id not in seen]
+    if appraiser.request.use_pool and bounded:
+        targets, nearest = screen.freest(2), screen.nearest()
         targets += [nearest] if nearest is not None else []
-        least_us = min(appraiser.slow_cost_us(d) for d in targets)
-        service_us = screening.split_service_us(appraiser, fleet, demand, targets)
-        bounds_us = fleet.bounds_us(demand, work_ahead, service_us)
+        slow_us = min(appraiser.slow_cost_us(d) for d in targets)
         options += _best(
-            fleet.in_order(bounds_us + least_us, fleet.prefills),
+            screen.prefills(appraiser, targets, slow_us, count),
             lambda p: [appraiser.split(p, d) for d in _others(targets, p)],
             _least(options) if rivals else None,
-            limit,
+            reach,
         )
     return options
 
@@ -109,7 +119,7 @@ def _best(
     bounded: Iterable[tuple[float, Instance]],
     options_of: Callable[[Instance], list[Option]],
     best_us: int | None = None,
-    limit: int | None = None,
+    reach: Reach | None = None,
 ) -> list[Option]:
     """Options of instances in order of their bounds, until a feasible one costs less than the next bound.
 
@@ -117,14 +127,13 @@ def _best(
 
     Args:
         best_us: cost of a feasible option that is known already.
-        limit: instances looked at once an option is feasible; None = `APPRAISED_MAX`.
     """
-    limit = APPRAISED_MAX if limit is None else limit
+    reach = reach or Reach(APPRAISED_MAX, APPRAISED_MIN)
     options: list[Option] = []
     for count, (bound_us, instance) in enumerate(bounded):
-        if count >= APPRAISED_MIN and best_us is not None and (best_us < bound_us or count >= limit):
+        if count >= reach.least and best_us is not None and (best_us < reach.nearly * bound_us or count >= reach.limit):
             break
-        if count >= HOPELESS_MAX and best_us is None:
+        if count >= reach.hopeless and best_us is None:
             break
         for option in options_of(instance):
             options.append(option)

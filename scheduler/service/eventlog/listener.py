@@ -257,17 +257,18 @@ class Listener:
             spoken[source.stream] = None
         for stream in [stream for stream in peer.lines if stream not in spoken]:
             self._end_line(peer, stream)
-        for source in beat.sources:
-            line = peer.lines.get(source.stream)
-            if line is not None and line.kind == "source":
-                self._source_beat(peer, line, source, now_us)
+        known = [(peer.lines[s.stream], s) for s in beat.sources if s.stream in peer.lines]
+        known = [(line, source) for line, source in known if line.kind == "source"]
+        heard = tuple((line.stream, source.bytes_used) for line, source in known if source.alive)
+        if heard:
+            self._shell.submit(events.SourcesHeard(heard))
+        for line, source in known:
+            self._source_beat(peer, line, source, now_us)
         for stream in spoken:
             if stream not in peer.lines:
                 self._ask(peer, stream, now_us)
 
     def _source_beat(self, peer: Peer, line: RemoteLine, beat: event_log_pb2.SourceBeat, now_us: int) -> None:
-        if beat.alive:
-            self._shell.submit(events.SourceHeartbeat(line.stream, beat.bytes_used, beat.blocks))
         seq, synced = self._shell.core.directory.synced(line.member_id)
         if beat.settled and (seq != beat.seq or not synced) and line.awaiting_us is None:
             line.awaiting_us = now_us - SNAPSHOT_PATIENCE_US

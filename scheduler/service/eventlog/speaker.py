@@ -23,7 +23,6 @@ RESTATE_ENTRIES_AHEAD = 64
 #: Streams that may be asked for at a time; those beyond it are asked for again by whoever misses them.
 WANTED_MAX = 65_536
 
-_PEER_EVENTS = (events.PeerPlaced, events.PeerEnded, events.PeerForgotten, events.EventLogChanged)
 _ENDS = (events.SourceDetached, events.InstanceLeft)
 
 
@@ -57,8 +56,9 @@ class Speaker:
                 self._placed((command.gateway_id, command.request_id))
             elif isinstance(command, PlacementEnded):
                 ended[command.gateway_id, command.request_id] = None
-        if isinstance(event, _PEER_EVENTS):
-            return  # the others know
+        if isinstance(event, events.PeerPlaced | events.PeerEnded):
+            # The others know. What has ended besides it, because its time was over, they do not.
+            ended.pop((event.gateway_id, event.request_id), None)
         for gateway_id, request_id in ended:
             self._unread.pop((gateway_id, request_id), None)
             if (gateway_id, request_id) not in self._shell.core.book.placements:

@@ -1,0 +1,219 @@
+"""Lower bounds of the cost of a request on each row of a fleet, and the rows with the least. Pure; numba kernels.
+
+Elementwise + - * / and comparisons on float64, each row by itself: the same everywhere. The plain oracles are in the
+tests, in numpy.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+_jit = numba.njit(cache=True, nogil=True)
+
+#: Rows of a fleet's table; what they hold is told in `fleet`.
+(
+    P0, P1, P2, D0, D1, D2, QUEUE_US, HEAD_SINCE_US, HEAD_US, FOREIGN, BATCH, CONTEXT, EXPECTED, KV_FREE, KV_TOTAL,
+) = range(15)  # fmt: skip
+COLUMNS = 15
+#: Rows of what `least_costs` finds: prefill work before the request, its pull and prefill, what it costs others, what
+#: decoding adds, KV tokens left, and the share of an instance's KV tokens that is left, negative (the most is first).
+WAIT_US, SERVICE_US, OTHERS_US, SLOW_US, KV_LEFT, KV_SHARE = range(6)
+FOUND = 6
+#: Rounding of sums in other orders: bounds are lowered by this, so that none is above its cost.
+SLACK_US = 8.0
+
+
+class Asked(NamedTuple):
+    """A request, as numbers. A block that is pulled costs what `block_us` says for the row's host."""
+
+    prompt_tokens: float
+    block_tokens: float
+    covered: float  # blocks that could be reused at most; a pull may bring them all
+    pulls: float  # 1 if it may pull, else 0
+    latency_us: float  # of a pull, at least
+    context_tokens: float
+    expected_tokens: float
+    kv_tokens: float
+    harm_weight: float
+    slo_us: float  # TTFT objective, 0 = none
+    slack_price: float
+    delay_rate: float  # weight of a delay, times requests a second that come to an instance
+    now_us: float
+
+
+@_jit
+def least_costs(
+    table: Floats, hosts: Ints, own: Ints, ready: Ints, block_us: Floats, wait_us: Floats, kv_ahead: Floats,
+    asked: Asked, found: Floats,
+) -> None:  # fmt: skip
+    """Fills found (FOUND, rows).
+
+    Args:
+        table: (COLUMNS, rows).
+        hosts: (rows), indices into block_us: microseconds a block pulled to a host, at least.
+        own, ready: (rows), blocks that a row holds, and that it holds or is computing.
+        wait_us, kv_ahead: (rows), prefill work and KV tokens of those who wait before the request.
+    """
+    prompt, block_tokens = asked.prompt_tokens, asked.block_tokens
+    for r in range(table.shape[1]):
+        p0, p1, p2 = table[P0, r], table[P1, r], table[P2, r]
+        cached = own[r] * block_tokens
+        new = prompt - cached
+        work_us = p0 + p1 * new + p2 * (new * (cached + new / 2))
+        service_us = work_us
+        if asked.pulls > 0 and asked.covered > 0:
+            pulled = asked.covered * block_tokens
+            new = prompt - pulled
+            pulled_us = p0 + p1 * new + p2 * (new * (pulled + new / 2))
+            missing = asked.covered - own[r]
+            pull_us = asked.latency_us + block_us[hosts[r]] * missing if missing > 0 else 0.0
+            service_us = min(work_us, pulled_us + pull_us)
+            work_us = min(work_us, pulled_us)
+        computed = ready[r] * block_tokens
+        new = prompt - computed
+        ready_us = p0 + p1 * new + p2 * (new * (computed + new / 2))
+        service_us, work_us = min(service_us, ready_us), min(work_us, ready_us)
+        head_us = min(max(asked.now_us - table[HEAD_SINCE_US, r], 0.0), table[HEAD_US, r])
+        queue_us = table[QUEUE_US, r] - head_us + wait_us[r]
+        queue_us += table[FOREIGN, r] * (p0 + p1 * prompt + p2 * (prompt * (prompt / 2)))
+        batch = table[BATCH, r]
+        delay_us = asked.delay_rate * ((queue_us + work_us) / 1e6) * work_us
+        found[WAIT_US, r], found[SERVICE_US, r] = queue_us, service_us
+        found[OTHERS_US, r] = asked.harm_weight * work_us * batch + delay_us - SLACK_US
+        found[SLOW_US, r] = 0.0
+        if batch > 0:
+            d0, d1, d2, context = table[D0, r], table[D1, r], table[D2, r], table[CONTEXT, r]
+            step_us = d0 + d1 * batch + d2 * context
+            with_us = d0 + d1 * (batch + 1) + d2 * (context + asked.context_tokens)
+            alone_us = d0 + d1 + d2 * asked.context_tokens
+            expected = table[EXPECTED, r] if table[EXPECTED, r] > 0 else asked.expected_tokens
+            slow_us = max(with_us - step_us - 1, 0.0) * batch + max(with_us - alone_us - 1, 0.0)
+            found[SLOW_US, r] = asked.harm_weight * slow_us * min(expected, asked.expected_tokens)
+        found[KV_LEFT, r] = table[KV_FREE, r] - asked.kv_tokens - kv_ahead[r]
+        found[KV_SHARE, r] = -found[KV_LEFT, r] / max(table[KV_TOTAL, r], 1.0)
+
+
+@_jit
+def _priced_us(ttft_us: float, asked: Asked) -> float:
+    """As `options.priced_us`."""
+    if not asked.slo_us > 0:
+        return ttft_us
+    within_us = min(ttft_us, asked.slo_us)
+    part = (1 - asked.slack_price) * (within_us * within_us / (2 * asked.slo_us))
+    return asked.slack_price * within_us + part + ttft_us - within_us
+
+
+@_jit
+def _insert(cost: float, later: int, row: int, count: int, costs: Floats, laters: Ints, rows: Ints) -> int:
+    """Keeps the least of what comes in order of rows: those that are not `later` first, then by cost, then by row."""
+    size = len(rows)
+    if count == size and (later > laters[size - 1] or (later == laters[size - 1] and cost >= costs[size - 1])):
+        return count
+    at = count if count < size else size - 1
+    while at > 0 and (later < laters[at - 1] or (later == laters[at - 1] and cost < costs[at - 1])):
+        costs[at], laters[at], rows[at] = costs[at - 1], laters[at - 1], rows[at - 1]
+        at -= 1
+    costs[at], laters[at], rows[at] = cost, later, row
+    return min(count + 1, size)
+
+
+@_jit
+def first_colocated(asked: Asked, found: Floats, decodes: Bools, count: int) -> tuple[Ints, Floats]:
+    """At most `count` rows to stay on, and their bounds: those with room first, then the least bound."""
+    costs, laters, rows = np.empty(count), np.empty(count, np.int64), np.empty(count, np.int64)
+    n = 0
+    for r in range(found.shape[1]):
+        if decodes[r]:
+            cost = _priced_us(found[WAIT_US, r] + found[SERVICE_US, r], asked) + found[OTHERS_US, r] + found[SLOW_US, r]
+            n = _insert(cost, 1 if found[KV_LEFT, r] < 0 else 0, r, n, costs, laters, rows)
+    return rows[:n], costs[:n]
+
+
+class HandOff(NamedTuple):
+    """What handing a prompt over takes at least."""
+
+    fixed_us: float  # whichever instance prefills
+    block_us: float  # for each block that it lacks, at least one
+    last_us: float  # left when the prefill ends
+    prompt_blocks: float
+    slow_us: float  # what decoding adds wherever it is
+
+
+@_jit
+def first_prefills(
+    table: Floats, hosts: Ints, own: Ints, ready: Ints, block_us: Floats, asked: Asked, handoff: HandOff, found: Floats,
+    prefills: Bools, count: int,
+) -> tuple[Ints, Floats]:  # fmt: skip
+    """At most `count` rows to prefill on for a decode elsewhere, and their bounds, the least first.
+
+    Blocks travel while later ones are computed: with a prefill of w microseconds and a hand-off of h in all, max(w +
+    last_us, h) pass. Pulling more blocks before makes w shorter, which is worth nothing below h.
+    """
+    costs, laters, rows = np.empty(count), np.empty(count, np.int64), np.empty(count, np.int64)
+    n = 0
+    prompt, block_tokens, last_us = asked.prompt_tokens, asked.block_tokens, handoff.last_us
+    for r in range(table.shape[1]):
+        if not prefills[r]:
+            continue
+        p0, p1, q = table[P0, r], table[P1, r], table[P2, r] / 2
+        whole_us = p0 + p1 * prompt + q * (prompt * prompt)
+        handoff_us = handoff.fixed_us + handoff.block_us * max(handoff.prompt_blocks - own[r], 1.0)
+        cached = max(own[r], ready[r]) * block_tokens
+        service_us = max(whole_us - p1 * cached - q * (cached * cached) + last_us, handoff_us)
+        if asked.pulls > 0 and asked.covered > own[r]:
+            pulled = asked.covered * block_tokens
+            left_us = whole_us - p1 * pulled - q * (pulled * pulled) + last_us
+            excess_us = whole_us + last_us - handoff_us
+            if left_us < handoff_us and excess_us >= 0:
+                # Cached tokens with which the prefill takes just as long as the hand-off.
+                root = p1 + np.sqrt(p1 * p1 + 4 * q * excess_us)
+                pulled = min(2 * excess_us / root, pulled) if root > 0 else 0.0
+                left_us = handoff_us
+            missing = max(pulled / block_tokens - own[r], 0.0)
+            pull_us = asked.latency_us + block_us[hosts[r]] * missing
+            service_us = min(service_us, pull_us + max(left_us, handoff_us))
+        cost = _priced_us(found[WAIT_US, r] + service_us, asked) + found[OTHERS_US, r] + handoff.slow_us
+        n = _insert(cost, 0, r, n, costs, laters, rows)
+    return rows[:n], costs[:n]
+
+
+@_jit
+def freest(found: Floats, decodes: Bools, count: int) -> Ints:
+    """Rows that decode with the largest share of KV tokens left."""
+    costs, laters, rows = np.empty(count), np.empty(count, np.int64), np.empty(count, np.int64)
+    n = 0
+    for r in range(found.shape[1]):
+        if decodes[r]:
+            n = _insert(found[KV_SHARE, r], 0, r, n, costs, laters, rows)
+    return rows[:n]
+
+
+@_jit
+def nearest(found: Floats, decodes: Bools, own: Ints) -> int:
+    """The row that decodes, has room and holds most blocks, at least one; -1 if there is none (for numba's sake)."""
+    best = -1
+    for r in range(found.shape[1]):
+        if decodes[r] and own[r] > 0 and found[KV_LEFT, r] >= 0 and (best < 0 or own[r] > own[best]):
+            best = r
+    return best
+
+
+def warm_up() -> None:
+    """Compiles, or loads what was compiled: not while somebody waits for a place."""
+    table, found = np.zeros((COLUMNS, 1)), np.zeros((FOUND, 1))
+    none, zeros, yes = np.zeros(1, np.int64), np.zeros(1), np.ones(1, bool)
+    asked = Asked(*(1.0,) * len(Asked._fields))
+    least_costs(table, none, none, none, zeros, zeros, zeros, asked, found)
+    first_colocated(asked, found, yes, 1)
+    handoff = HandOff(*(1.0,) * len(HandOff._fields))
+    first_prefills(table, none, none, none, zeros, asked, handoff, found, yes, 1)
+    freest(found, yes, 1)
+    nearest(found, yes, none)

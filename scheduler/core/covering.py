@@ -1,0 +1,100 @@
+"""Who holds which run of a prompt's blocks, sorted out without an object for each. Pure; numba kernels.
+
+Runs are rows of int32: number of the source, first block, count, fidelity. The plain oracles are in the tests.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+Bools = NDArray[np.bool_]
+Ints = NDArray[np.int64]
+Runs = NDArray[np.int32]
+
+_jit = numba.njit(cache=True, nogil=True)
+NUMBER, FIRST, COUNT, FIDELITY = range(4)
+#: int() of a narrow word may stay narrow in a kernel.
+_wide: Any = np.int64
+ANYWHERE = -1
+
+
+@_jit
+def sort_out(rows: Runs, readable: Bools, fidelity_max: int, lead: Ints) -> tuple[Runs, bool]:
+    """Runs of sources that may be read; fills `lead` (sources) with the blocks that each holds from the first on.
+
+    Args:
+        rows: (n, 4); sources beyond the length of `lead` are unknown and left out.
+        fidelity_max: runs of a higher one are left out.
+    Returns: runs in the order of `rows`, and whether some source's runs touch: `lead` is too short then.
+    """
+    kept = np.empty((len(rows), 4), np.int32)
+    count = 0
+    for i in range(len(rows)):
+        number = rows[i, NUMBER]
+        if number >= len(lead) or rows[i, FIDELITY] > fidelity_max:
+            continue
+        if rows[i, FIRST] == 0:
+            lead[number] = rows[i, COUNT]
+        if readable[number]:
+            kept[count] = rows[i]
+            count += 1
+    touching = False
+    for i in range(len(rows)):
+        number = rows[i, NUMBER]
+        if number < len(lead) and rows[i, FIRST] > 0 and rows[i, FIDELITY] <= fidelity_max:
+            touching |= rows[i, FIRST] <= lead[number]
+    return kept[:count], touching
+
+
+@_jit
+def furthest(rows: Runs, rank: Ints, hosts: Ints, host: int, count: int) -> Runs:
+    """At most `count` runs, those that reach furthest first, then by rank of the source, then by first block.
+
+    Args:
+        host: only of sources there; ANYWHERE = of all.
+    """
+    best = np.empty((count, 4), np.int32)
+    keys = np.empty((count, 3), np.int64)
+    n = 0
+    for i in range(len(rows)):
+        number = rows[i, NUMBER]
+        if host != ANYWHERE and hosts[number] != host:
+            continue
+        key = (-(_wide(rows[i, FIRST]) + _wide(rows[i, COUNT])), rank[number], _wide(rows[i, FIRST]))
+        if n == count and not _before(key, keys, n - 1):
+            continue
+        at = n if n < count else count - 1
+        while at > 0 and _before(key, keys, at - 1):
+            keys[at], best[at] = keys[at - 1], best[at - 1]
+            at -= 1
+        keys[at, 0], keys[at, 1], keys[at, 2] = key
+        best[at] = rows[i]
+        n = min(n + 1, count)
+    return best[:n]
+
+
+@_jit
+def _before(key: tuple[int, int, int], keys: Ints, at: int) -> bool:
+    for i in range(3):
+        if key[i] != keys[at, i]:
+            return key[i] < keys[at, i]
+    return False
+
+
+@_jit
+def mark(rows: Runs, marks: Bools) -> None:
+    """Sets marks (sources) of those that have a run."""
+    for i in range(len(rows)):
+        marks[rows[i, NUMBER]] = True
+
+
+def warm_up() -> None:
+    """Compiles, or loads what was compiled: not while somebody waits for a place."""
+    rows, none, yes = np.zeros((1, 4), np.int32), np.zeros(1, np.int64), np.ones(1, bool)
+    sort_out(rows, yes, 0, none)
+    furthest(rows, none, none, ANYWHERE, 1)
+    mark(rows, yes)

@@ -1,0 +1,154 @@
+"""HTTP to the servers: one answer whole, or its chunks as they come. What goes wrong has two names here."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from typing import Any
+
+import httpx
+
+from kvpool.core.errors import Overloaded
+from scheduler.gateway.errors import ApiError
+from scheduler.gateway.relay.sse import SseReader
+
+_CONNECT_S = 3.0
+_CONNECTIONS_MAX = 4096
+#: A host that is gone without a word is noticed after about so long.
+_KEEPALIVE = [
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 4),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 2),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 10_000),
+]
+#: Answers of a server that another one may give differently.
+_ELSEWHERE = (429, 502, 503, 504)
+#: Reasons for which vLLM ends an answer that is none of the client's.
+_BROKEN_OFF = ("abort", "error")
+
+
+class ServerLost(Exception):
+    """The server is gone, or has failed on the request: another one may do better."""
+
+    def __init__(self, message: str, answer: ApiError | None = None) -> None:
+        super().__init__(message)
+        #: What the server said, if it said anything: for the client, where there is no other server.
+        self.answer = answer
+
+
+class ServerAnswer(ApiError):
+    """A server's own error, passed on to the client as it is."""
+
+    def __init__(self, status: int, body: dict[str, Any]) -> None:
+        error = body.get("error")
+        told = error if isinstance(error, dict) else {}
+        super().__init__(status, str(told.get("message", body)), code=str(told.get("code", status)))
+        self._body = body
+
+    def body(self) -> dict[str, Any]:
+        return self._body
+
+
+class Upstream:
+    """Connections to all servers. Ending a call ends the request at its server."""
+
+    def __init__(self, api_key: str = "") -> None:
+        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        transport = httpx.AsyncHTTPTransport(
+            limits=httpx.Limits(max_connections=_CONNECTIONS_MAX, max_keepalive_connections=256),
+            socket_options=_KEEPALIVE,
+        )
+        # How long an answer may take is the request's own deadline.
+        timeout = httpx.Timeout(None, connect=_CONNECT_S)
+        self._client = httpx.AsyncClient(headers=headers, timeout=timeout, transport=transport, trust_env=False)
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    async def whole(self, url: str, body: Mapping[str, Any], request_id: str) -> dict[str, Any]:
+        """The answer to a request that is not streamed. Raises: ServerLost, ServerAnswer."""
+        try:
+            response = await self._client.post(url, content=_encoded(body), headers=_headers(request_id))
+        except httpx.HTTPError as error:
+            raise _lost(url, error) from error
+        reply = _decoded(response.content)
+        if response.status_code != 200 or reply is None or "choices" not in reply:
+            raise _failed(url, response.status_code, reply)
+        for choice in reply["choices"]:
+            _check_end(url, choice)
+        return reply
+
+    async def chunks(self, url: str, body: Mapping[str, Any], request_id: str) -> AsyncGenerator[dict[str, Any], None]:
+        """The chunks of a streamed answer. Raises: ServerLost (also for an answer that breaks off), ServerAnswer."""
+        try:
+            async with self._client.stream(
+                "POST", url, content=_encoded(body), headers=_headers(request_id)
+            ) as response:
+                if response.status_code != 200:
+                    raise _failed(url, response.status_code, _decoded(await response.aread()))
+                async with aclosing(_events(url, response)) as events:
+                    async for chunk in events:
+                        yield chunk
+        except httpx.HTTPError as error:
+            raise _lost(url, error) from error
+
+
+async def _events(url: str, response: httpx.Response) -> AsyncGenerator[dict[str, Any], None]:
+    reader = SseReader()
+    async for piece in response.aiter_raw():
+        try:
+            events = reader.feed(piece)
+        except Overloaded as error:
+            raise ServerLost(f"{url}: {error}") from error
+        for data in events:
+            if data == b"[DONE]":
+                return
+            chunk = _decoded(data)
+            if chunk is None:
+                raise ServerLost(f"{url} sent an event that is no JSON")
+            if "error" in chunk:
+                told = chunk["error"]
+                status = told.get("code") if isinstance(told, dict) else None
+                raise _failed(url, status if isinstance(status, int) else 500, chunk)
+            for choice in chunk.get("choices") or ():
+                _check_end(url, choice)
+            yield chunk
+    raise ServerLost(f"{url} broke off")
+
+
+def _check_end(url: str, choice: Mapping[str, Any]) -> None:
+    """Raises: ServerLost where a server gave an answer up."""
+    if choice.get("finish_reason") in _BROKEN_OFF:
+        raise ServerLost(f"{url} gave the request up ({choice['finish_reason']})")
+
+
+def _encoded(body: Mapping[str, Any]) -> bytes:
+    return json.dumps(body, separators=(",", ":")).encode()
+
+
+def _headers(request_id: str) -> dict[str, str]:
+    # Not compressed: a stream has to come as it is made.
+    return {"content-type": "application/json", "x-request-id": request_id, "accept-encoding": "identity"}
+
+
+def _decoded(data: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(data)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _lost(url: str, error: httpx.HTTPError) -> ServerLost:
+    return ServerLost(f"{url}: {type(error).__name__} {error}".rstrip())
+
+
+def _failed(url: str, status: int, reply: dict[str, Any] | None) -> ServerLost | ServerAnswer:
+    """What an error of a server is: its word on this request, or on itself."""
+    answer = None if reply is None else ServerAnswer(status, reply)
+    if answer is None or status >= 500 or status in _ELSEWHERE or status < 400:
+        return ServerLost(f"{url} answers {status}", answer)
+    return answer

@@ -1,0 +1,190 @@
+"""The grid: its cells and windows, a slice of it run by its command, and what is concluded from rows."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from scheduler.core.config import SchedulerConfig
+from scheduler.core.policies import POLICIES
+from scheduler.core.policy_parameters import PolicyParameters
+from scheduler.simulator import cells, tuning, verdict
+from scheduler.simulator.cells import Cell
+from scheduler.simulator.hardware import PROFILES
+from scheduler.simulator.workloads import generate
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+GRID = REPOSITORY / "tools" / "bench" / "grid.py"
+
+
+# ---------------------------------------------------------------- cells
+
+
+def test_halves_share_no_request_and_seeds_draw_other_windows() -> None:
+    trace = generate("multi-turn", 1200, 1.0, 0)
+    first, second = cells.half(trace, report=False), cells.half(trace, report=True)
+    assert len(first) + len(second) == len(trace)
+    assert int(second.arrival_us[0]) >= 0 and second.duration_us <= trace.duration_us // 2 + 1
+    drawn = [cells.window(second, 100, seed) for seed in range(10)]
+    assert all(len(window) == 100 and window.arrival_us[0] == 0 for window in drawn)
+    assert len({tuple(window.prompt_tokens.tolist()) for window in drawn}) == 10
+    again = cells.window(second, 100, 3)
+    assert np.array_equal(again.prompt_tokens, drawn[3].prompt_tokens)
+    assert len(cells.window(second[:40], 100, 3)) == 40
+
+
+@pytest.mark.parametrize("cluster", cells.CLUSTERS)
+def test_a_cell_has_the_load_that_it_says(cluster: str) -> None:
+    trace = generate("multi-turn", 600, 1.0, 0)
+    nodes, split = cells.CLUSTERS[cluster]
+    for load in (0.5, 2.0):
+        task = cells.task_of(Cell("multi-turn", cluster, load), "kvpool", 1, trace, {}, requests=200)
+        assert cells.load_of(task.trace, PROFILES["a800x8-llama3-70b"], nodes, split) == pytest.approx(load, rel=0.01)
+        assert task.config.split == split and task.config.seed == 1
+
+
+def test_all_cells_are_there_and_saturated_ones_known() -> None:
+    found = cells.all_cells()
+    assert len(found) == len(set(found)) == len(cells.WORKLOADS) * len(cells.CLUSTERS) * len(cells.LOADS)
+    assert {c.saturated for c in found} == {True, False}
+    assert set(cells.POLICIES) <= POLICIES.keys() and cells.OURS in cells.POLICIES
+
+
+@pytest.mark.parametrize("policy", tuning.SPACES)
+def test_tries_are_settings_that_exist_and_everybody_has_as_many(policy: str) -> None:
+    known = set(SchedulerConfig.__dataclass_fields__) | set(PolicyParameters.__dataclass_fields__)
+    assert tuning.draw(policy, "agentic", 0) == {}
+    seen = set()
+    for number in range(1, 6):
+        drawn = tuning.draw(policy, "agentic", number)
+        assert drawn == tuning.draw(policy, "agentic", number) and drawn.keys() <= known
+        config = cells.with_overrides(SchedulerConfig(), drawn)
+        for name, value in drawn.items():
+            assert getattr(config, name, getattr(config.baselines, name, None)) == value
+        json.dumps(drawn)
+        seen.add(tuple(sorted(drawn.items())))
+    assert len(seen) > 1
+
+
+# ---------------------------------------------------------------- verdicts
+
+
+def _row(policy: str, seed: int, goodput: float, load: float = 1.5, bound: float = 1.0, **over: Any) -> dict[str, Any]:
+    return {
+        "workload": "agentic", "cluster": "2:2", "load": load, "policy": policy, "seed": seed, "goodput": goodput,
+        "token_goodput": goodput, "bound": bound, "good_by_length": [goodput] * 10, "refused_by_length": [0.0] * 10,
+        **over,
+    }  # fmt: skip
+
+
+def test_intervals_are_those_of_student() -> None:
+    values = [0.02, 0.01, 0.05, -0.01, 0.03, 0.02, 0.04, 0.00, 0.01, 0.03]
+    found = verdict.interval(values)
+    reach = 2.262 * statistics.stdev(values) / math.sqrt(10)
+    assert (found.low, found.high) == pytest.approx((statistics.mean(values) - reach, statistics.mean(values) + reach))
+    assert verdict.interval([0.5]).low == -math.inf
+    assert verdict.interval([0.1] * 4) == verdict.Interval(
+        pytest.approx(0.1), pytest.approx(0.1), pytest.approx(0.1), 4
+    )
+
+
+def test_ours_is_compared_with_the_best_by_seed() -> None:
+    rows = [_row("kvpool", s, 0.90 + s / 100) for s in range(4)]
+    rows += [_row("llmd", s, 0.80 + s / 100) for s in range(4)] + [_row("dynamo", s, 0.7) for s in range(4)]
+    (found,) = verdict.verdicts(rows)
+    assert found.best == "llmd" and found.seeds == 4
+    assert found.difference.mean == pytest.approx(0.1)
+    assert found.difference.low == pytest.approx(0.1)  # paired: the seeds' spread is no doubt
+    assert found.problems == []
+    assert verdict.summary([found])["saturated_interval_above_zero"] == 1
+    (row,) = verdict.table([found])
+    assert len(row) == len(verdict.COLUMNS) and "llmd 81.5" in row
+
+
+def test_every_broken_promise_is_named() -> None:
+    rows = [_row("kvpool", s, 0.5 + s / 50, good_by_length=[1.0] * 9 + [0.1]) for s in range(3)]
+    rows += [_row("llmd", s, 0.6 - s / 50, good_by_length=[1.0] * 9 + [0.3]) for s in range(3)]
+    (found,) = verdict.verdicts(rows)
+    text = "; ".join(found.problems)
+    assert "6.0 points below llmd" in text
+    assert "interval is not above zero" in text
+    assert "20.0 points worse" in text
+    assert "52 % of the bound" in text
+    (relaxed,) = verdict.verdicts([_row("kvpool", 0, 0.9, load=0.5), _row("llmd", 0, 0.9, load=0.5)])
+    assert relaxed.problems == []
+
+
+def test_seeds_that_not_all_policies_have_are_left_out() -> None:
+    rows = [_row(p, s, 0.5) for p in ("kvpool", "llmd") for s in range(3)] + [_row("kvpool", 3, 0.9)]
+    (found,) = verdict.verdicts(rows)
+    assert found.seeds == 3 and found.goodput["kvpool"] == 0.5
+    assert verdict.verdicts([_row("kvpool", 0, 1.0)]) == []
+
+
+# ---------------------------------------------------------------- the command
+
+
+def _run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(GRID), *arguments, "--traces", "nowhere", "--out", str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "grid.jsonl").read_text().splitlines()]
+
+
+SLICE = ("--only", "multi-turn / 2:2 / 1.5", "--policy", "kvpool", "llmd", "always_split", "--seeds", "2",
+         "--requests", "30")  # fmt: skip
+
+
+@pytest.mark.processes
+def test_a_slice_runs_goes_on_and_reports(tmp_path: Path) -> None:
+    done = _run(tmp_path, "run", *SLICE)
+    assert done.returncode == 0, done.stderr
+    assert "6 simulations, 0 of them done" in done.stderr
+    rows = _rows(tmp_path)
+    assert len(rows) == 6
+    for row in rows:
+        assert 0 <= row["goodput"] <= row["bound"] <= 1 and len(row["good_by_length"]) == 10
+    # Torn, as by a crash: that line is done again, the others are not, and come out the same.
+    path = tmp_path / "grid.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+    done = _run(tmp_path, "run", *SLICE)
+    assert "6 simulations, 5 of them done" in done.stderr
+    digests = {(row["policy"], row["seed"]): row["log_sha256"] for row in _rows(tmp_path)}
+    assert digests == {(row["policy"], row["seed"]): row["log_sha256"] for row in rows}
+    assert len(set(digests.values())) == 6, "seeds and policies differ"
+    done = _run(tmp_path, "report")
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "grid.md").read_text()
+    assert "| multi-turn | 2:2 | 1.5 |" in text and "Of 1 cells, at least 2 seeds each" in text
+    packed = (tmp_path / "grid.jsonl.gz").read_bytes()
+    _run(tmp_path, "report")
+    assert (tmp_path / "grid.jsonl.gz").read_bytes() == packed
+
+
+@pytest.mark.processes
+def test_interrupted_it_keeps_what_is_done(tmp_path: Path) -> None:
+    command = [sys.executable, str(GRID), "run", "--traces", "nowhere", "--out", str(tmp_path), "--seeds", "50",
+               "--only", "multi-turn", "--policy", "llmd", "least_loaded", "--requests", "30"]  # fmt: skip
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        seen = b""
+        while b"3/" not in seen:
+            part = process.stderr.read1(4096)
+            assert part, seen
+            seen += part
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+        assert process.wait(60) == 0, rest
+    assert b"are kept" in rest
+    assert 3 <= len(_rows(tmp_path)) < 200

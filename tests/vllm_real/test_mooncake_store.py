@@ -1,0 +1,82 @@
+"""vLLM's MooncakeStoreConnector, as it is, on kvpool's `mooncake.store`: the tokens are those of plain vLLM."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from engines.mooncake.shadowing import SHIM
+from kvpool.client import PoolClient
+from tests.vllm_real.prompts import prompts
+from tests.vllm_real.serving import BLOCK_TOKENS, REPLY_S, Engine, Node, running
+
+CONNECTOR = {
+    "kv_connector": "MooncakeStoreConnector",
+    "kv_connector_module_path": "tests.vllm_real.mooncake_on_cpu",
+    "kv_role": "kv_both",
+    "kv_load_failure_policy": "recompute",
+}
+
+
+def with_mooncake(folder: Path, name: str, node: Node) -> Engine:
+    """A vLLM whose configuration is that of a Mooncake user, with the node's address as the master's."""
+    config = folder / "mooncake.json"
+    config.write_text(
+        json.dumps(
+            {
+                "metadata_server": "P2PHANDSHAKE", "master_server_address": node.address, "protocol": "tcp",
+                "device_name": "", "global_segment_size": "1GB", "local_buffer_size": "64MB",
+            }
+        )
+    )  # fmt: skip
+    root = str(Path(__file__).parents[2])
+    environment = {
+        "MOONCAKE_CONFIG_PATH": str(config),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(SHIM), root, os.environ.get("PYTHONPATH")])),
+    }
+    return Engine(folder, name, CONNECTOR, environment=environment)
+
+
+def full_blocks(asked: list[tuple[list[int], dict[str, Any]]]) -> int:
+    """How many different blocks the prompts fill."""
+    return len(
+        {
+            (tuple(tokens[:end]), fields.get("cache_salt"))
+            for tokens, fields in asked
+            for end in range(BLOCK_TOKENS, len(tokens) + 1, BLOCK_TOKENS)
+        }
+    )
+
+
+def wait_for_objects(pool: PoolClient, count: int, engine: Engine) -> None:
+    """Until the connector's saves, which nobody waits for, have come to the node."""
+    deadline_s = time.monotonic() + REPLY_S
+    while (blocks := int(pool.stats().blocks)) < count:
+        engine.process.must_run()
+        assert time.monotonic() < deadline_s, f"{blocks} of {count} objects: {engine.process.text[-3000:]}"
+        engine.process.wait_a_little()
+
+
+def test_tokens_are_those_of_plain_vllm(tmp_path: Path) -> None:
+    node = Node(tmp_path)
+    plain = Engine(tmp_path, "plain")
+    first = with_mooncake(tmp_path, "first", node)
+    asked = prompts(3)
+    assert len(asked) >= 20
+    with running(node, plain, first), PoolClient(node.address) as pool:
+        expected = [plain.complete(tokens, **fields).tokens for tokens, fields in asked]
+        plain.stop()
+        for number, (tokens, fields) in enumerate(asked):
+            assert first.complete(tokens, **fields).tokens == expected[number], f"prompt {number}, stored"
+        wait_for_objects(pool, full_blocks(asked), first)
+        first.stop()
+        second = with_mooncake(tmp_path, "second", node)
+        with running(second):
+            for number, (tokens, fields) in enumerate(asked):
+                answer = second.complete(tokens, **fields)
+                assert answer.tokens == expected[number], f"prompt {number}, loaded"
+                assert answer.cached_tokens >= (len(tokens) - 1) // BLOCK_TOKENS * BLOCK_TOKENS, f"prompt {number}"
+            assert second.metric("vllm:external_prefix_cache_hits_total") > 0, second.process.text[-3000:]

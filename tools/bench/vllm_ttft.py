@@ -1,0 +1,270 @@
+"""Time to the first token of vLLM with and without the pool, beside what vLLM has of others; and what the pool costs.
+
+    python tools/bench/vllm_ttft.py --vllm-python .venv-vllm/bin/python [--json FILE] [--mooncake DIR] [--nixl DIR]
+
+The model is made here, with random weights: small enough for a CPU, with 16 KiB of cache a token (a model of 8 B
+parameters with grouped heads has 128), so that a prompt of 8192 tokens moves 128 MiB. Each server computes on one core,
+the same for all; only one is asked at a time, and the rounds of all cases are interleaved.
+
+cold: a prompt that nobody has seen. warm: vLLM's own cache was emptied, all full blocks come from the store (checked).
+hand-off: from the answer of the server that computed the prompt to the first token of the one that goes on.
+CPU: processor seconds of all processes of the server, for prompts without anything in common, 64 tokens generated each.
+
+--mooncake, --nixl: folders made by `pip install --target` (mooncake-transfer-engine-non-cuda; nixl and nixl_cu12, both
+with --no-deps).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from harness import Case, Report, Row, arguments, measure
+from node import NodeProcess
+from vllm_server import Answer, Server, free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+#: Makes the model; runs under vLLM's Python, which has transformers.
+MODEL_SCRIPT = """
+import sys, torch, transformers
+torch.manual_seed(0)
+config = transformers.LlamaConfig(
+    vocab_size=4096, hidden_size=256, intermediate_size=704, num_hidden_layers=8, num_attention_heads=4,
+    num_key_value_heads=4, head_dim=64, max_position_embeddings=16384, tie_word_embeddings=True)
+transformers.LlamaForCausalLM(config).to(torch.float32).save_pretrained(sys.argv[1])
+"""
+BLOCK_TOKENS = 128
+#: Prompts of the workload without reuse, and tokens of each.
+CPU_PROMPTS, CPU_TOKENS, CPU_GENERATED = 4, 1024, 64
+POOL_BYTES = 3 << 30
+
+
+@dataclass
+class Prompts:
+    """A new prompt a round, the same for all cases of the round."""
+
+    tokens: int
+    draw: random.Random
+    current: list[int] = field(default_factory=list)
+
+    def new(self) -> None:
+        # One more than whole blocks, so that all of these can be had and one token is left to compute.
+        self.current = [self.draw.randrange(10, 4000) for _ in range(self.tokens + 1)]
+
+
+class Checked:
+    """Servers that answer the same prompt must answer the same token."""
+
+    def __init__(self) -> None:
+        self._told: dict[tuple[int, ...], str] = {}
+
+    def seconds(self, prompt: list[int], answer: Answer, cached: bool) -> float:
+        wanted = len(prompt) // BLOCK_TOKENS * BLOCK_TOKENS if cached else 0
+        assert answer.cached_tokens == wanted, f"{answer.cached_tokens} tokens from the cache, not {wanted}"
+        told = self._told.setdefault(tuple(prompt), answer.tokens)
+        assert told == answer.tokens, f"token {answer.tokens}, not {told}"
+        return answer.first_s
+
+
+# ---------------------------------------------------------------- servers
+
+
+def kvpool(node: NodeProcess, **extra: Any) -> dict[str, Any]:
+    return {
+        "kv_connector": "KVPoolConnector", "kv_connector_module_path": "engines.vllm.connector", "kv_role": "kv_both",
+        "kv_connector_extra_config": {"node": node.address, **extra},
+    }  # fmt: skip
+
+
+@contextmanager
+def mooncake(args: argparse.Namespace, folder: Path) -> Iterator[Server]:
+    """vLLM with MooncakeStoreConnector on Mooncake's own store, as a user sets it up."""
+    port, metadata = free_port(), free_port()
+    config = folder / "mooncake.json"
+    config.write_text(
+        json.dumps(
+            {
+                "metadata_server": "P2PHANDSHAKE", "master_server_address": f"127.0.0.1:{port}", "protocol": "tcp",
+                "device_name": "", "global_segment_size": str(POOL_BYTES), "local_buffer_size": str(256 << 20),
+            }
+        )
+    )  # fmt: skip
+    master = subprocess.Popen(
+        [str(args.mooncake / "mooncake" / "mooncake_master"), f"--rpc_port={port}", f"--metrics_port={metadata}"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    environment = {"MOONCAKE_CONFIG_PATH": str(config), "PYTHONPATH": f"{args.mooncake}{os.pathsep}{ROOT}"}
+    connector = {
+        "kv_connector": "MooncakeStoreConnector", "kv_connector_module_path": "tests.vllm_real.mooncake_on_cpu",
+        "kv_role": "kv_both", "kv_load_failure_policy": "recompute",
+    }  # fmt: skip
+    try:
+        with server(args, folder, connector, environment) as started:
+            yield started
+    finally:
+        master.terminate()
+        master.wait(20)
+
+
+def nixl(args: argparse.Namespace, folder: Path, role: str) -> Server:
+    connector = {"kv_connector": "NixlConnector", "kv_role": role, "kv_load_failure_policy": "recompute"}
+    environment = {
+        "PYTHONPATH": str(args.nixl), "UCX_TLS": "tcp,self,sm", "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
+        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
+    }  # fmt: skip
+    return server(args, folder, connector, environment)
+
+
+def server(
+    args: argparse.Namespace,
+    folder: Path,
+    connector: Mapping[str, Any] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Server:
+    return Server(args.vllm_python, folder / "model", connector=connector, environment=environment, core=args.core)
+
+
+# ---------------------------------------------------------------- cases
+
+
+def first_token(server: Server, prompts: Prompts, checked: Checked, cached: bool = False) -> float:
+    return checked.seconds(prompts.current, server.ask(prompts.current), cached)
+
+
+def handed_over(prefill: Server, decode: Server, asks: Mapping[str, Any], prompts: Prompts, checked: Checked) -> float:
+    told = prefill.hand_over(prompts.current, asks)
+    answer = decode.ask(prompts.current, kv_transfer_params=told)
+    # NIXL counts all of a prompt that comes from elsewhere but for its last token; ours counts whole blocks.
+    assert answer.cached_tokens >= len(prompts.current) // BLOCK_TOKENS * BLOCK_TOKENS, answer
+    return checked.seconds(prompts.current, Answer(answer.first_s, 0, answer.tokens, None), cached=False)
+
+
+def store_cases(prompts: Prompts, servers: Mapping[str, Server]) -> list[Case]:
+    checked = Checked()
+    plain = "cold, no connector"
+    cases = [Case(plain, partial(first_token, servers["none"], prompts, checked), 1, "ms", prepare=prompts.new)]
+    for name, one in servers.items():
+        if name == "none":
+            continue
+        cold = partial(first_token, one, prompts, checked)
+        warm = partial(first_token, one, prompts, checked, cached=True)
+        rival = ("warm, Mooncake",) if name == "kvpool" and "Mooncake" in servers else (plain,)
+        cases.append(Case(f"cold, {name}", cold, 1, "ms", (plain,), 0.97 if name == "kvpool" else None))
+        cases.append(
+            Case(f"warm, {name}", warm, 1, "ms", rival, 1.0 if name == "kvpool" else None, prepare=settled(one))
+        )
+    return cases
+
+
+def settled(one: Server) -> Callable[[], None]:
+    """Before a warm run: what was computed is stored, and not in vLLM's own cache any more."""
+
+    def prepare() -> None:
+        time.sleep(0.2)
+        one.forget()
+
+    return prepare
+
+
+def cpu_seconds(server: Server, draw: random.Random) -> float:
+    begin_s = server.cpu_s()
+    for _ in range(CPU_PROMPTS):
+        server.ask([draw.randrange(10, 4000) for _ in range(CPU_TOKENS)], CPU_GENERATED)
+    server.forget()  # stores are through
+    return server.cpu_s() - begin_s
+
+
+def measure_stores(args: argparse.Namespace, report: Report, folder: Path, node: NodeProcess) -> None:
+    draw = random.Random(1)
+    with ExitStack() as stack:
+        servers = {"none": server(args, folder), "kvpool": server(args, folder, kvpool(node))}
+        for one in servers.values():
+            stack.enter_context(one)
+        if args.mooncake:
+            servers["Mooncake"] = stack.enter_context(mooncake(args, folder))
+        for one in servers.values():
+            one.wait()
+        for tokens in args.tokens:
+            ours = servers["kvpool"]
+            before = {name: ours.metric(f"vllm:kvpool_{name}_total") for name in ("load_us", "bytes_loaded")}
+            rows = measure(store_cases(Prompts(tokens, draw), servers), args.rounds, quiet_s=args.quiet_s)
+            loads = args.rounds + 1
+            spent = {name: (ours.metric(f"vllm:kvpool_{name}_total") - at) / loads for name, at in before.items()}
+            rows.append(Row.figure("of warm, kvpool: the step waits for blocks", spent["load_us"] / 1e3, "ms"))
+            rows.append(Row.figure("bytes loaded", spent["bytes_loaded"] / (1 << 20), "MiB"))
+            report.add(f"First token of a prompt of {tokens} tokens", rows)
+        plain = "CPU, no connector"
+        cases = [
+            Case(plain, partial(cpu_seconds, servers["none"], draw), CPU_PROMPTS, "ms"),
+            Case("CPU, kvpool", partial(cpu_seconds, servers["kvpool"], draw), CPU_PROMPTS, "ms", (plain,), 0.97),
+        ]
+        rows = measure(cases, args.rounds, quiet_s=args.quiet_s)
+        report.add(f"Processor time a request of {CPU_TOKENS} + {CPU_GENERATED} tokens without reuse", rows)
+
+
+def measure_hand_offs(args: argparse.Namespace, report: Report, folder: Path, node: NodeProcess) -> None:
+    draw = random.Random(2)
+    asked: dict[str, Mapping[str, Any]] = {"kvpool": {"kvpool_handoff": True}}
+    with ExitStack() as stack:
+        pairs = {
+            "kvpool": (server(args, folder, kvpool(node)), server(args, folder, kvpool(node, handoff_wait_s=10.0)))
+        }
+        if args.nixl:
+            pairs["NIXL"] = (nixl(args, folder, "kv_producer"), nixl(args, folder, "kv_consumer"))
+            asked["NIXL"] = {
+                "do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None,
+                "remote_block_ids": None, "remote_host": None, "remote_port": None,
+            }  # fmt: skip
+        for pair in pairs.values():
+            for one in pair:
+                stack.enter_context(one)
+        for pair in pairs.values():
+            for one in pair:
+                one.wait()
+        for tokens in args.tokens:
+            checked, prompts = Checked(), Prompts(tokens, draw)
+            cases = []
+            for name, (prefill, decode) in pairs.items():
+                limits = ("hand-off, NIXL",) if name == "kvpool" and args.nixl else ()
+                run = partial(handed_over, prefill, decode, asked[name], prompts, checked)
+                prepare = prompts.new if name == "kvpool" else lambda: None
+                cases.append(Case(f"hand-off, {name}", run, 1, "ms", limits, 1.0 if limits else None, prepare=prepare))
+            rows = measure(cases, args.rounds, quiet_s=args.quiet_s)
+            report.add(f"Hand-off of a prompt of {tokens} tokens", rows)
+
+
+def main() -> None:
+    parser = arguments(__doc__, rounds=10)
+    parser.add_argument("--vllm-python", default=str(ROOT / ".venv-vllm" / "bin" / "python"), help="vLLM's interpreter")
+    parser.add_argument("--tokens", default="2048,8192", help="of a prompt, whole blocks of 128")
+    parser.add_argument("--core", type=int, default=1, help="the core that computes")
+    parser.add_argument("--mooncake", type=Path, help="folder with the packages of Mooncake's store")
+    parser.add_argument("--nixl", type=Path, help="folder with the packages of NIXL")
+    parser.add_argument("--only", choices=("stores", "hand-offs"), help="one of the two parts")
+    args = parser.parse_args()
+    args.tokens = [int(word) for word in args.tokens.split(",")]
+    report = Report("vLLM's first token", args.json)
+    with tempfile.TemporaryDirectory() as name, NodeProcess(POOL_BYTES) as node:
+        folder = Path(name)
+        subprocess.run([args.vllm_python, "-c", MODEL_SCRIPT, str(folder / "model")], check=True, stderr=sys.stderr)
+        if args.only != "hand-offs":
+            measure_stores(args, report, folder, node)
+        if args.only != "stores":
+            measure_hand_offs(args, report, folder, node)
+    report.save()
+
+
+if __name__ == "__main__":
+    main()
