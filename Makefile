@@ -5,7 +5,7 @@ VENV_VLLM := .venv-vllm
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.kvpool-installed
 
-.PHONY: setup demo test test-engines lint bench proto clean
+.PHONY: setup demo test test-engines test-gpu lint bench proto clean
 setup: $(STAMP)
 
 # torch goes first and pinned: an open range would fetch gigabytes of CUDA libraries.
@@ -33,7 +33,16 @@ $(VENV_VLLM)/.kvpool-installed: pyproject.toml constraints.txt tools/install_vll
 	@touch $@
 
 test-engines: $(VENV_VLLM)/.kvpool-installed
-	@$(VENV_VLLM)/bin/python -m pytest tests/vllm_connector tests/vllm_real $(PYTEST_ARGS)
+	@echo "the connectors under the real vLLM, SGLang's real interface, Mooncake's API: about 10 minutes"
+	@$(VENV_VLLM)/bin/python -m pytest tests/vllm_connector tests/vllm_real tests/mooncake tests/sglang $(PYTEST_ARGS)
+
+# On a machine with a GPU, GPU_PYTHON names a Python that has kvpool and a CUDA build of torch.
+GPU_PYTHON ?= $(BIN)/python
+test-gpu: setup
+	@why=$$($(GPU_PYTHON) -m tests.gpu.device) && if [ -n "$$why" ]; then \
+		echo "test-gpu: skipped, nothing was tested: $$why"; \
+	else \
+		$(GPU_PYTHON) -m pytest -m gpu -rs tests/gpu tests/engine/test_memory.py $(PYTEST_ARGS); fi
 
 lint: setup
 	@$(BIN)/ruff check .

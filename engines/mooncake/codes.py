@@ -14,11 +14,9 @@ from kvpool.core.errors import (
     Draining,
     KvpoolError,
     NoSpace,
-    NoSsd,
-    Overloaded,
     QuotaExceeded,
-    Unauthenticated,
-    Unavailable,
+    ReservationExpired,
+    UnknownReservation,
 )
 
 
@@ -42,17 +40,15 @@ class Code:
 #: Names of the codes, for the log.
 NAMES: Final = {code: name for name, code in vars(Code).items() if isinstance(code, int)}
 
-#: The first class that an error is an instance of decides.
+#: The first class that an error is an instance of decides; any other error means that the pool was not reached.
 _CODES: tuple[tuple[type[KvpoolError], int], ...] = (
     (QuotaExceeded, Code.TENANT_QUOTA_EXCEEDED),
     (NoSpace, Code.NO_AVAILABLE_HANDLE),
     (Draining, Code.NO_AVAILABLE_HANDLE),
     (DeadlineExceeded, Code.RPC_TIMEOUT),
+    (ReservationExpired, Code.RPC_TIMEOUT),
+    (UnknownReservation, Code.RPC_TIMEOUT),
     (BadArgument, Code.INVALID_PARAMS),
-    (Unavailable, Code.RPC_FAIL),
-    (Unauthenticated, Code.RPC_FAIL),
-    (Overloaded, Code.RPC_FAIL),
-    (NoSsd, Code.RPC_FAIL),
 )
 
 
@@ -61,4 +57,4 @@ def code_of(error: KvpoolError) -> int:
     for kind, code in _CODES:
         if isinstance(error, kind):
             return code
-    return Code.INTERNAL_ERROR
+    return Code.RPC_FAIL

@@ -16,7 +16,7 @@ from engines.mooncake.codes import NAMES, Code, code_of
 from engines.mooncake.memory import HostMemory, RegisteredMemory
 from engines.mooncake.pool import Codes, ObjectPool
 from engines.mooncake.settings import TENANT_DEFAULT, PoolSettings
-from kvpool.core.errors import KvpoolError, Unavailable
+from kvpool.core.errors import KvpoolError
 
 log = logging.getLogger(__name__)
 
@@ -54,10 +54,10 @@ class StoreConnection:
             config = dict(args[0])
             if not {"local_hostname", "metadata_server"} <= config.keys():
                 return Code.INVALID_PARAMS
-            return self._connect(
-                str(config["local_hostname"]), str(config.get("master_server_addr", "")),
-                str(config.get("tenant_id", TENANT_DEFAULT)),
-            )  # fmt: skip
+            # The second is what configuration files call it, and what LMCache passes on.
+            master = config.get("master_server_addr") or config.get("master_server_address") or ""
+            tenant = str(config.get("tenant_id", TENANT_DEFAULT))
+            return self._connect(str(config["local_hostname"]), str(master), tenant)
         return self._setup(*args, **kwargs)
 
     def _setup(
@@ -91,7 +91,7 @@ class StoreConnection:
         except KvpoolError as error:
             hint = f" ({error.hint})" if error.hint else ""
             log.error("mooncake.store on kvpool: no connection: %s%s", error, hint)
-            return Code.RPC_FAIL if isinstance(error, Unavailable) else code_of(error)
+            return code_of(error)
         with self._lock:
             before, self._pool, self._hostname = self._pool, pool, hostname
         if before is not None:

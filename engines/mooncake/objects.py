@@ -20,9 +20,13 @@ from engines.mooncake.values import GatheredValues, Pieces, ScatteredValues, Val
 Bools = NDArray[np.bool_]
 Rows = NDArray[np.int64]
 Key = str | bytes
+#: Something to ask the pool about some of a call's keys.
+Call = Callable[[ObjectPool, Sequence[str], Rows], Codes]
 
 #: A soft pin without a time of its own, as with Mooncake's master.
 SOFT_PIN_S = 30 * 60.0
+#: Keys of one call to the pool.
+CALL_KEYS_MAX = 16_384
 #: How often an upsert is tried again that somebody else's put came between.
 UPSERT_TRIES = 3
 
@@ -104,7 +108,8 @@ class ObjectCalls(StoreConnection):
         pieces = Pieces.of(all_buffer_ptrs, all_sizes)
         return self._put(
             names, self._pieces_good(pieces), pieces.object_sizes(),
-            lambda rows: GatheredValues(pieces.take(rows)), config, replace=False,
+            lambda rows: self._in_one_piece(pieces.take(rows)) or GatheredValues(pieces.take(rows)),
+            config, replace=False,
         )  # fmt: skip
 
     def put_from_with_metadata(
@@ -140,7 +145,9 @@ class ObjectCalls(StoreConnection):
             return [Code.INVALID_PARAMS] * len(names)
         pieces = Pieces.of(all_buffer_ptrs, all_sizes)
         good = self._pieces_good(pieces, to_write=True) & (pieces.object_sizes() > 0)
-        return self._get(names, good, lambda rows: ScatteredValues(pieces.take(rows)))
+        return self._get(
+            names, good, lambda rows: self._in_one_piece(pieces.take(rows)) or ScatteredValues(pieces.take(rows))
+        )
 
     # ------------------------------------------------------------ looking
 
@@ -152,10 +159,9 @@ class ObjectCalls(StoreConnection):
         """Looking holds nothing, and keeps nothing alive."""
         names = texts(keys)
         found = np.zeros(len(names), dtype=np.int64)
-        rows = np.flatnonzero(usable(names))
-        if len(rows):
-            some = [names[row] for row in rows.tolist()]
-            found[rows] = self._codes(len(rows), lambda pool: pool.exists(some).astype(np.int64))
+        self._by_calls(
+            found, names, np.flatnonzero(usable(names)), lambda pool, some, _: pool.exists(some).astype(np.int64)
+        )
         return found.tolist()
 
     def get_size(self, key: Key) -> int:
@@ -191,17 +197,14 @@ class ObjectCalls(StoreConnection):
     def batch_remove(self, keys: Sequence[Key], force: bool = False) -> list[int]:
         names = texts(keys)
         codes = np.full(len(names), Code.OBJECT_NOT_FOUND, dtype=np.int64)
-        rows = np.flatnonzero(usable(names))
 
-        def remove(pool: ObjectPool) -> Codes:
-            some = [names[row] for row in rows.tolist()]
+        def remove(pool: ObjectPool, some: Sequence[str], _: Rows) -> Codes:
             there = pool.exists(some)
             # One that appeared meanwhile goes as well, and nobody hears of it.
             pool.remove(some)
             return np.where(there, Code.OK, Code.OBJECT_NOT_FOUND)
 
-        if len(rows):
-            codes[rows] = self._codes(len(rows), remove)
+        self._by_calls(codes, names, np.flatnonzero(usable(names)), remove)
         return codes.tolist()
 
     def remove_all(self, force: bool = False) -> int:
@@ -263,6 +266,13 @@ class ObjectCalls(StoreConnection):
             lambda rows: WholeValues.of([_known(views[row]) for row in rows.tolist()]), config, replace=replace,
         )  # fmt: skip
 
+    def _in_one_piece(self, pieces: Pieces) -> WholeValues | None:
+        """Objects of one piece each, where they lie; None if one of them has more."""
+        if not (np.diff(pieces.first) == 1).all():
+            return None
+        views = self._memory.views(pieces.pointers, pieces.sizes)
+        return WholeValues([_known(view) for view in views], pieces.sizes, exact=True)
+
     def _pieces_good(self, pieces: Pieces, *, to_write: bool = False) -> Bools:
         """Which objects lie in registered memory; a piece of no bytes lies anywhere."""
         inside = self._memory.contains(pieces.pointers, pieces.sizes, to_write=to_write)
@@ -280,20 +290,27 @@ class ObjectCalls(StoreConnection):
             raise TypeError(f"expected a ReplicateConfig, not {type(config).__name__}")
         codes: Codes = np.full(len(names), config.check(len(names)), dtype=np.int64)
         codes[~(good & (sizes > 0) & usable(names))] = Code.INVALID_PARAMS
-        rows = np.flatnonzero(codes == Code.OK)
-        if len(rows):
-            some = [names[row] for row in rows.tolist()]
-            store = upserted if replace else stored
-            codes[rows] = self._codes(len(rows), lambda pool: store(pool, some, rows, values_of, config))
+        store = upserted if replace else stored
+        self._by_calls(
+            codes, names, np.flatnonzero(codes == Code.OK),
+            lambda pool, some, rows: store(pool, some, rows, values_of, config),
+        )  # fmt: skip
         return list(codes.tolist())
 
     def _get(self, names: Sequence[str], good: Bools, values_of: Callable[[Rows], Values]) -> list[int]:
         codes: Codes = np.where(usable(names), Code.INVALID_PARAMS, Code.OBJECT_NOT_FOUND)
-        rows = np.flatnonzero(good & (codes == Code.INVALID_PARAMS))
-        if len(rows):
-            some = [names[row] for row in rows.tolist()]
-            codes[rows] = self._codes(len(rows), lambda pool: pool.get(some, values_of(rows)))
-        return codes.tolist()
+        self._by_calls(
+            codes, names, np.flatnonzero(good & (codes == Code.INVALID_PARAMS)),
+            lambda pool, some, rows: pool.get(some, values_of(rows)),
+        )  # fmt: skip
+        return list(codes.tolist())
+
+    def _by_calls(self, codes: Codes, names: Sequence[str], rows: Rows, call: Call) -> None:
+        """Fills in the codes of these rows, by as many calls to the pool as they need."""
+        for first in range(0, len(rows), CALL_KEYS_MAX):
+            part = rows[first : first + CALL_KEYS_MAX]
+            some = [names[row] for row in part.tolist()]
+            codes[part] = self._codes(len(part), bound(call, some, part))
 
     def _read(self, names: Sequence[str]) -> list[Bytes | None]:
         values: list[Bytes | None] = [None] * len(names)
@@ -341,6 +358,10 @@ def pin(pool: ObjectPool, names: Sequence[str], codes: Codes, config: ReplicateC
     mine = [name for name, code in zip(names, codes.tolist(), strict=True) if code == Code.OK]
     if ttl_s > 0 and mine:
         pool.pin(mine, ttl_s)
+
+
+def bound(call: Call, names: Sequence[str], rows: Rows) -> Callable[[ObjectPool], Codes]:
+    return lambda pool: call(pool, names, rows)
 
 
 def as_array(value: Any) -> Bytes:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TypeVar
+from dataclasses import replace
 
 import numpy as np
 
 from engines.mooncake.codes import Code
 from engines.mooncake.configuration import DEFAULT_CONFIG, ReplicateConfig
-from engines.mooncake.connection import texts
+from engines.mooncake.connection import texts, usable
 from engines.mooncake.memory import Bytes, addresses
 from engines.mooncake.objects import Key, ObjectCalls
 from engines.mooncake.sessions import Session, Sessions
 from kvpool.core.kernels.copying import copy_blocks
-
-Item = TypeVar("Item")
 
 
 class RangeCalls(ObjectCalls):
@@ -25,7 +23,6 @@ class RangeCalls(ObjectCalls):
     def __init__(self) -> None:
         super().__init__()
         self._puts, self._gets = Sessions(), Sessions()
-        self._configs: dict[str, ReplicateConfig] = {}
 
     def close(self) -> int:
         self._puts.clear()
@@ -52,8 +49,12 @@ class RangeCalls(ObjectCalls):
                 codes.append(Code.INVALID_PARAMS)
             else:
                 opened = self._puts.open(name, size, now_s)
-                codes.append(opened if isinstance(opened, int) else Code.OK)
-                self._configs[name] = config
+                if isinstance(opened, int):
+                    codes.append(opened)
+                    continue
+                # Its groups are those of all keys of this call.
+                opened.config = config if config.group_ids is None else replace(config, group_ids=None)
+                codes.append(Code.OK)
         return codes
 
     def batch_put_from_multi_buffer_ranges(
@@ -67,14 +68,13 @@ class RangeCalls(ObjectCalls):
         """Stores what was written. INVALID_WRITE for an object that was not written wholly; it is dropped."""
         names, codes = texts(keys), []
         for name in names:
-            session, config = self._puts.close(name), self._configs.pop(name, DEFAULT_CONFIG)
+            session = self._puts.close(name)
             if session is None:
                 codes.append(Code.INVALID_PARAMS)
             elif not session.is_complete:
                 codes.append(Code.INVALID_WRITE)
             else:
-                own = config if config.group_ids is None else DEFAULT_CONFIG
-                codes.append(self._put_values([name], [session.data], own, replace=False)[0])
+                codes.append(self._put_values([name], [session.data], session.config, replace=False)[0])
         return codes
 
     def batch_put_session_revoke(self, keys: Sequence[Key]) -> list[int]:
@@ -87,22 +87,25 @@ class RangeCalls(ObjectCalls):
     def batch_get_session_start(self, keys: Sequence[Key]) -> list[int]:
         """Reads and checks objects, for ranges of them to be taken. Returns 0, or why not, of each."""
         names, now_s = texts(keys), time.monotonic()
-        codes = [self.get_size(name) for name in names]
-        for index, (name, size) in enumerate(zip(names, codes, strict=True)):
-            if size < 0:
-                continue
-            opened = self._gets.open(name, size, now_s)
-            if isinstance(opened, int):
-                codes[index] = opened
-                continue
-            value = self._read([name])[0]
-            if value is None or len(value) != size:
-                self._gets.close(name)
-                codes[index] = Code.OBJECT_NOT_FOUND
-                continue
-            opened.data = value
-            codes[index] = Code.OK
-        return codes
+        codes = np.where(usable(names), Code.INVALID_PARAMS, Code.OBJECT_NOT_FOUND)
+        rows = np.flatnonzero(codes == Code.INVALID_PARAMS)
+        self._by_calls(codes, names, rows, lambda pool, some, _: pool.sizes(some))
+        opened: dict[int, Session] = {}
+        for row in np.flatnonzero(codes > 0).tolist():
+            session = self._gets.open(names[row], int(codes[row]), now_s)
+            if isinstance(session, int):
+                codes[row] = session
+            else:
+                opened[row] = session
+        values = self._read([names[row] for row in opened])
+        for (row, session), value in zip(opened.items(), values, strict=True):
+            if value is None or len(value) != len(session.data):
+                self._gets.close(names[row])
+                codes[row] = Code.OBJECT_NOT_FOUND
+            else:
+                session.data = value
+                codes[row] = Code.OK
+        return list(codes.tolist())
 
     def batch_get_into_multi_buffer_ranges(
         self, keys: Sequence[Key], all_buffer_ptrs: Sequence[Sequence[int]], all_sizes: Sequence[Sequence[int]],

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from engines.mooncake.codes import Code
+from engines.mooncake.configuration import DEFAULT_CONFIG, ReplicateConfig
 from engines.mooncake.memory import Bytes
 
 #: Bytes of all sessions of a store together; beyond it, a start is told NO_AVAILABLE_HANDLE.
@@ -23,10 +24,11 @@ SESSION_IDLE_S = 600.0
 
 @dataclass(slots=True)
 class Session:
-    """One object: its bytes, and which of them have been written."""
+    """One object: its bytes, which of them have been written, and how it is to be kept."""
 
     data: Bytes
     used_s: float
+    config: ReplicateConfig = DEFAULT_CONFIG
     written: list[tuple[int, int]] = field(default_factory=list)
 
     @property

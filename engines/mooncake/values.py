@@ -80,7 +80,7 @@ class Pieces:
         return cls.of(pointers, [[len(array) for array in arrays] for arrays in objects])
 
     def take(self, rows: Rows) -> Pieces:
-        """Of these objects alone."""
+        """Of these objects alone; rows ascend."""
         first = np.zeros(len(rows) + 1, dtype=np.int64)
         np.cumsum(np.diff(self.first)[rows], out=first[1:])
         return Pieces(*self.of_rows(rows), first)
@@ -103,8 +103,8 @@ class Pieces:
         return all_good
 
     def of_rows(self, rows: Rows) -> tuple[U64, U64]:
-        """Pointers and sizes of the pieces of these objects, in order."""
-        if len(rows) == len(self):  # all of them
+        """Pointers and sizes of the pieces of these objects, in order; rows ascend."""
+        if len(rows) == len(self):  # so all of them
             return self.pointers, self.sizes
         counts = np.diff(self.first)[rows]
         ends = np.cumsum(counts)

@@ -22,7 +22,8 @@ _HIGH_WATER = 100_000
 _END = (1 << 64) - 1
 
 
-def _libraries() -> tuple[Any, Any]:
+def libraries() -> tuple[Any, Any]:
+    """ZMQ and msgpack. Raises: Unsupported where they are not installed."""
     try:
         import msgspec
         import zmq
@@ -54,7 +55,7 @@ class EventFeed:
         take: Callable[[Message], None],
         forget: Callable[[], None],
     ) -> None:
-        self._zmq, self._msgpack = _libraries()
+        self._zmq, self._msgpack = libraries()
         self._endpoint, self._replay_endpoint, self._topic = endpoint, replay_endpoint, topic
         self._take, self._forget = take, forget
         self._order = EventOrder(replays=bool(replay_endpoint))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from engines.openai_server.cache_mirror import CacheMirror, Change
 from engines.openai_server.event_feed import EventFeed
 from engines.openai_server.kv_events import Message
-from engines.openai_server.server_page import ServerFacts, ServerPage
+from engines.openai_server.server_page import Refused, ServerFacts, ServerPage
 from engines.openai_server.settings import ServerSettings
 from engines.openai_server.vllm_metrics import STARTED, Load, LoadTracker, PrefillSample, StepSample
 from engines.torch.reports import HbmAnnouncements, NodeWatch, SchedulerLink
@@ -33,7 +33,8 @@ from kvpool.v1 import engine_pb2, scheduler_pb2
 log = logging.getLogger(__name__)
 
 _ROLES = {"prefill": Role.PREFILL, "decode": Role.DECODE, "both": Role.BOTH}
-LOOK_S = 0.25
+#: The server renders its page anew for each look, which costs it some milliseconds.
+LOOK_S = 1.0
 #: A server that does not answer for so long has left; one that refuses connections has left at once.
 LOST_S = 3.0
 RETRY_S = 1.0
@@ -150,7 +151,7 @@ class ServerInstance:
                 self._look()
                 silent_since_s, told = time.monotonic(), ""
             except KvpoolError as error:
-                gone = "refused" in str(error) or time.monotonic() - silent_since_s > LOST_S
+                gone = isinstance(error, Refused) or time.monotonic() - silent_since_s > LOST_S
                 if self._facts is not None and (gone or not isinstance(error, Unavailable)):
                     log.warning("%s has left: %s", self.settings.instance_id, error)
                     self._leave()
@@ -167,7 +168,11 @@ class ServerInstance:
     def _look(self) -> None:
         """Raises: KvpoolError."""
         if self._facts is None:
-            self._join(self._page.facts())
+            try:
+                self._join(self._page.facts())
+            except Exception:
+                self._leave()  # or it would be there by half
+                raise
             return
         page = self._page.metrics()
         if page.value(STARTED) != self._facts.started:

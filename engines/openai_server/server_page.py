@@ -28,6 +28,10 @@ class ServerFacts:
     started: float
 
 
+class Refused(Unavailable):
+    """Nothing listens there."""
+
+
 class ServerPage:
     """One server's pages. Not for several threads at once."""
 
@@ -89,6 +93,8 @@ class ServerPage:
                 response = self._client.get(path)
             else:
                 response = self._client.post(path, json=body, timeout=_ANSWER_S)
+        except httpx.ConnectError as error:
+            raise Refused(f"nothing listens at {self._client.base_url}: {error}") from error
         except httpx.HTTPError as error:
             raise Unavailable(f"{self._client.base_url} does not answer: {type(error).__name__} {error}") from error
         if response.status_code in (401, 403):

@@ -30,7 +30,7 @@ from engines.sglang.page_store import PageStore
 from engines.sglang.pool_link import PoolLink
 from engines.sglang.settings import BackendSettings
 from engines.sglang.stats import TransferStats
-from kvpool.core.errors import BadArgument, Unsupported
+from kvpool.core.errors import BadArgument, KvpoolError, Unsupported
 
 log = logging.getLogger("sglang.kvpool")
 
@@ -57,6 +57,7 @@ class KVPoolHiCacheStorage(HiCacheStorage):
         rank = f"tp{storage_config.tp_rank}pp{storage_config.pp_rank}dp{storage_config.dp_rank}"
         self._link = PoolLink(self._settings, f"sglang-{rank}")
         self._attached: dict[str, _Attached] = {}
+        self._weights = identity.weights_version()
         self._stats = TransferStats()
 
     # ------------------------------------------------------------ host pools
@@ -83,6 +84,12 @@ class KVPoolHiCacheStorage(HiCacheStorage):
         self._attached[name] = _Attached(pool, store, memory, len(memory) == 1 and place.shards == 1)
 
     def _of(self, name: str) -> _Attached:
+        """Raises: Unsupported once the weights are others: pages of both are under way then, alike in name."""
+        if identity.weights_version() != self._weights:
+            raise Unsupported(
+                "the weights were updated in place: nothing is stored or found any more",
+                hint="detach and attach the storage backend (/hicache/storage-backend)",
+            )
         try:
             return self._attached[str(name)]
         except KeyError:
@@ -95,7 +102,7 @@ class KVPoolHiCacheStorage(HiCacheStorage):
 
     def batch_exists(self, keys: list[str], extra_info: HiCacheStorageExtraInfo | None = None) -> int:
         """How many pages are there before the first that is not."""
-        return _or(0, lambda: self._kv_pages(keys))
+        return self._or(0, lambda: self._kv_pages(keys))
 
     def _kv_pages(self, keys: Sequence[str]) -> int:
         store = self._of(PoolName.KV).store
@@ -128,7 +135,7 @@ class KVPoolHiCacheStorage(HiCacheStorage):
             found = {PoolName.KV: kv_pages} if kv_pages else {}
             return PoolTransferResult(lengths[-1] if lengths else 0, {**found, **longest}, lengths)
 
-        return _or(PoolTransferResult(0, {}, []), ask)
+        return self._or(PoolTransferResult(0, {}, []), ask)
 
     # ------------------------------------------------------------ pages of the host pool
 
@@ -187,7 +194,7 @@ class KVPoolHiCacheStorage(HiCacheStorage):
                 raise BadArgument(f"pages of {name} without places in the host pool")
             return [bool(done) for done in move(at, host_pools.page_numbers(at.pool, host_indices, len(keys)))]
 
-        return _or([False] * len(keys), run)
+        return self._or([False] * len(keys), run)
 
     # ------------------------------------------------------------ flat pages
 
@@ -209,7 +216,7 @@ class KVPoolHiCacheStorage(HiCacheStorage):
             found = at.store.load_flat(keys, rows, self._settings.load_timeout_s)
             return [target if there else None for target, there in zip(targets, found, strict=True)]
 
-        return _or([None] * len(keys), read)
+        return self._or([None] * len(keys), read)
 
     def set(
         self, key: str, value: torch.Tensor | None = None, target_location: Any = None, target_sizes: Any = None
@@ -229,7 +236,7 @@ class KVPoolHiCacheStorage(HiCacheStorage):
             rows = [host_pools.flat_page(at.store.pages, value, to_write=False) for value in values]
             return bool(at.store.store_flat(keys, rows, self._settings.store_timeout_s).all())
 
-        return _or(False, write)
+        return self._or(False, write)
 
     def _with_flat_pages(self) -> _Attached:
         at = self._of(PoolName.KV)
@@ -252,11 +259,13 @@ class KVPoolHiCacheStorage(HiCacheStorage):
     def close(self) -> None:
         self._link.close()
 
-
-def _or(default: Result, call: Callable[[], Result]) -> Result:
-    """What `call` returns, or `default` and a line in the log: SGLang's threads end with an exception."""
-    try:
-        return call()
-    except Exception:
-        log.exception("kvpool: taken for a miss")
+    def _or(self, default: Result, call: Callable[[], Result]) -> Result:
+        """What `call` returns, or `default` and a line in the log: SGLang's threads do not expect exceptions."""
+        try:
+            return call()
+        except KvpoolError as error:
+            hint = f" ({error.hint})" if error.hint else ""
+            self._link.say(type(error).__name__, "kvpool: taken for a miss: %s%s", error, hint)
+        except Exception as error:
+            self._link.say(type(error).__name__, "kvpool: taken for a miss, which is not meant to happen", trace=True)
         return default

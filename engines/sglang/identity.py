@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig, PoolName
-from sglang.srt.runtime_context import get_server_args
+from sglang.srt.runtime_context import get_server_args, get_serving
 
 from engines.sglang.pages import Pages
 from engines.sglang.settings import BackendSettings
@@ -33,7 +33,7 @@ COMPUTING = (
     "quantize_and_serve", "rl_quant_profile", "attention_backend", "prefill_attention_backend",
     "decode_attention_backend", "mamba_ssm_dtype", "prefill_kv_cache_dequant_dtype", "qsa_indexer_dtype",
     "speculative_algorithm", "speculative_draft_model_path", "speculative_draft_model_revision",
-    "speculative_draft_kv_cache_dtype", "speculative_draft_model_quantization", "weight_version",
+    "speculative_draft_kv_cache_dtype", "speculative_draft_model_quantization",
 )  # fmt: skip
 
 
@@ -134,10 +134,41 @@ def server_arguments() -> object | None:
 def computing(arguments: object | None) -> str:
     """A digest of the arguments that change KV."""
     told: dict[str, Any] = {name: getattr(arguments, name, None) for name in COMPUTING}
+    told["adapters"] = adapters(getattr(arguments, "lora_paths", None))
+    told["weights"] = weights_version()
     if str(told["load_format"]) == "dummy":  # weights made up from a seed
         told["random_seed"] = getattr(arguments, "random_seed", None)
     text = json.dumps(told, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def weights_version() -> str:
+    """What SGLang calls the weights that it computes with now; another one after an update in place that names it."""
+    try:
+        return str(get_serving().weight_version)
+    except ValueError:  # nothing is published in this process
+        return ""
+
+
+def adapters(lora_paths: object) -> dict[str, str]:
+    """Which weights the LoRA adapters have that SGLang was started with: it names pages by an adapter's path alone.
+
+    Those that are loaded later get a random name in each process, and share nothing anyhow.
+    """
+    entries = list(lora_paths.items()) if isinstance(lora_paths, Mapping) else list(_listed(lora_paths))
+    return {name: _files(path, None) for name, path in entries}
+
+
+def _listed(lora_paths: Any) -> Iterator[tuple[str, str]]:
+    """Name and path of each: given as NAME=PATH, PATH, a mapping or SGLang's own reference."""
+    for entry in lora_paths or ():
+        if isinstance(entry, str):
+            name, _, path = entry.partition("=")
+            yield name, path or name
+        elif isinstance(entry, Mapping):
+            yield str(entry["lora_name"]), str(entry["lora_path"])
+        else:
+            yield str(entry.lora_name), str(entry.lora_path)
 
 
 def model_identity(config: HiCacheStorageConfig, arguments: object | None, settings: BackendSettings) -> str:
@@ -153,10 +184,14 @@ def model_identity(config: HiCacheStorageConfig, arguments: object | None, setti
         raise Unsupported(
             f"nothing tells which weights {config.model_name!r} has", hint="set model_id in the extra config"
         )
+    return _files(path, getattr(arguments, "revision", None))
+
+
+def _files(path: str, revision: str | None) -> str:
+    """What identifies the weights at a path or under a hub's name."""
     digest = folder_digest(Path(path))
     if digest:
         return f"{Path(path).resolve().name}@{digest[:32]}"
-    revision = getattr(arguments, "revision", None)
     return f"{path}@{_commit(path, revision) or revision or 'main'}"
 
 

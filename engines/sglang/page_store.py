@@ -22,8 +22,9 @@ Int64s = NDArray[np.int64]
 
 #: Pages are moved in batches of about this size, so that each call ends in time and a miss costs one batch at most.
 BATCH_BYTES = 64 << 20
-#: Pages of many planes are put together in batches that stay in the processor's cache.
-STAGED_BATCH_BYTES = 768 << 10
+#: Pages of many planes are put together in a buffer of this size: large enough that the calls of a store, two for each
+#: batch, weigh little.
+STAGED_BATCH_BYTES = 16 << 20
 
 
 class PageStore:

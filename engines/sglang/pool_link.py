@@ -49,6 +49,7 @@ class PoolLink:
         self._specs: dict[NamespaceId, NamespaceSpec] = {}
         self._said_s: dict[str, float] = {}
         self._rest_until_s = 0.0
+        self._reported = ""
         self._up = threading.Event()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="kvpool-link", daemon=True)
@@ -141,7 +142,7 @@ class PoolLink:
         ):
             there[open_[news.indices[news.states == COMMITTED]]] = True
         if not there.all():
-            self._say("full", "kvpool: no room for %d of %d pages", len(there) - int(there.sum()), len(there))
+            self.say("full", "kvpool: no room for %d of %d pages", len(there) - int(there.sum()), len(there))
 
     # ------------------------------------------------------------ up and down
 
@@ -152,7 +153,7 @@ class PoolLink:
     def _failed(self, error: KvpoolError) -> None:
         if isinstance(error, DeadlineExceeded):
             self._rest_until_s = time.monotonic() + REST_S
-            self._say("slow", "kvpool node %s took too long: %s", self._settings.node, error)
+            self.say("slow", "kvpool node %s took too long: %s", self._settings.node, error)
         elif isinstance(error, Unavailable):
             if self._up.is_set():
                 log.warning(
@@ -160,15 +161,19 @@ class PoolLink:
                 )
             self._up.clear()
         else:
-            self._say(type(error).__name__, "kvpool: %s%s", error, f" ({error.hint})" if error.hint else "")
+            self.say(type(error).__name__, "kvpool: %s%s", error, f" ({error.hint})" if error.hint else "")
 
-    def _say(self, kind: str, text: str, *arguments: object) -> None:
+    def say(self, kind: str, text: str, *arguments: object, trace: bool = False) -> None:
+        """Logs a warning unless one of this kind was logged just before.
+
+        Args: trace: with the exception that is being handled.
+        """
         now_s = time.monotonic()
         with self._lock:
             if now_s - self._said_s.get(kind, -LOG_INTERVAL_S) < LOG_INTERVAL_S:
                 return
             self._said_s[kind] = now_s
-        log.warning(text, *arguments)
+        log.warning(text, *arguments, exc_info=trace)
 
     def _register(self) -> bool:
         """Registers all namespaces; whether the node is there."""
@@ -178,11 +183,13 @@ class PoolLink:
             for spec in specs:
                 self._client.register(spec)
         except KvpoolError as error:
-            self._say(
-                "away", "kvpool node %s can't be used, SGLang computes by itself meanwhile: %s%s", self._settings.node,
-                error, f" ({error.hint})" if error.hint else "",
-            )  # fmt: skip
+            told = f"{error} ({error.hint})" if error.hint else str(error)
+            if told != self._reported:
+                log.warning("kvpool node %s can't be used, SGLang computes by itself meanwhile: %s",
+                            self._settings.node, told)  # fmt: skip
+            self._reported = told
             return False
+        self._reported = ""
         if not self._closing.is_set():
             self._up.set()
         return True

@@ -24,8 +24,9 @@ from engines.vllm.quiet_log import QuietLog
 #: Below vLLM's own logger, whose settings it shares.
 log = logging.getLogger("vllm.kvpool")
 
-#: Blocks are moved in batches of this size, so that what is copied twice is still in the processor's cache.
-BATCH_BYTES = 768 << 10
+#: Blocks are moved in batches of this size: a call costs little beside one, and what is copied twice is still in the
+#: processor's last cache.
+BATCH_BYTES = 8 << 20
 #: Saves that wait for the thread; beyond it they are reported as done without being stored.
 SAVES_MAX = 1024
 #: How long a step that computes nothing waits for saves: also the longest that a new request waits for such a step.

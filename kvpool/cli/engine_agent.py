@@ -44,6 +44,7 @@ def engine_agent(
     tls_ca: TlsCa = "",
 ) -> None:
     """Attach running vLLM servers: they are placed on, and their caches and load are known (one or more servers)."""
+    from engines.openai_server.event_feed import libraries
     from engines.openai_server.instance import AgentContext, ServerInstance
     from engines.openai_server.settings import checked, server_of_flag, servers_of_file
 
@@ -54,6 +55,8 @@ def engine_agent(
         listed = [server_of_flag(text) for text in server or []]
         if servers is not None:
             listed += servers_of_file(servers)
+        if any(settings.events for settings in listed):
+            libraries()
         instances = [ServerInstance(settings, context) for settings in checked(listed)]
     except KvpoolError as error:
         output.fail(str(error), hint=error.hint, code=output.EXIT_USAGE)

@@ -56,8 +56,9 @@ OPTIONS: list[tuple[str, int]] = [
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     # A restarted peer is found again within a second.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
+    # Despite its name the time that one attempt to connect has: TCP, TLS and a first answer of a busy peer.
+    ("grpc.min_reconnect_backoff_ms", 2_000),
 ]
 
 _STATUS: dict[Reason, grpc.StatusCode] = {

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from kvpool.core.errors import Reason
 from kvpool.core.ids import KEY_BYTES
+from scheduler.core import objectives
 from scheduler.core.cluster import Cluster, Instance, State
 from scheduler.core.commands import Refused
 from scheduler.core.config import SchedulerConfig
@@ -177,13 +178,13 @@ def _has_room(option: Option, appraiser: Appraiser, delay_us: int) -> bool:
         room = appraiser.prefill_room(option)
         if room < 0 and room + appraiser.kv_tokens_freed(option.prefill, delay_us) < 0:
             return False
-    if appraiser.breaks_objectives(option, delay_us):
+    if objectives.broken(appraiser, option, delay_us) > appraiser.config.broken_max:
         return False
     objective_us = appraiser.request.tpot_slo_us
     if not objective_us:
         return True
     begin_us = appraiser.now_us + max(option.queue_us, delay_us) + option.service_us
-    return appraiser.peak_step_us(option, begin_us) <= objective_us
+    return objectives.peak_step_us(appraiser, option, begin_us) <= objective_us
 
 
 def _first_of(holds: Callable[[int], bool], last_us: int) -> int:

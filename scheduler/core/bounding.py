@@ -21,14 +21,18 @@ _jit = numba.njit(cache=True, nogil=True)
 #: Rows of a fleet's table; what they hold is told in `fleet`.
 (
     P0, P1, P2, D0, D1, D2, QUEUE_US, HEAD_SINCE_US, HEAD_US, FOREIGN, BATCH, CONTEXT, EXPECTED, KV_FREE, KV_TOTAL,
-) = range(15)  # fmt: skip
-COLUMNS = 15
+    STALLING_PER_S, STALLING_SEEN_US,
+) = range(17)  # fmt: skip
+COLUMNS = 17
 #: Rows of what `least_costs` finds: prefill work before the request, its pull and prefill, what it costs others, what
-#: decoding adds, KV tokens left, and the share of an instance's KV tokens that is left, negative (the most is first).
-WAIT_US, SERVICE_US, OTHERS_US, SLOW_US, KV_LEFT, KV_SHARE = range(6)
-FOUND = 6
+#: decoding adds, KV tokens left, the share of an instance's KV tokens that is left, negative (the most is first), and
+#: microseconds of prefill a second that hold up decodes there.
+WAIT_US, SERVICE_US, OTHERS_US, SLOW_US, KV_LEFT, KV_SHARE, STALLING = range(7)
+FOUND = 7
 #: Rounding of sums in other orders: bounds are lowered by this, so that none is above its cost.
 SLACK_US = 8.0
+#: The same for what a risk costs, which is computed from rounded times: of it so much is counted.
+RISK_COUNTED = 0.998
 
 
 class Asked(NamedTuple):
@@ -46,7 +50,21 @@ class Asked(NamedTuple):
     slo_us: float  # TTFT objective, 0 = none
     slack_price: float
     delay_rate: float  # weight of a delay, times requests a second that come to an instance
+    tpot_slo_us: float  # 0 = none, or nothing to miss
+    stall_share: float  # of the time that an objective leaves, which prefills may take
+    broken_us: float  # what a missed objective costs
+    window_us: float  # of rates
     now_us: float
+
+
+@_jit
+def _risk_us(asked: Asked, step_us: float, stalling_per_s: float) -> float:
+    """What prefills that come as of late cost a request that decodes; as `objectives.broken`."""
+    if not asked.tpot_slo_us > 0:
+        return 0.0
+    limit_us = asked.stall_share * asked.expected_tokens * max(asked.tpot_slo_us - step_us, 0.0)
+    share = stalling_per_s * (step_us * asked.expected_tokens / 1e6) / max(limit_us, 1.0)
+    return RISK_COUNTED * asked.broken_us * (share * share / (share * share + 1.0))
 
 
 @_jit
@@ -88,15 +106,17 @@ def least_costs(
         delay_us = asked.delay_rate * ((queue_us + work_us) / 1e6) * work_us
         found[WAIT_US, r], found[SERVICE_US, r] = queue_us, service_us
         found[OTHERS_US, r] = asked.harm_weight * work_us * batch + delay_us - SLACK_US
-        found[SLOW_US, r] = 0.0
+        d0, d1, d2, context = table[D0, r], table[D1, r], table[D2, r], table[CONTEXT, r]
+        with_us = d0 + d1 * (batch + 1) + d2 * (context + asked.context_tokens)
+        age_us = max(asked.now_us - table[STALLING_SEEN_US, r], 0.0)
+        found[STALLING, r] = table[STALLING_PER_S, r] * asked.window_us / (asked.window_us + age_us)
+        found[SLOW_US, r] = _risk_us(asked, with_us, found[STALLING, r])
         if batch > 0:
-            d0, d1, d2, context = table[D0, r], table[D1, r], table[D2, r], table[CONTEXT, r]
             step_us = d0 + d1 * batch + d2 * context
-            with_us = d0 + d1 * (batch + 1) + d2 * (context + asked.context_tokens)
             alone_us = d0 + d1 + d2 * asked.context_tokens
             expected = table[EXPECTED, r] if table[EXPECTED, r] > 0 else asked.expected_tokens
             slow_us = max(with_us - step_us - 1, 0.0) * batch + max(with_us - alone_us - 1, 0.0)
-            found[SLOW_US, r] = asked.harm_weight * slow_us * min(expected, asked.expected_tokens)
+            found[SLOW_US, r] += asked.harm_weight * slow_us * min(expected, asked.expected_tokens)
         found[KV_LEFT, r] = table[KV_FREE, r] - asked.kv_tokens - kv_ahead[r]
         found[KV_SHARE, r] = -found[KV_LEFT, r] / max(table[KV_TOTAL, r], 1.0)
 
@@ -197,6 +217,19 @@ def freest(found: Floats, decodes: Bools, count: int) -> Ints:
 
 
 @_jit
+def calmest(found: Floats, decodes: Bools) -> int:
+    """The row that decodes, has room and is held up least by prefills, then the freest; -1 if there is none."""
+    best = -1
+    for r in range(found.shape[1]):
+        if decodes[r] and found[KV_LEFT, r] >= 0:
+            less = best < 0 or found[STALLING, r] < found[STALLING, best]
+            equal = best >= 0 and found[STALLING, r] == found[STALLING, best]
+            if less or (equal and found[KV_SHARE, r] < found[KV_SHARE, best]):
+                best = r
+    return best
+
+
+@_jit
 def nearest(found: Floats, decodes: Bools, own: Ints) -> int:
     """The row that decodes, has room and holds most blocks, at least one; -1 if there is none (for numba's sake)."""
     best = -1
@@ -217,3 +250,4 @@ def warm_up() -> None:
     first_prefills(table, none, none, none, zeros, asked, handoff, found, yes, 1)
     freest(found, yes, 1)
     nearest(found, yes, none)
+    calmest(found, yes)

@@ -88,10 +88,11 @@ class SchedulerConfig:
     tpot_tail: float = 0.1
     #: Share of what that leaves for being held up that is given away: answers may be shorter than expected, and a
     #: prefill comes in steps that are longer than its own work.
-    stall_margin: float = 0.35
-    #: Weight of prefill work by what it takes of the TPOT budgets of those who decode there: the nearer one is to its
-    #: limit, the dearer. TTFT within its objective is worth little; a TPOT objective that is broken costs a request.
-    stall_weight: float = 4.0
+    stall_margin: float = 0.5
+    #: What an objective that is expected to be broken costs, TTFT in microseconds: a request served too late is lost.
+    broken_us: int = 80 * SECOND_US
+    #: A request that is expected to break more than so many waits or is refused: nothing is gained by serving it.
+    broken_max: float = 1.0
     #: Price of the first microsecond of a TTFT that has an objective; it grows to 1 at the objective.
     slack_price: float = 1.0
     #: Weight of a microsecond by which requests that are expected to come meanwhile are held up.

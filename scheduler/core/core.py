@@ -207,6 +207,7 @@ class SchedulerCore:
             # Several schedulers that decide at the same moment may promise more than there is.
             overbooked = holdings.kv_tokens > total and not self.counts.get("peer_placements")
             assert not overbooked, f"{instance_id} is overbooked"
+        assert all(instance_id in self.cluster.instances for instance_id in self.book.stalling)
         assert self.costs.prefill.keys() == self.cluster.instances.keys()
         attached = sorted(str(record.source_id) for record in self.directory.sources())
         assert attached == sorted(self.cluster.sources)

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from scheduler.core.arrivals import Rate
 from scheduler.core.bounding import COLUMNS, FOUND, Floats, Ints
 from scheduler.core.cluster import Cluster, Instance, State
 from scheduler.core.cost import CostBook
 from scheduler.core.placements import PlacementBook
+
+_CALM = Rate()
 
 
 class Fleet:
@@ -68,7 +71,7 @@ class Fleet:
     @staticmethod
     def _values(instance: Instance, book: PlacementBook, costs: CostBook) -> tuple[float, ...]:
         """In the order of the columns of `bounding`."""
-        held = book.on(instance.id)
+        held, stalling = book.on(instance.id), book.stalling.get(instance.id, _CALM)
         head_us = held.queue[next(iter(held.queue))] if held.queue else 0
         placed = len(held.decoding)
         batch = placed
@@ -86,4 +89,6 @@ class Fleet:
             held.expected_tokens // placed if placed else 0,
             instance.kv_tokens_available(held.kv_tokens),
             instance.info.kv_tokens_total,
+            stalling.per_s,
+            stalling.seen_us,
         )

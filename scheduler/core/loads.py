@@ -137,37 +137,27 @@ def interval_us(
     return int(max(base_us, longest_us) + others_us)
 
 
-def stalls_too_long(
-    instance: Instance,
-    book: PlacementBook,
-    work: tuple[int, int],
-    prefill_ends_us: int,
-    begin_us: int,
-    now_us: int,
-) -> bool:
-    """Whether a prefill on an instance would cost somebody who decodes there the TPOT objective.
+def broken(
+    instance: Instance, book: PlacementBook, work: tuple[int, int], prefill_ends_us: int, begin_us: int, now_us: int
+) -> float:
+    """How many TPOT objectives a prefill on an instance is expected to break of those who decode there.
 
     Args:
         work: of the prefill, and the longest interval that it makes.
         prefill_ends_us: when it is predicted to end.
         begin_us: when it could be placed: who has ended by then is not asked.
     """
-    for placement in book.stalled_by(instance.id, prefill_ends_us):
-        limit_us = placement.stall_us_max
-        if limit_us is None or ends_us(placement, now_us) <= begin_us:
-            continue
-        stalled_us = placement.stalled_us(*work)
-        if stalled_us and placement.stall_us + stalled_us > limit_us:
-            return True
-    return False
-
-
-def stall_share(instance: Instance, book: PlacementBook, work: tuple[int, int], prefill_ends_us: int) -> float:
-    """What a prefill on an instance takes of the TPOT budgets there, summed over those who decode; each at most 1."""
     total = 0.0
     for placement in book.stalled_by(instance.id, prefill_ends_us):
         limit_us = placement.stall_us_max
         stalled_us = placement.stalled_us(*work) if limit_us is not None else 0
-        if limit_us is not None and stalled_us:
-            total += min((placement.stall_us + stalled_us) / max(limit_us, 1), 1.0)
+        if limit_us is None or not stalled_us or ends_us(placement, now_us) <= begin_us:
+            continue
+        total += risk(placement.stall_us + stalled_us, limit_us) - risk(placement.stall_us, limit_us)
     return total
+
+
+def risk(stalled_us: float, limit_us: int) -> float:
+    """How likely a TPOT objective is missed by a request that is held up for so long; a half at the limit."""
+    share = stalled_us / max(limit_us, 1)
+    return share * share / (share * share + 1.0)

@@ -83,6 +83,7 @@ def _gone(core: SchedulerCore, kind: str, member_id: str, commands: list[Command
         for owner in core.book.queued_on(member_id):
             core.book.finish_prefill(owner, core.now_us)
         core.costs.instance_gone(member_id)
+        core.book.stalling.pop(member_id, None)
         core.calibrations.pop(member_id, None)
         core.pending.drop_instance(member_id)
         core.book.freed[member_id] = None  # those who planned to go there need another plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scheduler.core import loads, sharing
+from scheduler.core import loads, objectives, sharing
 from scheduler.core.calibration import Calibration
 from scheduler.core.cluster import Cluster, Instance, State
 from scheduler.core.config import SchedulerConfig
@@ -350,12 +350,10 @@ class Appraiser:
         option.cost_us = int(priced_us(option.ttft_us, request.ttft_slo_us, self.config.slack_price))
         option.cost_us += option.handoff_us + int(self.config.harm_weight * option.harm_us)
         option.cost_us += self.delay_us(option.queue_us, option.prefill_us)
-        if option.prefill.decodes() and self.config.stall_weight:
-            ends_us = self.now_us + option.ttft_us
-            option.interval_us = self.interval_us(option.prefill, request.prompt_tokens - option.cached_tokens)
-            work = option.prefill_us, option.interval_us
-            share = loads.stall_share(option.prefill, self.book, work, ends_us)
-            option.cost_us += int(self.config.stall_weight * share * option.prefill_us)
+        begin_us = self.now_us + option.ttft_us
+        option.interval_us = objectives.interval_us(self, option)
+        broken = objectives.broken(self, option, 0)
+        option.cost_us += int(self.config.broken_us * broken)
         if option.reason:
             return option
         decode, tokens = option.decode, request.prompt_tokens + request.max_tokens
@@ -372,52 +370,15 @@ class Appraiser:
             option.reason = f"{NO_CAPACITY}: {-self.prefill_room(option)} KV tokens too few on {option.prefill.id}"
         elif request.ttft_slo_us and option.announced_us > request.ttft_slo_us:
             option.reason = f"{SLOW}: TTFT {option.announced_us} us, the limit is {request.ttft_slo_us}"
-        elif request.tpot_slo_us and (step_us := self._step_us_later(option)) > request.tpot_slo_us:
+        elif request.tpot_slo_us and (step_us := objectives.peak_step_us(self, option, begin_us)) > request.tpot_slo_us:
             option.reason = f"{SLOW}: TPOT {step_us} us, the limit is {request.tpot_slo_us}"
-        elif self.breaks_objectives(option, 0):
+        elif broken > self.config.broken_max:
             option.reason = f"{SLOW}: TPOT of requests that {option.prefill.id} or {option.decode.id} decode already"
         return option
 
     def corrected_us(self, instance_id: str, parts_us: int) -> int:
         known = self._calibrations.get(instance_id)
         return parts_us if known is None else known.ttft_us(parts_us, self.now_us)
-
-    def _step_us_later(self, option: Option) -> int:
-        return self.peak_step_us(option, self.now_us + option.queue_us + option.service_us)
-
-    def peak_step_us(self, option: Option, begin_us: int) -> int:
-        """The longest decode step while this request decodes, if it begins to at `begin_us`."""
-        span_us = begin_us, begin_us + option.step_us * self.expected_tokens
-        return loads.peak_step_us(option.decode, self.book, self.costs, self.context_tokens, span_us, self.now_us)
-
-    def stall_us_max(self, option: Option) -> int | None:
-        """Prefill work of others that may hold up this request's decode; None if it has no TPOT objective."""
-        if not self.request.tpot_slo_us or self.request.max_tokens <= 1:
-            return None  # one token has no intervals
-        slack_us = max(self.request.tpot_slo_us - option.step_us, 0)
-        return int(self.config.tpot_tail * self.config.stall_margin * self.expected_tokens * slack_us)
-
-    def interval_us(self, instance: Instance, new_tokens: int) -> int:
-        prompt_tokens = self.request.prompt_tokens
-        return loads.interval_us(instance, self.book, self.costs, new_tokens, prompt_tokens, self.now_us)
-
-    def stall_us(self, option: Option, begin_us: int) -> int:
-        """Prefill work left on the decode instance of a split when this request begins to decode there."""
-        if not option.split:
-            return 0
-        left_us = self.book.on(option.decode.id).queue_left_us(self.now_us)
-        return max(left_us - (begin_us - self.now_us), 0)
-
-    def breaks_objectives(self, option: Option, delay_us: int) -> bool:
-        """Whether this prefill holds up decodes, or prefills this decode, for longer than a TPOT objective allows."""
-        begin_us = self.now_us + max(option.queue_us, delay_us) + option.service_us
-        limit_us = self.stall_us_max(option)
-        if limit_us is not None and self.stall_us(option, begin_us) > limit_us:
-            return True
-        return option.prefill.decodes() and loads.stalls_too_long(
-            option.prefill, self.book, (option.prefill_us, option.interval_us), begin_us, self.now_us + delay_us,
-            self.now_us,
-        )  # fmt: skip
 
     def kv_tokens_freed(self, instance: Instance, delay_us: int) -> int:
         return loads.kv_tokens_freed(instance, self.book, self.now_us + delay_us, self.now_us)

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from scheduler.core.arrivals import Rate
+
 #: Gateway and request: who owns a placement. Each has an expiry as well.
 Owner: TypeAlias = tuple[str, str]
 #: An interval that is predicted to be below this share of a TPOT objective does it no harm.
@@ -93,6 +95,8 @@ class PlacementBook:
     #: Instances that have got free for something, and prefills that are over, since `take_news`.
     freed: dict[str, None] = field(default_factory=dict)
     finished: dict[Owner, None] = field(default_factory=dict)
+    #: Instance -> microseconds of prefill a second, of late, that hold up those who decode there.
+    stalling: dict[str, Rate] = field(default_factory=dict)
     #: Instances whose holdings have changed since somebody looked: columns made of them are stale.
     touched: dict[str, None] = field(default_factory=dict)
 
@@ -117,6 +121,9 @@ class PlacementBook:
         source.queue[owner] = placement.prefill_us
         source.queue_us += placement.prefill_us
         _use(source, placement, placement.prefill_kv_tokens)
+        stalled_us = placement.stalled_us(placement.prefill_us, placement.interval_us)
+        if stalled_us and placement.tpot_slo_us:
+            self.stalling.setdefault(placement.prefill_id, Rate()).add(stalled_us, placement.placed_us)
         for other in self.stalled_by(placement.prefill_id, placement.prefill_ends_us):
             if other is not placement:
                 other.stall_us += other.stalled_us(placement.prefill_us, placement.interval_us)

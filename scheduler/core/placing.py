@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from kvpool.core.errors import Reason
 from kvpool.core.ids import KEY_BYTES
-from scheduler.core import admission
+from scheduler.core import admission, objectives
 from scheduler.core.arrivals import ArrivalRate
 from scheduler.core.cluster import Instance
 from scheduler.core.commands import Command, Placed, Refused, Target
@@ -300,10 +300,10 @@ def _open(core: SchedulerCore, event: PlaceRequested, option: Option, appraiser:
         decode_ends_us=now_us + begins_us + option.step_us * appraiser.expected_tokens,
         expires_us=now_us + ttl_us,
         prefill_ends_us=now_us + option.queue_us + option.service_us,
-        stall_us_max=appraiser.stall_us_max(option),
+        stall_us_max=objectives.stall_us_max(appraiser, option),
         tpot_slo_us=event.tpot_slo_us,
         interval_us=option.interval_us,
-        stall_us=appraiser.stall_us(option, now_us + option.ttft_us),
+        stall_us=objectives.stall_us(appraiser, option, now_us + option.ttft_us),
         pulls=tuple(dict.fromkeys(run.source_id for run in runs)),
         pull_ends_us=now_us + option.queue_us + option.pull_us,
         pull_us=option.pull_us,

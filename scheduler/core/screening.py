@@ -9,6 +9,7 @@ import numpy as np
 
 from kvpool.core.ids import Fidelity
 from scheduler.core import bounding
+from scheduler.core.arrivals import WINDOW_US
 from scheduler.core.bounding import KV_LEFT, Asked, Floats, HandOff, Ints
 from scheduler.core.cluster import Instance
 from scheduler.core.fleet import Fleet
@@ -42,6 +43,11 @@ class Screen:
     def freest(self, count: int) -> list[Instance]:
         """Decode instances with most room for the request in proportion to what they have."""
         return [self.fleet.instances[row] for row in bounding.freest(self.found, self.fleet.decodes, count)]
+
+    def calmest(self) -> Instance | None:
+        """The decode instance with room that prefills hold up least."""
+        row = bounding.calmest(self.found, self.fleet.decodes)
+        return self.fleet.instances[row] if row >= 0 else None
 
     def nearest(self) -> Instance | None:
         """The decode instance with room that holds the longest part of the prompt."""
@@ -102,6 +108,7 @@ def screen(appraiser: Appraiser, fleet: Fleet) -> Screen:
 
 def _asked(appraiser: Appraiser, pulls: float, latency_us: float) -> Asked:
     request, config, block_tokens = appraiser.request, appraiser.config, appraiser.prefix.block_tokens
+    objective = request.tpot_slo_us > 0 and request.max_tokens > 1
     return Asked(
         prompt_tokens=float(request.prompt_tokens),
         block_tokens=float(block_tokens),
@@ -115,6 +122,10 @@ def _asked(appraiser: Appraiser, pulls: float, latency_us: float) -> Asked:
         slo_us=float(request.ttft_slo_us),
         slack_price=float(config.slack_price),
         delay_rate=float(config.delay_weight * appraiser.standing.arrivals_per_s),
+        tpot_slo_us=float(request.tpot_slo_us if objective else 0),
+        stall_share=float(config.tpot_tail * config.stall_margin),
+        broken_us=float(config.broken_us),
+        window_us=float(WINDOW_US),
         now_us=float(appraiser.now_us),
     )
 

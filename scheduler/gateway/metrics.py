@@ -45,6 +45,9 @@ class Metrics:
         self.placements = counter("placements_total", "Placements, split or co-located", "kind")
         self.replacements = counter("replacements_total", "Requests placed again, by what happened", "cause")
         self.refusals = counter("refusals_total", "Placements refused by the scheduler, by reason", "reason")
+        self.read_differently = counter(
+            "prompts_read_differently_total", "Prompts whose tokens were others at their OpenAI server", "model"
+        )
         self.outcomes_dropped = counter("outcomes_dropped_total", "Outcomes lost while the scheduler was away")
         self.active = gauge("active_requests", "Requests under way")
         self.links = gauge("engine_links", "Workers connected")

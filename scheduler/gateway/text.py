@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,8 @@ class Tokenizer:
         # The library's own wrapper changes truncation settings in each call, which two threads must not do.
         self._fast = self._hf.backend_tokenizer if self._hf.is_fast else None
         self.vocabulary_size = len(self._hf)
+        #: Length of a chat's answer by the model's own configuration; 0 = not limited there.
+        self.answer_tokens_max = _answer_tokens_max(source)
         self._template_reserved = frozenset(inspect.signature(self._hf.apply_chat_template).parameters) | {"messages"}
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> NDArray[np.uint32]:
@@ -81,6 +85,18 @@ class Tokenizer:
             raise TemplateFailed(f"the chat template failed: {error}") from error
         # The template writes special tokens itself.
         return self.encode(str(text), add_special_tokens=False)
+
+
+def _answer_tokens_max(source: str) -> int:
+    """`max_new_tokens` of a model's generation_config.json, which vLLM takes for chats that name no length."""
+    from transformers.utils.hub import cached_file
+
+    try:
+        path = cached_file(source, "generation_config.json", _raise_exceptions_for_missing_entries=False)
+        told = json.loads(Path(path).read_text()).get("max_new_tokens") if path else None
+    except (OSError, ValueError):
+        return 0
+    return told if type(told) is int and told > 0 else 0
 
 
 def load_tokenizer(source: str) -> Tokenizer:

@@ -104,7 +104,7 @@ class Gateway:
             prompt_tokens=trace.prompt_tokens + live.tokens,
             max_tokens=max(config.max_tokens - live.tokens, left),
             ttft_slo_us=config.ttft_slo_us if config.tells_slo and not live.tokens else 0,
-            tpot_slo_us=config.tbt_slo_us if config.tells_slo and not live.tokens else 0,
+            tpot_slo_us=config.tbt_slo_us if config.tells_slo and not live.tokens and not config.late_rejection else 0,
             policy="",
             use_pool=True,
             sticky_key=trace.session,
@@ -210,6 +210,11 @@ class Gateway:
         if live is None or self._stale(live, job):
             return
         now_us = self._queue.now_us
+        if self.config.late_rejection and job.leg is Leg.PREFILL and self._decode_is_full(live):
+            self._report(live.request_id, live.arrival_us, 0, "abort", {})
+            self._abort_legs(live)
+            self._end(live, "refused", "decode_load")
+            return
         live.got_first = True
         live.tokens += 1
         live.times[job.leg] = request_times(job)
@@ -227,6 +232,15 @@ class Gateway:
             made_us = now_us if job.first_token_us is None else job.first_token_us
             self._queue.after(self.config.rpc_us, decode[0].first_token_known, decode[1], made_us)
             self._hosts.handoffs.first_token(decode[1])
+
+    def _decode_is_full(self, live: Live) -> bool:
+        """Whether one more sequence makes the steps of its decode instance longer than the limit."""
+        engine, job = live.legs.get(Leg.DECODE, (None, None))
+        if engine is None or job is None:
+            return False
+        batch = engine.batch
+        step_us = self.config.hardware.decode_step_us(len(batch) + 1, batch.kv_tokens + job.prompt_tokens)
+        return step_us > self.config.tbt_slo_us
 
     def _done(self, job: Job, tokens: int, records: list[Record]) -> None:
         live = self.live.get(job.request_id)

@@ -29,6 +29,9 @@ class SimulationConfig:
     tbt_slo_us: int = SECOND_US // 5
     #: Whether the scheduler is told the limits, and so may refuse; None = if its policy refuses early.
     refuses: bool | None = None
+    #: Decode load is judged by the decode instance when the prefill is over, and not by the scheduler: a request that
+    #: it turns away then was computed in vain.
+    late_rejection: bool = False
     #: What clients ask for; one who gets more asks for what it gets.
     max_tokens: int = 2048
     #: How often a client comes back after a refusal, each time after its Retry-After.

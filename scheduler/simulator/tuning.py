@@ -25,7 +25,7 @@ def _one_of(*values: Any) -> Draw:
 #: Of our costs: what the three policies made of them share.
 _COSTS: dict[str, Draw] = {
     "harm_weight": _log_between(0.05, 2.0),
-    "stall_weight": _log_between(0.5, 16.0),
+    "broken_us": _log_between(2e6, 1e8),
     "stall_margin": _between(0.0, 0.6),
     "delay_weight": _log_between(0.2, 4.0),
 }

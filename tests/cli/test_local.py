@@ -6,8 +6,10 @@ import fcntl
 from pathlib import Path
 
 import pytest
+import typer
 
 from kvpool.cli.local import LocalOptions, metrics_ports, node_name, remove_orphans
+from kvpool.cli.serving import check_port
 from kvpool.service.node import NodeConfig, open_memory
 
 
@@ -34,6 +36,13 @@ def test_the_node_of_an_ssd_folder_keeps_its_name(tmp_path: Path, monkeypatch: p
 def test_metrics_have_ports_in_a_row() -> None:
     assert metrics_ports(LocalOptions("m", prefill=2, decode=1, metrics_port=9700)) == [9700, 9701, 9702, 9703, 9704]
     assert not metrics_ports(LocalOptions("m"))
+
+
+def test_a_port_that_there_is_not_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """As the last of several in a row may be."""
+    with pytest.raises(typer.Exit):
+        check_port("127.0.0.1", 65_536, "--metrics-port")
+    assert "--metrics-port" in capsys.readouterr().err
 
 
 def test_clients_are_told_the_whole_path_of_a_segment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

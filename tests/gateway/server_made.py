@@ -33,7 +33,7 @@ from tests.gateway.made_tokenizer import EOS
 NAMING = EngineNaming("sha256_cbor", BLOCK_TOKENS)
 
 _PATHS = {"/v1/completions": False, "/v1/chat/completions": True}
-_REASONS = {200: "OK", 400: "Bad Request", 404: "Not Found", 429: "Too Many", 500: "Error", 503: "Unavailable"}
+_REASONS = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found", 413: "Too Large", 503: "Unavailable"}
 
 
 @dataclass
@@ -65,9 +65,11 @@ class ServerMade:
     refuse: tuple[int, dict[str, Any]] | None = None
     error_after: int | None = None
     finish_as: str = ""
+    ends_abruptly: bool = False
     cached_tokens: int = 0
     transfer: dict[str, Any] | None = None
     reasoning: bool = False
+    counts_thoughts: bool = False
     epoch: int = 1
     metrics: str = ""
     calls: list[Call] = field(default_factory=list)
@@ -164,6 +166,9 @@ class ServerMade:
                 _event(writer, chunk)
                 await writer.drain()
         call.finished = True
+        if self.ends_abruptly:
+            writer.transport.abort() if not call.body.get("stream") else writer.close()
+            return
         if not call.body.get("stream"):
             _send(writer, 200, json.dumps(answer.whole()).encode())
             return
@@ -266,6 +271,7 @@ class _Answer:
         return {
             "prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer,
             "prompt_tokens_details": {"cached_tokens": self._server.cached_tokens},
+            "completion_tokens_details": {"reasoning_tokens": 0} if self._server.counts_thoughts else None,
         }  # fmt: skip
 
 

@@ -13,6 +13,9 @@ import pytest
 
 from scheduler.gateway.credentials import Tenant
 from scheduler.gateway.lifecycle import LifecycleLimits
+from scheduler.gateway.relay.asks import Ask
+from scheduler.gateway.relay.reading import _with_calls, read_ask
+from scheduler.gateway.relay.relaying import Relay
 from tests.gateway.cluster_made import BLOCK_TOKENS, MODEL, ClusterMade, colocated, expected_tokens, run, saying, split
 from tests.gateway.server_made import NAMING, ServerMade, served
 
@@ -29,7 +32,7 @@ def servers_of(c: ClusterMade) -> list[ServerMade]:
 
 async def post(c: ClusterMade, body: dict[str, Any], path: str = "completions", **headers: str) -> httpx.Response:
     async with httpx.AsyncClient(timeout=20) as http:
-        return await http.post(f"{c.url}/{path}", json=body, headers=headers)
+        return await http.post(f"{c.url}/{path}", content=json.dumps(body).encode(), headers=headers)
 
 
 class Stream:
@@ -155,7 +158,7 @@ def test_two_servers_share_an_answer(tokenizer: str) -> None:
             assert first["kv_transfer_params"] == {"kvpool_handoff": True}
             assert second["prompt"] == PROMPT + expected_tokens(PROMPT, 1) and second["max_tokens"] == 7
             assert second["kv_transfer_params"] == {"kvpool_tokens": len(PROMPT)} and second["cache_salt"] == "s"
-            await c.until(c.nothing_left)
+            await c.until(lambda: c.scheduler.ends() and c.nothing_left())
             assert [o.tokens for o in c.scheduler.ends()] == [8]
 
     run(test())
@@ -229,7 +232,12 @@ def test_thoughts_of_a_first_server_are_not_taken_for_an_answer(tokenizer: str) 
             c.scheduler.decide = lambda request: split(prefill, decode)  # type: ignore[arg-type]
             stream = await Stream(c, CHAT, "chat/completions").whole()
             assert [call.path for call in decode.calls] == ["/v1/chat/completions"] and stream.text == ""
+            # A parser that has not seen enough yet calls a thought an answer; but it counts thoughts.
+            prefill.reasoning, prefill.counts_thoughts = False, True
+            decode.calls.clear()
             assert sum(bool(choice["delta"].get("reasoning")) for choice in stream.choices) == 8
+            await Stream(c, CHAT, "chat/completions").whole()
+            assert [call.path for call in decode.calls] == ["/v1/chat/completions"]
 
     run(test())
 
@@ -383,6 +391,13 @@ def test_errors_are_the_servers_own(tokenizer: str) -> None:
             c.scheduler.decide = lambda request: colocated(first)  # type: ignore[arg-type]
             response = await post(c, ASK)
             assert (response.status_code, response.json()["error"]["message"]) == (503, "full")
+            first.refuse = (401, {"error": {"message": "who are you"}})  # the gateway's key is wrong, not the client's
+            response = await post(c, ASK)
+            assert response.status_code == 500 and "who are you" not in response.text
+            first.refuse, calls = (413, "a page of some proxy"), len(first.calls)  # type: ignore[assignment]
+            response = await post(c, ASK)
+            assert response.status_code == 413 and response.json()["error"]["code"] == 413
+            assert len(first.calls) == calls + 1
             await c.until(c.nothing_left)
 
     run(test())
@@ -457,8 +472,14 @@ def test_prompts_that_are_not_known_here(tokenizer: str) -> None:
                 assert (await post(c, {**ASK, **extra})).status_code == 400
                 place = c.scheduler.places[-1]
                 assert place.policy == "always_colocate" and (extra.get("n") or not place.keys[0].keys)
-            bad = await post(c, {**ASK, "kvpool": {"polcy": "x"}})
-            assert bad.status_code == 400 and bad.json()["error"]["param"] == "kvpool.polcy"
+            bad = {
+                "kvpool.polcy": {"kvpool": {"polcy": "x"}},
+                "stream": {"stream": "no"},
+                "cache_salt": {"cache_salt": "\ud800"},
+            }
+            for param, extra in bad.items():
+                response = await post(c, {**ASK, **extra})
+                assert response.status_code == 400 and response.json()["error"]["param"] == param
 
     run(test())
 
@@ -468,6 +489,15 @@ def test_tools_are_part_of_a_prompts_keys(tokenizer: str) -> None:
         async with served(tokenizer) as c:
             tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
             assert (await post(c, {**CHAT, "tools": tools}, "chat/completions")).status_code == 200
+            called = {"function": {"name": "f", "arguments": '{"a": 1}'}, "id": "1", "type": "function"}
+            talk = [*CHAT["messages"], {"role": "assistant", "content": "", "tool_calls": [called]}]
+            read = await read_ask(
+                {**CHAT, "messages": talk}, chat=True, request_id="id", tenant=Tenant(), context_tokens=500,
+                model=await c.gateway._gateway._models.get(MODEL),
+            )  # fmt: skip
+            assert read.tokens is not None and _with_calls(talk[1])["tool_calls"][0]["function"]["arguments"] == {
+                "a": 1
+            }
             parts = [{"role": "user", "content": [{"type": "text", "text": "hello"}, {"type": "text", "text": "x"}]}]
             servers_of(c)[0].refuse = (400, {"error": {}})
             await post(c, {**CHAT, "messages": parts}, "chat/completions")
@@ -475,5 +505,87 @@ def test_tools_are_part_of_a_prompts_keys(tokenizer: str) -> None:
             for place, messages in zip(c.scheduler.places, ([("hello world")], ["hello\nx"]), strict=True):
                 tokens = loaded.encode_chat([{"role": "user", "content": text} for text in messages])
                 assert place.keys[0].keys == NAMING.keys(b"", tokens, BLOCK_TOKENS).tobytes()
+
+    run(test())
+
+
+def test_fields_between_gateway_and_servers_are_no_clients_business(tokenizer: str) -> None:
+    """With them a client could have its prompt answered from blocks of others."""
+
+    async def test() -> None:
+        async with served(tokenizer) as c:
+            first, second = servers_of(c)
+            first.transfer = second.transfer = {"remote_block_ids": [[1]], "kvpool_key_mask": "00"}
+            asked = {"kv_transfer_params": {"do_remote_decode": True}, "ec_transfer_params": {"x": 1}}
+            reply = (await post(c, {**ASK, **asked})).json()
+            assert reply["kv_transfer_params"] is None
+            assert not {"kv_transfer_params", "ec_transfer_params"} & first.calls[0].body.keys()
+            c.scheduler.decide = lambda request: split(first, second)  # type: ignore[arg-type]
+            await Stream(c, {**ASK, **asked}).whole()
+            assert first.calls[1].body["kv_transfer_params"] == {"kvpool_handoff": True}
+            assert second.calls[0].body["kv_transfer_params"] == first.transfer
+            assert "ec_transfer_params" not in first.calls[1].body | second.calls[0].body
+
+    run(test())
+
+
+@pytest.mark.parametrize("extra", [{}, {"return_token_ids": True, "max_tokens": 20}, {"stop": "zz"}])
+def test_an_answer_whose_server_is_lost_behind_its_end(tokenizer: str, extra: dict[str, Any]) -> None:
+    async def test() -> None:
+        async with served(tokenizer) as c:
+            first, second = servers_of(c)
+            first.ends_abruptly = True
+            first.next_token = second.next_token = _after(PROMPT, expected_tokens(PROMPT, 8))
+            stream = await Stream(c, {**ASK, **extra, "stream_options": {"include_usage": True}}).whole()
+            assert stream.text == text_of(c, 8) and len(stream.finish) == 1 and stream.done
+            assert not second.calls and not any("error" in event for event in stream.events)
+            if "stop" not in extra:
+                assert stream.usage["completion_tokens"] == (9 if extra else 8)
+            await c.until(lambda: c.scheduler.ends() and c.nothing_left())
+
+    run(test())
+
+
+def test_a_client_that_is_gone_before_anything_begins(tokenizer: str) -> None:
+    """Its request is over at once: nothing waits for a task that never ran."""
+
+    async def test() -> None:
+        async with served(tokenizer) as c:
+            gateway = c.gateway._gateway
+            model = await gateway._models.get(MODEL)
+            for cancel_first in (True, False):
+                asked = Ask("id", False, {**ASK, "stream": True}, np.asarray(PROMPT), len(PROMPT), 100)
+                relay = Relay(asked, model, gateway._relays, 0.0)
+                if cancel_first:
+                    relay.cancel()
+                else:
+                    asyncio.get_running_loop().call_soon(relay.cancel)
+                blocks = [block async for block in relay.blocks()]
+                assert blocks == []
+            assert not servers_of(c)[0].calls
+
+    run(test())
+
+
+def test_the_scheduler_hears_of_a_prefill_whose_end_nobody_sees(tokenizer: str) -> None:
+    """An answer in one has no first token: after the predicted time its prefill counts as over, and teaches nothing."""
+
+    async def test() -> None:
+        async with served(tokenizer) as c:
+            (first, _) = servers_of(c)
+            placed = colocated(first)  # type: ignore[arg-type]
+            placed.placement.predicted_ttft_us = 1000
+            c.scheduler.decide = lambda request: placed
+            first.stop_after = 3
+            waiting = asyncio.create_task(post(c, ASK))
+            await c.until(lambda: c.scheduler.outcomes)
+            (told,) = c.scheduler.outcomes
+            assert told.first_token and not told.ttft_us and not c.scheduler.ends()
+            first.go_on()
+            assert (await waiting).status_code == 200
+            await c.until(lambda: c.scheduler.ends() and c.nothing_left())
+            text = c.gateway.metrics.render().decode()
+            assert f'kvpool_gateway_prompt_tokens_total{{model="{MODEL}"}} {len(PROMPT)}.0' in text
+            assert f'kvpool_gateway_tpot_seconds_count{{model="{MODEL}"}}' not in text
 
     run(test())

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 
@@ -25,6 +26,8 @@ from kvpool.core.errors import BadArgument, KvpoolError, Overloaded, Unavailable
 from kvpool.core.ids import Fidelity, NamespaceId
 from kvpool.core.namespace import GroupKind, GroupSpec, NamespaceSpec
 from kvpool.service.sessions import WAITING_CALLS_MAX
+from kvpool.v1 import block_source_pb2 as pb
+from kvpool.v1 import common_pb2
 from tests.pool.node_process import SECTIONS, NodeProcess, eventually, held, namespace_spec, random_blocks
 
 Connect = Callable[..., PoolClient]
@@ -238,6 +241,26 @@ def test_a_corrupt_block_is_a_miss_reported_and_dropped(
     assert client.lookup(namespace, keys).tolist() == [True, False, True], "the bad copy is still offered"
     assert client.put(namespace, keys, data).stored.tolist() == [False, True, False]
     assert client.get(namespace, keys, np.zeros_like(data)).found.all()
+
+
+def test_a_lease_ends_whatever_else_its_release_says(client: PoolClient, namespace: NamespaceId) -> None:
+    keys, data = random_blocks(2, [21, *namespace])
+    client.put(namespace, keys, data)
+    session = client._session()
+    named = common_pb2.KeyList(keys=keys.tobytes())
+    for wrong in (
+        {"corrupt": common_pb2.KeyList(keys=b"short")},
+        {"corrupt": named, "namespace_id": b"unknown"},
+        {"handed_off": named, "handoff_request_id": "r", "namespace_id": b"unknown"},
+    ):
+        lease = pb.LeaseRequest(session_id=session.id, namespace_id=namespace, keys=named, ttl_ms=600_000)
+        leased = session.stub.Lease(lease, timeout=10)
+        assert client.stats().leases == 1
+        with pytest.raises(grpc.RpcError):
+            session.stub.Release(
+                pb.ReleaseRequest(session_id=session.id, lease_ids=[leased.lease_id], **wrong), timeout=10
+            )
+        assert client.stats().leases == 0, wrong
 
 
 def test_nothing_is_held_after_all_that(shared_node: NodeProcess, connect: Connect, client: PoolClient) -> None:

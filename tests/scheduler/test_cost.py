@@ -6,7 +6,7 @@ import math
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduler.core.config import SchedulerConfig
@@ -129,6 +129,7 @@ def test_one_stall_is_not_a_change() -> None:
     assert fit.predict(x) > 0.7 * before
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1), st.integers(0, 2**63)), min_size=1, max_size=40

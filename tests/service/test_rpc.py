@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import grpc
 import pytest
@@ -218,3 +219,34 @@ def test_streams_of_health_and_reflection_need_the_credential() -> None:
             reply = next(reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([listing])))
             assert "kvpool.v1.Directory" in {service.name for service in reply.list_services_response.service}
             watch.cancel()
+
+
+def test_a_busy_peer_has_time_to_answer_the_first_time() -> None:
+    """Connecting is more than a packet: a loaded machine, or TLS over a long way, takes a while for it."""
+    with serving() as address, slow_to_begin(address, 0.5) as relay:
+        assert ask(relay) == 7
+
+
+@contextmanager
+def slow_to_begin(address: str, delay_s: float) -> Iterator[str]:
+    """Passes one connection on, after a while."""
+    host, _, port = address.rpartition(":")
+    with socket.create_server(("127.0.0.1", 0)) as listening, ExitStack() as stack:
+
+        def serve() -> None:
+            near, _ = listening.accept()
+            stack.callback(near.close)
+            threading.Event().wait(delay_s)
+            far = socket.create_connection((host, int(port)))
+            stack.callback(far.close)
+            for source, sink in ((near, far), (far, near)):
+                threading.Thread(target=passed_on, args=(source, sink), daemon=True).start()
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
+
+
+def passed_on(source: socket.socket, sink: socket.socket) -> None:
+    with suppress(OSError):
+        while data := source.recv(65_536):
+            sink.sendall(data)

@@ -1,137 +1,20 @@
-"""The backend against SGLang's own interface, factory, host pools and cache controller, on CPU memory."""
+"""The backend against SGLang's own interface, factory and host pools, on CPU memory."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch", reason="torch is not installed here")
-
-from tests.pool.node_process import NodeProcess, eventually  # noqa: E402
-from tests.sglang.made_pools import hashes  # noqa: E402
+from tests.pool.node_process import NodeProcess, eventually
+from tests.sglang.made_pools import hashes
+from tests.sglang.real_pools import ALL_POOLS, PAGES, fill, flats, mha_pool, places, pool_of
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("sglang")]
-
-LAYERS, TOKENS, HEADS, HEAD_DIM, PAGES = 3, 4, 2, 8, 8
-#: SGLang leaves 10 GB of a host to others before it makes a pool, unless it is told what it may have.
-BUDGET_BYTES = 1 << 30
-MHA_LAYOUTS = ("layer_first", "page_first", "page_first_direct", "page_head")
-MLA_LAYOUTS = ("layer_first", "page_first", "page_first_direct")
-EXTRA = {
-    "backend_name": "kvpool",
-    "module_path": "engines.sglang.backend",
-    "class_name": "KVPoolHiCacheStorage",
-    "model_id": "made-up/1",
-    # A crowded machine may take long.
-    "lookup_timeout_ms": 20_000,
-    "load_timeout_s": 20.0,
-    "store_timeout_s": 20.0,
-}
-
-
-def pointers(tensors: tuple[Any, ...]) -> Any:
-    return torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.uint64)
-
-
-def mha_pool(layout: str, *, layers: int = LAYERS, heads: int = HEADS, dtype: Any = None, tokens: int = TOKENS) -> Any:
-    """SGLang's own host pool of K and V."""
-    from sglang.srt.mem_cache.device_pool_info import KVBufferLayout, KVBuffers, MHABufferInfo
-    from sglang.srt.mem_cache.pool_host.base import host_memory_budget_scope
-    from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
-
-    dtype = dtype or torch.bfloat16
-    k, v = (tuple(torch.zeros(2 * tokens, heads, HEAD_DIM, dtype=dtype) for _ in range(layers)) for _ in range(2))
-    info = MHABufferInfo(
-        buffers=KVBuffers(k=k, v=v, k_data_ptrs=pointers(k), v_data_ptrs=pointers(v), layout=KVBufferLayout.NHD),
-        page_size=tokens, head_num=heads, head_dim=HEAD_DIM, v_head_dim=HEAD_DIM, dtype=dtype,
-        device=torch.device("cpu"),
-    )  # fmt: skip
-    with host_memory_budget_scope(BUDGET_BYTES):
-        return MHATokenToKVPoolHost(
-            info, 1.0, 0, tokens, layout, pin_memory=False, device_capacity_tokens=2 * tokens, start_layer=0,
-            end_layer=layers, host_token_capacity=PAGES * tokens,
-        )  # fmt: skip
-
-
-def mla_pool(layout: str) -> Any:
-    """SGLang's own host pool of compressed KV."""
-    from sglang.srt.mem_cache.device_pool_info import MLABufferInfo
-    from sglang.srt.mem_cache.pool_host.base import host_memory_budget_scope
-    from sglang.srt.mem_cache.pool_host.mla import MLATokenToKVPoolHost
-
-    width = 24
-    buffers = tuple(torch.zeros(2 * TOKENS, 1, width, dtype=torch.bfloat16) for _ in range(LAYERS))
-    info = MLABufferInfo(
-        buffers=buffers, data_ptrs=pointers(buffers), layer_indices=tuple(range(LAYERS)), device_layer_num=LAYERS,
-        page_size=TOKENS, kv_lora_rank=16, qk_rope_head_dim=8, kv_cache_dim=width, dtype=torch.bfloat16,
-        device=torch.device("cpu"),
-    )  # fmt: skip
-    with host_memory_budget_scope(BUDGET_BYTES):
-        return MLATokenToKVPoolHost(
-            info, 1.0, 0, TOKENS, layout, pin_memory=False, device_capacity_tokens=2 * TOKENS, start_layer=0,
-            end_layer=LAYERS, target_layer_num=LAYERS, host_token_capacity=PAGES * TOKENS,
-        )  # fmt: skip
-
-
-ALL_POOLS = [("mha", layout) for layout in MHA_LAYOUTS] + [("mla", layout) for layout in MLA_LAYOUTS]
-
-
-def pool_of(kind: str, layout: str) -> Any:
-    return mha_pool(layout) if kind == "mha" else mla_pool(layout)
-
-
-def fill(pool: Any, seed: int) -> None:
-    flat = pool.kv_buffer.view(torch.uint8)
-    flat.copy_(torch.randint(0, 256, flat.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)))
-
-
-def flats(pool: Any, pages: range) -> list[bytes]:
-    """Pages by SGLang's own reading of its pool."""
-    return [
-        pool.get_data_page(page * pool.page_size, flat=True).contiguous().view(torch.uint8).numpy().tobytes()
-        for page in pages
-    ]
-
-
-def places(pool: Any, *pages: int) -> Any:
-    return torch.cat([torch.arange(page * pool.page_size, (page + 1) * pool.page_size) for page in pages])
-
-
-def config(node: str, *, mla: bool = False, **others: Any) -> Any:
-    from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
-
-    extra = {**EXTRA, "node": node, **others.pop("extra", {})}
-    return HiCacheStorageConfig(
-        **{
-            "tp_rank": 0, "tp_size": 1, "pp_rank": 0, "pp_size": 1, "attn_cp_rank": 0, "attn_cp_size": 1,
-            "is_mla_model": mla, "enable_storage_metrics": True, "is_page_first_layout": False, "model_name": "made",
-            "extra_config": extra, **others,
-        }
-    )  # fmt: skip
-
-
-@pytest.fixture
-def backend_on() -> Iterator[Callable[..., Any]]:
-    """Backends as SGLang's factory makes them, with a host pool."""
-    from sglang.srt.mem_cache.storage.backend_factory import StorageBackendFactory
-
-    backends: list[Any] = []
-
-    def make(node: str, pool: Any, **others: Any) -> Any:
-        backend = StorageBackendFactory.create_backend("dynamic", config(node, **others), pool)
-        backends.append(backend)
-        backend.register_mem_pool_host(pool)
-        backend.on_host_pools_registered()
-        return backend
-
-    yield make
-    for backend in backends:
-        backend.close()
 
 
 # ---------------------------------------------------------------- pages
@@ -196,66 +79,6 @@ def test_another_tp_degree_reads_the_heads_it_needs(node: NodeProcess, backend_o
         assert backend.batch_get_v1(back, places(pool, 6)) == [True]
         mine = whole.kv_buffer[:, 5, 2 * rank : 2 * rank + 2]
         assert torch.equal(pool.kv_buffer[:, 6].view(torch.uint8), mine.view(torch.uint8))
-
-
-# ---------------------------------------------------------------- who shares
-
-
-def test_only_equal_engines_share(node: NodeProcess, backend_on: Callable[..., Any]) -> None:
-    """Every pair of engines that differ in one thing: the one finds nothing of the other's."""
-    made = {
-        "plain": (mha_pool("page_first"), {}),
-        "layout": (mha_pool("page_first_direct"), {}),
-        "layer first": (mha_pool("layer_first"), {}),
-        "dtype": (mha_pool("page_first", dtype=torch.float16), {}),
-        "page size": (mha_pool("page_first", tokens=2 * TOKENS), {}),
-        "layers": (mha_pool("page_first", layers=LAYERS + 1), {}),
-        "heads": (mha_pool("page_first", heads=2 * HEADS), {}),
-        "model": (mha_pool("page_first"), {"extra": {"model_id": "made-up/2"}}),
-        "tag": (mha_pool("page_first"), {"extra": {"extra_backend_tag": "staging"}}),
-        "tp degree": (mha_pool("page_first"), {"tp_size": 2}),
-        "tp rank": (mha_pool("page_first"), {"tp_size": 2, "tp_rank": 1}),
-        "pp stage": (mha_pool("page_first"), {"pp_size": 2, "pp_rank": 1}),
-        "mla": (mla_pool("page_first"), {"mla": True}),
-    }
-    backends = {name: backend_on(node.address, pool, **others) for name, (pool, others) in made.items()}
-    keys = hashes(2, "shared")
-    for seed, (name, (pool, _)) in enumerate(made.items()):
-        fill(pool, seed)
-        assert backends[name].batch_exists(keys) == 0, f"{name} finds what others stored"
-        assert backends[name].batch_set_v1(keys, places(pool, 0, 1)) == [True] * 2
-    for name, (pool, _) in made.items():
-        wanted = flats(pool, range(2))
-        assert backends[name].batch_get_v1(keys, places(pool, 4, 5)) == [True] * 2
-        assert flats(pool, range(4, 6)) == wanted, name
-
-
-def test_ranks_of_mla_share_one_copy(node: NodeProcess, backend_on: Callable[..., Any]) -> None:
-    pools = [mla_pool("page_first") for _ in range(2)]
-    first, second = (
-        backend_on(node.address, pool, mla=True, tp_rank=rank, tp_size=2) for rank, pool in enumerate(pools)
-    )
-    fill(pools[0], 1)
-    keys = hashes(2, "mla")
-    assert first.batch_set_v1(keys, places(pools[0], 0, 1)) == [True] * 2
-    assert second.batch_get_v1(keys, places(pools[1], 0, 1)) == [True] * 2
-    assert flats(pools[1], range(2)) == flats(pools[0], range(2))
-
-
-def test_weights_that_nothing_identifies_are_refused(node: NodeProcess, backend_on: Callable[..., Any]) -> None:
-    """The name that a model is served under is no identity."""
-    from kvpool.core.errors import Unsupported
-
-    with pytest.raises(Unsupported, match="which weights") as caught:
-        backend_on(node.address, mha_pool("page_first"), extra={"model_id": ""})
-    assert "model_id" in caught.value.hint
-
-
-def test_wrong_settings_are_refused_by_name(node: NodeProcess, backend_on: Callable[..., Any]) -> None:
-    from kvpool.core.errors import BadArgument
-
-    with pytest.raises(BadArgument, match="nodes"):
-        backend_on(node.address, mha_pool("page_first"), extra={"nodes": "a:1"})
 
 
 # ---------------------------------------------------------------- trouble
@@ -363,118 +186,6 @@ def test_pools_beside_the_kv(node: NodeProcess, backend_on: Callable[..., Any]) 
     assert backend.batch_get_v2(absent) == {PoolName.SWA: [False, False]}
     unknown = [PoolTransfer(PoolName.INDEXER, host_indices=places(beside, 0), keys=keys[:1])]
     assert backend.batch_get_v2(unknown) == {PoolName.INDEXER: [False]}
-
-
-# ---------------------------------------------------------------- SGLang's cache controller
-
-
-class DevicePool:
-    """What the controller asks of the engine's own cache when only storage is used."""
-
-    device, layer_num = "cpu", LAYERS
-
-    def register_layer_transfer_counter(self, counter: object) -> None:
-        pass
-
-    def get_kvcache(self) -> DevicePool:
-        return self
-
-
-@pytest.fixture
-def controller_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
-    """SGLang's own HiCacheController with its threads; no CUDA events and streams, which only copies to a GPU need."""
-    import sglang.srt.managers.cache_controller as controllers
-    from sglang.srt.runtime_context import get_parallel
-
-    class NoEvent:
-        def query(self) -> bool:
-            return True
-
-    monkeypatch.setattr(controllers.device_module, "Event", NoEvent, raising=False)
-    monkeypatch.setattr(controllers, "L2TransferEngine", lambda io_backend: None)
-    monkeypatch.setattr(controllers.HiCacheController, "_create_sync_groups", lambda self: [])
-    made: list[Any] = []
-
-    def make(node: str, pool: Any, **extra: Any) -> Any:
-        controller = controllers.HiCacheController(
-            DevicePool(), pool, pool.page_size, None, None, io_backend="direct", storage_backend="dynamic",
-            prefetch_threshold=0, model_name="served", enable_storage_metrics=True,
-            storage_backend_extra_config=json.loads(json.dumps({**EXTRA, "node": node, **extra})),
-        )  # fmt: skip
-        made.append(controller)
-        return controller
-
-    ranks = {"tp_rank": 0, "tp_size": 1, "pp_rank": 0, "pp_size": 1, "attn_dcp_size": 1, "attn_dcp_rank": 0}
-    with get_parallel().override(**ranks):
-        yield make
-        for controller in made:
-            controller.detach_storage_backend()
-
-
-def drained(queue: Any, done: Callable[[Any], bool]) -> list[Any]:
-    """Everything of a queue of the controller's up to what is `done`."""
-    seen = []
-    while not (seen and done(seen[-1])):
-        seen.append(queue.get(timeout=60))
-    return seen
-
-
-@pytest.mark.parametrize("interface_v1", [0, 1])
-@pytest.mark.parametrize(("kind", "layout"), [("mha", "page_first"), ("mha", "layer_first"), ("mla", "page_first")])
-def test_sglangs_controller_backs_up_and_prefetches(
-    node: NodeProcess, controller_on: Callable[..., Any], kind: str, layout: str, interface_v1: int
-) -> None:
-    """Two engines: one backs pages up, the other finds and prefetches them; then a prompt that is half known."""
-    from sglang.srt.mem_cache.utils import get_storage_hash_str
-
-    pools = [pool_of(kind, layout) for _ in range(2)]
-    one, other = (controller_on(node.address, pool, interface_v1=interface_v1) for pool in pools)
-    fill(pools[0], 1)
-    tokens = list(range(1000, 1000 + 4 * TOKENS))
-    names = get_storage_hash_str(tokens, None, page_size=TOKENS)
-    one.write_storage(places(pools[0], 0, 1, 2, 3), tokens, hash_value=names)
-    backed_up = one.ack_backup_queue.get(timeout=60)
-    assert backed_up.completed_tokens == len(tokens)
-
-    for prompt, known in ((tokens, 4), ([*tokens[: 2 * TOKENS], *range(5000, 5000 + 2 * TOKENS)], 2)):
-        operation = other.prefetch("request", prompt)
-        assert other.prefetch_hit_queue.get(timeout=60) is operation
-        assert operation.storage_hit_count == known * TOKENS
-        operation.host_indices = pools[1].alloc(known * TOKENS)
-        other.prefetch_buffer.put(operation)
-        acks = drained(other.ack_prefetch_queue, lambda ack: ack.completed_req)
-        assert acks[0].completed_tokens == known * TOKENS
-        first = int(operation.host_indices[0]) // TOKENS
-        assert flats(pools[1], range(first, first + known)) == flats(pools[0], range(known))
-        pools[1].free(operation.host_indices)
-
-
-def test_a_prefetch_while_the_node_dies_ends(
-    start_node: Callable[..., NodeProcess], controller_on: Callable[..., Any]
-) -> None:
-    from sglang.srt.mem_cache.utils import get_storage_hash_str
-
-    node = start_node()
-    pool = mha_pool("page_first")
-    controller = controller_on(node.address, pool, interface_v1=1, load_timeout_s=1.0, lookup_timeout_ms=500)
-    fill(pool, 1)
-    tokens = list(range(4 * TOKENS))
-    names = get_storage_hash_str(tokens, None, page_size=TOKENS)
-    controller.write_storage(places(pool, 0, 1, 2, 3), tokens, hash_value=names)
-    controller.ack_backup_queue.get(timeout=60)
-    operation = controller.prefetch("request", tokens)
-    controller.prefetch_hit_queue.get(timeout=60)
-    node.kill()
-    operation.host_indices = pool.alloc(4 * TOKENS)
-    wanted = flats(pool, range(4))
-    controller.prefetch_buffer.put(operation)
-    acks = drained(controller.ack_prefetch_queue, lambda ack: ack.completed_req)
-    got = acks[0].completed_tokens // TOKENS
-    assert flats(pool, range(got)) == wanted[:got]
-    # Later requests are told at once that there is nothing.
-    assert eventually(lambda: not controller.storage_backend.batch_exists(hashes(1, "x")))
-    controller.prefetch("next", list(range(900, 900 + 4 * TOKENS)))
-    assert controller.prefetch_hit_queue.get(timeout=60).storage_hit_count == 0
 
 
 def test_the_interface_has_not_changed() -> None:

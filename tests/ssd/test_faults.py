@@ -15,6 +15,7 @@ from kvpool.core.errors import NoSsd
 from kvpool.core.ssd.format import PAGE_BYTES, segment_name
 from kvpool.core.ssd.records import SsdState
 from kvpool.tiers.ssd.store import SsdStore
+from kvpool.tiers.ssd.writer import Request
 
 from .crash_files import CrashFiles
 from .records_made import NAMESPACE, batch_of, content, keys_of, read_all
@@ -342,8 +343,8 @@ def test_a_request_may_be_given_up_just_when_its_time_is_up():
 @pytest.mark.parametrize("call", ["recovery._restore", "store.seal_scanned"])
 def test_a_store_that_can_not_be_opened_keeps_nothing_open(call, tmp_path, monkeypatch):
     def opened():
-        links = [os.readlink(entry.path) for entry in os.scandir("/proc/self/fd") if os.path.islink(entry.path)]
-        return [link for link in links if link.startswith(str(tmp_path))]
+        links = [link.readlink() for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+        return [link for link in links if link.is_relative_to(tmp_path)]
 
     def refuse(*_):
         raise OSError(errno.EIO, "injected")

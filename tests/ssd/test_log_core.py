@@ -17,6 +17,8 @@ from kvpool.core.ssd.format import (
     pack_footer,
     pack_segment_header,
     pack_store_header,
+    place_seed,
+    place_seeds,
     read_footer,
     read_segment_header,
     read_store_header,
@@ -278,3 +280,11 @@ def test_pages_list_each_readable_row_once(monkeypatch, limit):
         assert len(rows) == limit or cursor is None
         found += rows.tolist()
     assert found == np.flatnonzero(core.rows.states == RowState.LIVE).tolist()
+
+
+def test_seeds_of_many_places_are_those_of_each():
+    rng = np.random.default_rng(5)
+    seeds = rng.integers(0, 1 << 64, 200, dtype=np.uint64)
+    offsets = rng.integers(0, 1 << 40, 200)
+    one_by_one = [place_seed(seed, offset) for seed, offset in zip(seeds.tolist(), offsets.tolist(), strict=True)]
+    assert place_seeds(seeds, offsets).tolist() == one_by_one

@@ -170,6 +170,7 @@ def cluster(folder: Path, servers: int = 2, role: str = "both") -> Iterator[Clus
     finally:
         for process in (*processes, *(engine.process for engine in engines), node.process):
             process.stop()
+            kill(process)
 
 
 def _joined(made: Cluster, count: int) -> bool:
@@ -182,6 +183,8 @@ def _joined(made: Cluster, count: int) -> bool:
 
 
 def kill(process: Process) -> None:
-    os.kill(process.popen.pid, signal.SIGKILL)
+    """At once, with all that it started: each has a group of its own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.popen.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.popen.wait(START_S)

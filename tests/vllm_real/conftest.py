@@ -12,12 +12,19 @@ import pytest
 
 from tests.vllm_real.serving import Servers, running_servers
 
+#: Seconds for a test and the servers that it starts, on a machine that does other things too.
+TEST_S = 1500
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if importlib.util.find_spec("vllm") is None:
-        for item in items:
-            if "vllm_real" in str(item.path):
+    missing = importlib.util.find_spec("vllm") is None
+    for item in items:
+        if "vllm_real" in str(item.path):
+            item.add_marker(pytest.mark.timeout(TEST_S))
+            if missing:
                 item.add_marker(pytest.mark.skip(reason="vLLM is not installed here: make test-engines"))
+    # Last, so that nobody else's servers have to share the memory with theirs.
+    items.sort(key=lambda item: "servers" in getattr(item, "fixturenames", ()) and "vllm_real" in str(item.path))
 
 
 @pytest.fixture(scope="session")

@@ -20,13 +20,14 @@ from typing import Any
 
 MODEL = Path(__file__).parent.parent / "models" / "tiny-llama"
 BLOCK_TOKENS = 32
-START_S, STOP_S, REPLY_S = 240.0, 30.0, 120.0
+START_S, STOP_S, REPLY_S = 420.0, 30.0, 120.0
+#: Of each engine's cache: several engines are to fit into one machine.
+CACHE_BYTES = 256 << 20
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_SERVER_DEV_MODE": "1",
     "OMP_NUM_THREADS": "1",
 }
@@ -57,6 +58,9 @@ class Process:
         except subprocess.TimeoutExpired:
             self.popen.kill()
             self.popen.wait(STOP_S)
+        # vLLM's other processes, which outlive a first one that was killed, or was stopped while it started.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.popen.pid, signal.SIGKILL)
 
     def wait_a_little(self) -> None:
         """Until it ends, which it should not, or a moment has passed."""
@@ -137,7 +141,8 @@ class Offline:
     ) -> Offline:
         engine = {
             "model": str(MODEL), "dtype": "float32", "enforce_eager": True, "max_model_len": 2048,
-            "block_size": BLOCK_TOKENS, "kv_transfer_config": connector(node), **(settings or {}),
+            "block_size": BLOCK_TOKENS, "kv_cache_memory_bytes": CACHE_BYTES, "kv_transfer_config": connector(node),
+            **(settings or {}),
         }  # fmt: skip
         job = json.dumps({"engine": engine, "rounds": prompts, "max_tokens": 16})
         command = [sys.executable, "-m", "tests.vllm_real.offline", job]
@@ -184,7 +189,8 @@ class Engine:
             sys.executable, "-m", "vllm.entrypoints.openai.api_server",
             "--model", str(MODEL), "--served-model-name", "tiny",
             "--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32", "--enforce-eager",
-            "--max-model-len", "2048", "--block-size", str(BLOCK_TOKENS), "--enable-prompt-tokens-details", *arguments,
+            "--max-model-len", "2048", "--block-size", str(BLOCK_TOKENS), "--enable-prompt-tokens-details",
+            "--kv-cache-memory-bytes", str(CACHE_BYTES), *arguments,
         ]  # fmt: skip
         if connector is not None:
             command += ["--kv-transfer-config", json.dumps(connector)]

@@ -181,9 +181,11 @@ class SteppedEngine:
         self.scheduler.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
 
     def new_weights(self) -> None:
-        """As a trainer does: pause, load, reset. What is stored is the old weights' from here on."""
+        """As a trainer does: drain, load, reset. What is stored is the old weights' from here on."""
+        while not self.is_idle:
+            self.step()
         self.weights += 1
-        while not self.scheduler.reset_prefix_cache(reset_running_requests=False, reset_connector=False):
+        while not self.scheduler.reset_prefix_cache():  # stores still hold blocks
             self.step()
         assert self.scheduler.reset_connector_cache()
         self.expected.clear()

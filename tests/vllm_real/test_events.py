@@ -17,6 +17,7 @@ from vllm.v1.core import kv_cache_utils  # noqa: E402
 
 from engines.openai_server.cache_mirror import CacheMirror  # noqa: E402
 from engines.openai_server.event_feed import EventFeed  # noqa: E402
+from engines.openai_server.kv_events import Message  # noqa: E402
 from kvpool.core.engine_keys import EngineNaming  # noqa: E402
 from tests.vllm_real.serving import free_port  # noqa: E402
 
@@ -88,14 +89,19 @@ def encoding(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def test_vllms_events_become_the_keys_of_its_connector(engine: Engine, ports: tuple[int, int]) -> None:
     naming = EngineNaming(engine.algorithm, BLOCK_TOKENS)  # type: ignore[attr-defined]
     mirror, sizes = CacheMirror(naming, NAMESPACE), queue.Queue[int]()
+
+    def take(message: Message) -> None:
+        mirror.apply(message)
+        sizes.put(len(mirror))
+
     draw = random.Random(1)
     talk = [draw.randrange(150_000) for _ in range(5 * BLOCK_TOKENS + 3)]
     engine.publish(engine.stored(talk[: 2 * BLOCK_TOKENS]))  # before anybody listens
     feed = EventFeed(
         f"tcp://127.0.0.1:{ports[0]}",
         f"tcp://127.0.0.1:{ports[1]}",
-        take=lambda message: sizes.put(len(mirror.apply(message)) * 0 + len(mirror)),
-        forget=lambda: (mirror.clear(), sizes.put(-1)),
+        take=take,
+        forget=lambda: sizes.put(-len(mirror.clear()) - 1),
     )
     feed.start()
     try:

@@ -16,6 +16,7 @@ from tests.vllm_real.serving import BLOCK_TOKENS
 #: Three servers start at once, on few cores.
 pytestmark = pytest.mark.timeout(600)
 
+TWO = {"n": 2, "temperature": 0.8, "seed": 7}
 SPLIT = {"policy": "always_split"}
 
 
@@ -50,7 +51,7 @@ def test_answers_in_one_and_chats(served: Cluster) -> None:
     messages = [{"role": "user", "content": "def add(a, b): what does this return? " * 4}]
     chat = {"model": "tiny", "messages": messages, "temperature": 0, "max_tokens": 20}
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
-    for extra in ({}, {"logprobs": True, "top_logprobs": 3}, {"tools": tools, "tool_choice": "none"}, {"n": 2}):
+    for extra in ({}, {"logprobs": True, "top_logprobs": 3}, {"tools": tools, "tool_choice": "none"}, TWO):
         expected = served.plain.post("/v1/chat/completions", {**chat, **extra})
         for options in ({}, SPLIT):
             status, answer = served.post("/v1/chat/completions", {**chat, **extra, "kvpool": options})

@@ -1,9 +1,13 @@
-"""vLLM's MooncakeStoreConnector, as it is, on kvpool's `mooncake.store`: the tokens are those of plain vLLM."""
+"""vLLM's MooncakeStoreConnector, as it is, on kvpool's `mooncake.store`: the tokens are those of plain vLLM.
+
+One server stores, a second one loads all of it, and goes on without the pool when the node is killed.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -64,10 +68,11 @@ def test_tokens_are_those_of_plain_vllm(tmp_path: Path) -> None:
     node = Node(tmp_path)
     plain = Engine(tmp_path, "plain")
     first = with_mooncake(tmp_path, "first", node)
-    asked = prompts(3)
+    asked, late = prompts(3), prompts(4)[-4:]
     assert len(asked) >= 20
     with running(node, plain, first), PoolClient(node.address) as pool:
         expected = [plain.complete(tokens, **fields).tokens for tokens, fields in asked]
+        expected_late = [plain.complete(tokens, **fields).tokens for tokens, fields in late]
         plain.stop()
         for number, (tokens, fields) in enumerate(asked):
             assert first.complete(tokens, **fields).tokens == expected[number], f"prompt {number}, stored"
@@ -80,3 +85,7 @@ def test_tokens_are_those_of_plain_vllm(tmp_path: Path) -> None:
                 assert answer.tokens == expected[number], f"prompt {number}, loaded"
                 assert answer.cached_tokens >= (len(tokens) - 1) // BLOCK_TOKENS * BLOCK_TOKENS, f"prompt {number}"
             assert second.metric("vllm:external_prefix_cache_hits_total") > 0, second.process.text[-3000:]
+            node.process.stop(signal.SIGKILL)
+            answers = [second.complete(tokens, **fields).tokens for tokens, fields in late]
+            assert answers == expected_late, "without a node"
+            second.process.must_run()

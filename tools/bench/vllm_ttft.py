@@ -48,7 +48,7 @@ transformers.LlamaForCausalLM(config).to(torch.float32).save_pretrained(sys.argv
 BLOCK_TOKENS = 128
 #: Prompts of the workload without reuse, and tokens of each.
 CPU_PROMPTS, CPU_TOKENS, CPU_GENERATED = 4, 1024, 64
-POOL_BYTES = 3 << 30
+POOL_BYTES = 2 << 30
 
 
 @dataclass

@@ -163,6 +163,11 @@ def place_seed(seed: int, offset: int) -> int:
     return (seed ^ ((offset + 1) * _MIX_PLACE)) & _MASK64
 
 
+def place_seeds(seeds: NDArray[np.uint64], offsets: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """`place_seed` of many places: seeds of the segment of each, uint64 (n), and offsets int64 (n)."""
+    return seeds ^ ((offsets.astype(np.uint64) + np.uint64(1)) * np.uint64(_MIX_PLACE))
+
+
 def sign_descriptors(descriptors: Descriptors, names: list[bytes], offsets: NDArray[np.int64], seed: int) -> None:
     """Fills in magic, version and checksum; everything else must stand.
 

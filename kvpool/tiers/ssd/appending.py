@@ -33,8 +33,9 @@ from kvpool.tiers.ssd.files import FULL_ERRORS, Files
 from kvpool.tiers.ssd.lanes import Arena, Bytes, Lanes, cut, is_aligned
 from kvpool.tiers.ssd.open_log import OpenLog, SegmentFile
 
-#: One system call writes up to this much.
-WRITE_BYTES = 1 << 20
+#: One system call writes up to this much. Less than 1 MiB: a block device takes a bounded number of pieces of memory in
+#: one request (virtio 254), and a page is a piece. 1 MiB would be one full request and one of two pages.
+WRITE_BYTES = 960 << 10
 #: So much of a group is written while what follows is laid out.
 PORTION_BYTES = 4 << 20
 #: Payload of a group: what one fdatasync covers, if as much is waiting.
@@ -114,8 +115,9 @@ class LogAppender:
         page[:] = np.frombuffer(header, np.uint8)
         try:
             file.write([page.data], 0)
-            file.sync()
-            log.files.sync_names()
+            # At the same time: they share what the file system writes for them. Whichever is durable first, the file
+            # has no records until both are.
+            self._lanes.run([file.sync, log.files.sync_names])
         except OSError as error:
             file.close()
             _remove_quietly(log.files, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeAlias
@@ -11,17 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpool.core.index import key_words
-from kvpool.core.ssd.format import DESCRIPTOR, DESCRIPTOR_BYTES, PACKED_BYTES_MAX, PAGE_BYTES, place_seed
+from kvpool.core.ssd.format import DESCRIPTOR, DESCRIPTOR_BYTES, PACKED_BYTES_MAX, PAGE_BYTES, place_seeds
 from kvpool.core.ssd.records import SsdRead
 from kvpool.tiers.ssd.files import DiskFile, File
 from kvpool.tiers.ssd.lanes import Bytes, Lanes
 from kvpool.tiers.ssd.read_loop import BAD, GOOD, LEFT, RUN_RECORDS, cut_runs, read_runs
 
 if TYPE_CHECKING:
+    from kvpool.tiers.ssd.open_log import SegmentFile
     from kvpool.tiers.ssd.reading import Wanted
 
-#: One system call reads about this much: neighbours in the log are read together.
-RUN_BYTES: Final = 1 << 20
+#: One system call reads about this much: neighbours in the log are read together. As `appending.WRITE_BYTES`.
+RUN_BYTES: Final = 960 << 10
 #: Packed records this near to each other are read together with what lies between.
 GAP_BYTES: Final = 2 * PAGE_BYTES
 #: Larger records are left to others, which read parts of them at once.
@@ -34,6 +36,7 @@ assert max(RUN_BYTES, 2 * RUN_RECORDS * PAGE_BYTES) + 2 * PAGE_BYTES <= _MEMORY_
 
 I64: TypeAlias = NDArray[np.int64]
 U8: TypeAlias = NDArray[np.uint8]
+U64: TypeAlias = NDArray[np.uint64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,24 +54,22 @@ def read_directly(lanes: Lanes, wanted: Wanted, answer: SsdRead, *, direct: bool
 
     Args: direct: whether the files take only whole pages of memory.
     """
-    order, left = _suitable(wanted)
+    numbers, descriptors, seeds = _files_of(wanted.segments)
+    order, left = _suitable(wanted, numbers, descriptors)
     if not len(order):
         return DirectlyRead([], left)
     rows = order.tolist()
-    segments = [wanted.segments[row] for row in rows]
-    numbers = np.array([segment.number for segment in segments], np.int64)
     offsets, ends = np.array(wanted.offsets, np.uint64)[order], np.array(wanted.ends, np.uint64)[order]
     sizes, name_bytes = np.array(wanted.sizes, np.uint64)[order], np.array(wanted.name_bytes, np.uint64)[order]
     targets = np.array([_address_of(wanted.targets[row]) for row in rows], np.uint64)
     packed = sizes <= PACKED_BYTES_MAX
     straight = ~packed & (targets % PAGE_BYTES == 0) if direct else ~packed
-    runs = cut_runs(numbers, offsets, ends, straight, packed, RUN_BYTES, GAP_BYTES)
+    runs = cut_runs(numbers[order], offsets, ends, straight, packed, RUN_BYTES, GAP_BYTES)
     raw = np.empty((len(rows), DESCRIPTOR_BYTES + int(name_bytes.max())), np.uint8)
     outcomes = np.full(len(rows), LEFT, np.uint8)
     arguments = (
-        np.zeros(1, np.uint64), runs, np.array([_descriptor(segment.file) for segment in segments], np.int64),
-        straight, offsets, ends, sizes, name_bytes, wanted.sequences[order], key_words(wanted.keys[order]),
-        np.array([place_seed(s.seed, wanted.offsets[row]) for s, row in zip(segments, rows, strict=True)], np.uint64),
+        np.zeros(1, np.uint64), runs, descriptors[order], straight, offsets, ends, sizes, name_bytes,
+        wanted.sequences[order], key_words(wanted.keys[order]), place_seeds(seeds[order], offsets.astype(np.int64)),
         targets,
     )  # fmt: skip
     lanes.run([partial(_work, lanes, arguments, raw, outcomes)] * min(lanes.depth, len(runs) - 1))
@@ -80,16 +81,26 @@ def read_directly(lanes: Lanes, wanted: Wanted, answer: SsdRead, *, direct: bool
     )  # fmt: skip
 
 
-def _suitable(wanted: Wanted) -> tuple[I64, list[int]]:
+def _files_of(segments: Sequence[SegmentFile]) -> tuple[I64, I64, U64]:
+    """Of each row the number of its segment, the descriptor of its file, and its seed; looked up once a segment."""
+    numbers = np.array([segment.number for segment in segments], np.int64)
+    known = dict(zip(numbers.tolist(), segments, strict=True))
+    distinct, at = np.unique(numbers, return_inverse=True)
+    files = [known[number] for number in distinct.tolist()]
+    descriptors = np.array([_descriptor(segment.file) for segment in files], np.int64)
+    return numbers, descriptors[at], np.array([segment.seed for segment in files], np.uint64)[at]
+
+
+def _suitable(wanted: Wanted, numbers: I64, descriptors: I64) -> tuple[I64, list[int]]:
     """Rows for the loop, as they lie in the log, which is the quickest for the disk too; and the others.
 
     Those are without a target, large, or in a file that is not the system's.
     """
     suits = np.array([target is not None for target in wanted.targets], np.bool_)
-    suits &= np.array([_descriptor(segment.file) != _NO_FILE for segment in wanted.segments], np.bool_)
+    suits &= descriptors != _NO_FILE
     offsets = np.array(wanted.offsets, np.int64)
     suits &= np.array(wanted.ends, np.int64) - offsets <= RECORD_BYTES_MAX
-    order = np.lexsort((offsets, np.array([segment.number for segment in wanted.segments], np.int64)))
+    order = np.lexsort((offsets, numbers))
     chosen: I64 = order[suits[order]]
     return chosen, np.flatnonzero(~suits).tolist()
 

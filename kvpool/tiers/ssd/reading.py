@@ -36,7 +36,7 @@ from kvpool.tiers.ssd.open_log import OpenLog, SegmentFile
 
 _RUN_RECORDS = 128
 #: One system call reads at most this much of a larger record.
-_PART_BYTES = 2 << 20
+_PART_BYTES = 2 * RUN_BYTES
 #: Bytes that are read, and then verified, together.
 SLICE_BYTES = 8 << 20
 #: Memory of a slice: descriptors, and payloads whose target O_DIRECT does not take.

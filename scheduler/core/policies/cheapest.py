@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from scheduler.core import screening
+from scheduler.core import objectives, screening
 from scheduler.core.cluster import Instance
 from scheduler.core.config import SchedulerConfig
 from scheduler.core.events import PlaceRequested
@@ -23,6 +23,20 @@ LARGE_FLEET, APPRAISED_MAX_LARGE = 64, 5
 APPRAISED_MIN_LARGE, NEARLY = 0, 1.03
 #: Where nobody has room nothing is feasible: so many are looked at for what is missing, and for how long.
 FULL_MAX = 4
+
+
+@dataclass(slots=True)
+class Targets:
+    """Where a split may decode."""
+
+    freest: list[Instance]  # the two with most room, most first
+    others: list[Instance]  # the one that prefills hold up least, and the one that holds the longest part of the prompt
+
+    def for_prefill(self, prefill: Instance) -> list[Instance]:
+        """The freest that the request does not prefill on, and the others."""
+        return _distinct(
+            next((t for t in self.freest if t is not prefill), None), *(t for t in self.others if t is not prefill)
+        )
 
 
 @dataclass(slots=True)
@@ -76,12 +90,11 @@ def _by_columns(appraiser: Appraiser, fleet: Fleet, rivals: bool) -> list[Option
         seen = {option.decode.id for option in options}
         options += [appraiser.colocated(i) for i in screen.freest(2) if i.id not in seen]
     if appraiser.request.use_pool and bounded:
-        targets, nearest = screen.freest(2), screen.nearest()
-        targets += [nearest] if nearest is not None else []
-        slow_us = min(appraiser.slow_cost_us(d) for d in targets)
+        targets = Targets(screen.freest(2), _distinct(screen.calmest(), screen.nearest()))
+        slow_us = min(appraiser.slow_cost_us(d) for d in (*targets.freest, *targets.others))
         options += _best(
-            screen.prefills(appraiser, targets, slow_us, count),
-            lambda p: [appraiser.split(p, d) for d in _others(targets, p)],
+            screen.prefills(appraiser, [*targets.freest, *targets.others], slow_us, count),
+            lambda p: [appraiser.split(p, d) for d in targets.for_prefill(p)],
             _least(options) if rivals else None,
             reach,
         )
@@ -98,10 +111,10 @@ def _one_by_one(appraiser: Appraiser, instances: Sequence[Instance], rivals: boo
     )
     if appraiser.request.use_pool and decodes:
         targets = _decode_targets(appraiser, decodes)
-        slow_us = min(appraiser.slow_cost_us(d) for d in targets)
+        slow_us = min(appraiser.slow_cost_us(d) for d in (*targets.freest, *targets.others))
         options += _best(
             _in_order([(bounds[i.id] + slow_us, i) for i in instances if i.prefills()]),
-            lambda p: [appraiser.split(p, d) for d in _others(targets, p)],
+            lambda p: [appraiser.split(p, d) for d in targets.for_prefill(p)],
             _least(options) if rivals else None,
         )
     return options
@@ -150,17 +163,16 @@ def _nearest(appraiser: Appraiser, holders: Iterable[Instance]) -> Instance | No
     return None
 
 
-def _decode_targets(appraiser: Appraiser, decodes: Sequence[Instance]) -> list[Instance]:
-    """The two freest, freest first, and behind them the one that holds the longest part of the prompt."""
+def _distinct(*instances: Instance | None) -> list[Instance]:
+    """Those that are there, each once."""
+    return list({i.id: i for i in instances if i is not None}.values())
+
+
+def _decode_targets(appraiser: Appraiser, decodes: Sequence[Instance]) -> Targets:
     room = [(appraiser.kv_tokens_left(i), i) for i in decodes]
     by_room = sorted(room, key=lambda r: (-r[0] / r[1].info.kv_tokens_total, r[1].id))
     own = [(appraiser.prefix.own_blocks(i.info.hbm_source_id), i) for i in decodes]
     nearest = _nearest(appraiser, [i for blocks, i in sorted(own, key=lambda o: (-o[0], o[1].id)) if blocks])
-    return [instance for _, instance in by_room[:2]] + ([nearest] if nearest is not None else [])
-
-
-def _others(targets: Sequence[Instance], prefill: Instance) -> list[Instance]:
-    """Decode instances for a split from `prefill`: the freest that it is not itself, and the nearest."""
-    freest = next((t for t in targets[:2] if t is not prefill), None)
-    nearest = [t for t in targets[2:] if t is not prefill and t is not freest]
-    return nearest if freest is None else [freest, *nearest]
+    roomy = [i for left, i in by_room if left >= 0]
+    calm = sorted(roomy, key=lambda i: objectives.stalling_per_s(appraiser, i))  # stable: of equal ones the freest
+    return Targets([i for _, i in by_room[:2]], _distinct(calm[0] if calm else None, nearest))

@@ -7,13 +7,15 @@ second one's chunks come from /v1/completions, whatever the client asked for, an
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from scheduler.gateway.relay.asks import Ask, answer_tokens
+from scheduler.gateway.relay.asks import INTERNAL, Ask
 
 DONE = b"data: [DONE]\n\n"
 _REPLACEMENT = "\ufffd"
+#: Tokens that are looked at to see whether a character is whole.
+_WINDOW = 16
 _dump = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 Chunk = dict[str, Any]
@@ -24,10 +26,18 @@ def event(body: Mapping[str, Any]) -> bytes:
 
 
 class StreamedAnswer:
-    """What the client of a streamed request has got, and gets."""
+    """What the client of a streamed request has got, and gets.
 
-    def __init__(self, ask: Ask, created: int) -> None:
-        self._ask = ask
+    Args:
+        decode: the model's tokens as text.
+        reasons: the servers tell a chat's thoughts from its answer, which needs all of the text.
+    """
+
+    def __init__(
+        self, ask: Ask, created: int, decode: Callable[[Sequence[int]], str], *, reasons: bool = False
+    ) -> None:
+        self._ask, self._decode = ask, decode
+        self.reasons = reasons
         self._head: Chunk = {
             "id": ask.request_id,
             "object": "chat.completion.chunk" if ask.chat else "text_completion",
@@ -45,7 +55,9 @@ class StreamedAnswer:
         self._unshown: list[int] = []
         self.finish = ""
         self._plain = ask.plain
+        self._opened_choices: dict[Any, None] = {}
         self._usage: dict[str, Any] | None = None
+        self._usage_chunk: Chunk | None = None
         self._parts = 0
         self.tokens = 0
         self.cached_tokens = 0
@@ -54,13 +66,26 @@ class StreamedAnswer:
 
     @property
     def continues(self) -> bool:
-        """Whether another server can go on where this one is."""
-        return self._plain and self.prompt_ids is not None
+        """Whether another server can go on where this one is.
+
+        Not where the client was told tokens without their text: they would be computed, and told, again.
+        """
+        told = self._ask.wants_token_ids and bool(self._unshown)
+        return self._cuttable and self.prompt_ids is not None and not told
+
+    @property
+    def _cuttable(self) -> bool:
+        return self._plain and not (self._ask.chat and self.reasons)
 
     @property
     def repeats(self) -> bool:
         """Whether another server can begin again without the client noticing."""
         return not self.begun
+
+    @property
+    def complete(self) -> bool:
+        """Whether the client has all of the answer but what is told behind its end."""
+        return self._ask.streamed and self._ask.single and bool(self.finish)
 
     def context(self) -> list[int]:
         """Prompt and answer as far as the client has it: what another server goes on from. Empty at the beginning."""
@@ -68,7 +93,7 @@ class StreamedAnswer:
 
     def tokens_left(self) -> int:
         prompt_tokens = self._ask.prompt_tokens if self.prompt_ids is None else len(self.prompt_ids)
-        return answer_tokens(self._ask.chat, self._ask.body, prompt_tokens, self._ask.context_tokens) - len(self.shown)
+        return self._ask.answer_tokens_behind(prompt_tokens) - len(self.shown)
 
     def server_changes(self) -> None:
         """What has no text yet is computed again."""
@@ -91,7 +116,9 @@ class StreamedAnswer:
         chat = self._ask.chat and not from_tokens
         if chat and all(_opens(choice) for choice in choices):
             # Servers that take over open the answer once more.
-            again, self._opened = self._opened, True
+            indices = [choice.get("index") for choice in choices]
+            again = all(index in self._opened_choices for index in indices)
+            self._opened, self._opened_choices = True, self._opened_choices | dict.fromkeys(indices)
             return b"" if again else event(self._cleaned({**chunk, "id": self._ask.request_id}))
         for choice in choices:
             self._note(choice, chat=chat)
@@ -108,13 +135,14 @@ class StreamedAnswer:
 
         Returns: None where the answer can't be gone on with; nothing is changed then.
         """
+        self._note_reasons(reply)
         choice = _only(reply.get("choices"))
         ids = choice.get("token_ids") if choice else None
         prompt_ids = (choice or {}).get("prompt_token_ids") or reply.get("prompt_token_ids")
         text = _plain_text(choice or {}, chat=self._ask.chat and not from_tokens)
         if choice is None or text is None or not isinstance(ids, list) or len(ids) != 1 or not prompt_ids:
             return None
-        if not self._plain or not text or _REPLACEMENT in text:
+        if not self._cuttable or not text or _REPLACEMENT in text:
             return None  # half a character, or nothing to show
         if self.prompt_ids is None:
             self.prompt_ids = list(prompt_ids)
@@ -135,8 +163,8 @@ class StreamedAnswer:
         tail = b""
         if details is not None:
             tail += event({**self._head, "choices": [], "kvpool": dict(details)})
-        if self._ask.wants_usage and self._usage is not None:
-            tail += event({**self._head, "choices": [], "usage": self._usage_told()})
+        if self._ask.wants_usage and (self._usage is not None or self._ask.plain):
+            tail += event({**(self._usage_chunk or self._head), "choices": [], "usage": self._usage_told()})
         return tail + DONE
 
     # ------------------------------------------------------------ parts
@@ -166,9 +194,18 @@ class StreamedAnswer:
         text = _plain_text(choice, chat=chat)
         if text is None:
             self._plain = False
-        elif text or self._ask.wants_token_ids:
+        elif text:
             self.shown += self._unshown
             self._unshown = []
+            if len(ids) > 1 and not text.endswith(_REPLACEMENT):
+                self._end_with_a_character()
+
+    def _end_with_a_character(self) -> None:
+        """Several tokens at once may end within a character. vLLM is not to go on from there: the text that it then
+        gives for the next token begins with the whole prompt's.
+        """
+        while self.shown and len(self._unshown) < 3 and self._decode(self.shown[-_WINDOW:]).endswith(_REPLACEMENT):
+            self._unshown.insert(0, self.shown.pop())
 
     def _converted(self, choice: Mapping[str, Any]) -> Chunk:
         """A choice of /v1/completions in the client's form."""
@@ -184,18 +221,25 @@ class StreamedAnswer:
 
     def _cleaned(self, chunk: Chunk) -> Chunk:
         """Without what the client did not ask for."""
-        if self._ask.wants_token_ids:
-            return chunk
+        hidden = INTERNAL if self._ask.wants_token_ids else (*INTERNAL, "token_ids", "prompt_token_ids")
         for holder in (chunk, *chunk["choices"]):
-            for name in ("token_ids", "prompt_token_ids"):
-                if name in holder:
-                    holder[name] = None
+            holder.update({name: None for name in hidden if name in holder})
         return chunk
+
+    def _note_reasons(self, reply: Mapping[str, Any]) -> None:
+        """vLLM counts a chat's thoughts if, and only if, it tells them from the answer."""
+        usage = reply.get("usage")
+        if isinstance(usage, Mapping) and usage.get("completion_tokens_details") is not None:
+            self.reasons = True
 
     def _note_usage(self, chunk: Mapping[str, Any]) -> None:
         usage = chunk.get("usage")
         if not isinstance(usage, Mapping):
             return
+        self._note_reasons(chunk)
+        if "choices" in chunk and not chunk["choices"] and not self._parts:
+            told = {name: value for name, value in chunk.items() if name not in INTERNAL}
+            self._usage_chunk = {**told, "id": self._ask.request_id}
         if self._usage is None:
             details = usage.get("prompt_tokens_details") or {}
             self.cached_tokens = int(details.get("cached_tokens") or 0)
@@ -205,14 +249,14 @@ class StreamedAnswer:
 
     def _usage_told(self) -> dict[str, Any]:
         """The server's own, or the sum where several took part."""
-        assert self._usage is not None
-        if not self._parts:
+        if self._usage is not None and not self._parts:
             return self._usage
-        prompt = len(self.prompt_ids) if self.prompt_ids is not None else int(self._usage.get("prompt_tokens") or 0)
+        usage = self._usage or {}
+        prompt = len(self.prompt_ids) if self.prompt_ids is not None else self._ask.prompt_tokens
         numbers = {
             "prompt_tokens": prompt, "completion_tokens": self.tokens, "total_tokens": prompt + self.tokens,
         }  # fmt: skip
-        return {**self._usage, **numbers}
+        return {**usage, **numbers}
 
 
 def _only(choices: Any) -> Chunk | None:
@@ -244,6 +288,7 @@ def _plain_text(choice: Mapping[str, Any], *, chat: bool) -> str | None:
 def whole_answer(reply: Chunk, ask: Ask, details: Mapping[str, Any] | None) -> bytes:
     """The answer to a request that is not streamed: the server's, with another id."""
     body = {**reply, "id": ask.request_id}
+    body.update({name: None for name in INTERNAL if name in body})
     if details is not None:
         body["kvpool"] = dict(details)
     return _dump(body).encode()

@@ -27,11 +27,16 @@ HANDOFFS: dict[str, dict[str, Any]] = {
     },
 }
 
+#: Fields between gateway and servers, never taken from a client, and never told to one: with them a request could name
+#: the blocks of others, or a host that the server is to connect to.
+INTERNAL = ("kv_transfer_params", "ec_transfer_params")
+
 #: Fields that say how a token is drawn from its logits and nothing else: an answer may be cut anywhere under them.
 _SAMPLING = frozenset(
     {
         "temperature", "top_p", "top_k", "min_p", "stop_token_ids", "ignore_eos", "logit_bias", "allowed_token_ids",
         "skip_special_tokens", "spaces_between_special_tokens", "priority", "user",
+        "repetition_penalty",  # of tokens of prompt and answer alike
     }
 )  # fmt: skip
 #: Fields that are over with the prompt's tokens, and those that are said anew to each server.
@@ -42,10 +47,13 @@ _PROMPT = frozenset(
         "chat_template_kwargs", "documents", "kvpool", "store", "metadata", "seed",
     }
 )  # fmt: skip
+#: Given with a neutral value, which is not the default of every server: said to each.
+_SAID_AGAIN = _SAMPLING | {"presence_penalty", "frequency_penalty"}
+_LIMITS = ("max_tokens", "max_completion_tokens")
 #: Others may be there with these values, which ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (None, 1), "best_of": (None, 1), "echo": (None, False), "suffix": (None, ""), "stop": (None, "", []),
-    "presence_penalty": (None, 0), "frequency_penalty": (None, 0), "repetition_penalty": (None, 1),
+    "presence_penalty": (None, 0), "frequency_penalty": (None, 0),
     "min_tokens": (None, 0), "tools": (None, []), "tool_choice": (None, "none", "auto"),
     "response_format": (None, {"type": "text"}), "structured_outputs": (None,), "bad_words": (None, []),
     "parallel_tool_calls": (None, True, False), "service_tier": (None, "auto"),
@@ -69,6 +77,8 @@ class Ask:
     prompt_tokens: int
     context_tokens: int
     salt: str = ""
+    #: Of a chat that names no max_tokens, by the model's own configuration; 0 = what the context has left.
+    chat_tokens_max: int = 0
     #: Options of `"kvpool": {...}` in the body.
     policy: str = ""
     use_pool: bool = True
@@ -83,7 +93,10 @@ class Ask:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "wants_token_ids", bool(self.body.get("return_token_ids")))
-        object.__setattr__(self, "plain", self.streamed and self.tokens is not None and is_plain(self.body))
+        asked = asked_tokens(self.chat, self.body)
+        fits = asked is None or asked <= self.context_tokens - self.prompt_tokens  # else the server says what it thinks
+        plain = self.streamed and self.tokens is not None and fits and is_plain(self.body)
+        object.__setattr__(self, "plain", plain)
 
     @property
     def path(self) -> str:
@@ -101,13 +114,28 @@ class Ask:
     @property
     def answer_tokens(self) -> int:
         """How many tokens the answer may have."""
-        return answer_tokens(self.chat, self.body, self.prompt_tokens, self.context_tokens)
+        return self.answer_tokens_behind(self.prompt_tokens)
+
+    def answer_tokens_behind(self, prompt_tokens: int) -> int:
+        """As `answer_tokens`, for a prompt of so many tokens."""
+        left = max(1, self.context_tokens - prompt_tokens)
+        asked = asked_tokens(self.chat, self.body)
+        if asked is not None:
+            return min(asked, left)
+        default = (self.chat_tokens_max or left) if self.chat else COMPLETION_TOKENS_DEFAULT
+        return min(default, left)
 
     @property
     def may_split(self) -> bool:
         """Whether two servers can share it: one prompt with one answer of more than one token."""
-        single = all(self.body.get(name) in (None, 1) for name in ("n", "best_of"))
-        return self.tokens is not None and single and self.answer_tokens > 1
+        return self.tokens is not None and self.single and self.answer_tokens > 1
+
+    @property
+    def single(self) -> bool:
+        """Whether there is one answer, to one prompt."""
+        prompt = None if self.chat else self.body.get("prompt")
+        several = isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)
+        return not several and all(self.body.get(name) in (None, 1) for name in ("n", "best_of"))
 
     def attempt_id(self, attempt: int) -> str:
         return self.request_id if attempt == 0 else f"{self.request_id}~{attempt}"
@@ -116,9 +144,7 @@ class Ask:
 
     def whole_body(self, transfer: Mapping[str, Any] | None) -> dict[str, Any]:
         """As the client wrote it. `transfer`: what the server that has the prompt's KV answered."""
-        body = {name: value for name, value in self.body.items() if name != "kvpool"}
-        if self.salt:
-            body["cache_salt"] = self.salt
+        body = self._own_body()
         if transfer:
             body["kv_transfer_params"] = dict(transfer)
         if self.streamed:
@@ -129,10 +155,17 @@ class Ask:
             body["return_token_ids"] = True
         return body
 
+    def _own_body(self) -> dict[str, Any]:
+        """The client's body, less what is not the server's business."""
+        body = {name: value for name, value in self.body.items() if name != "kvpool" and name not in INTERNAL}
+        if self.salt:
+            body["cache_salt"] = self.salt
+        return body
+
     def tokens_body(self, tokens: Sequence[int], left: int, transfer: Mapping[str, Any] | None) -> dict[str, Any]:
         """The rest of a plain answer behind `tokens`, by POST /v1/completions, `left` tokens at most."""
         assert self.plain
-        body: dict[str, Any] = {name: value for name, value in self.body.items() if name in _SAMPLING}
+        body: dict[str, Any] = {name: value for name, value in self.body.items() if name in _SAID_AGAIN}
         body |= {
             "model": self.body["model"], "prompt": list(tokens), "max_tokens": left, "stream": True,
             "stream_options": {"include_usage": True}, "return_token_ids": True,
@@ -149,9 +182,7 @@ class Ask:
         if tokens:
             path, body = COMPLETIONS, self.tokens_body(tokens, 1, None)
         else:
-            path, body = self.path, {name: value for name, value in self.body.items() if name != "kvpool"}
-            if self.salt:
-                body["cache_salt"] = self.salt
+            path, body = self.path, self._own_body()
         for name in ("stream_options", "min_tokens", "max_completion_tokens"):
             body.pop(name, None)
         body |= {"max_tokens": 1, "stream": False, "return_token_ids": True}
@@ -174,6 +205,8 @@ def is_plain(body: Mapping[str, Any]) -> bool:
                 return False
         elif name not in _NEUTRAL or not _is_one_of(value, _NEUTRAL[name]):
             return False
+    if any(body.get(name) is not None and _number(body[name]) is None for name in _LIMITS):
+        return False  # vLLM takes "3" and 3.0 for 3: it has to see the body itself
     options = body.get("stream_options")
     if options is not None and (not isinstance(options, Mapping) or set(options) - {"include_usage"}):
         return False
@@ -186,11 +219,11 @@ def _is_one_of(value: Any, allowed: Sequence[Any]) -> bool:
     return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in allowed)
 
 
-def answer_tokens(chat: bool, body: Mapping[str, Any], prompt_tokens: int, context_tokens: int) -> int:
-    """How many tokens the answer may have, as far as a body tells; the server has the last word."""
-    asked = body.get("max_completion_tokens") if chat else None
-    asked = body.get("max_tokens") if asked is None else asked
-    left = max(1, context_tokens - prompt_tokens)
-    if type(asked) is int and asked > 0:
-        return min(asked, left)
-    return left if chat else min(COMPLETION_TOKENS_DEFAULT, left)
+def asked_tokens(chat: bool, body: Mapping[str, Any]) -> int | None:
+    """The answer length that a body names; None where it names none, or none that is understood here."""
+    asked = _number(body.get("max_completion_tokens")) if chat else None
+    return _number(body.get("max_tokens")) if asked is None else asked
+
+
+def _number(value: Any) -> int | None:
+    return value if type(value) is int and value > 0 else None

@@ -36,8 +36,10 @@ Tokens = NDArray[np.uint32]
 async def read_ask(
     body: Mapping[str, Any], *, chat: bool, request_id: str, model: Model, tenant: Tenant, context_tokens: int
 ) -> Ask:
-    """Raises: ApiError (400) for options of kvpool's own that make no sense."""
+    """Raises: ApiError (400) for options of kvpool's own that make no sense, and for what can't be passed on."""
     options = _options(body)
+    if body.get("stream") not in (None, True, False):
+        raise bad_request("'stream' must be true or false.", "stream")
     tokens = await _tokens(body, chat, model)
     if tokens is not None:
         prompt_tokens = len(tokens)
@@ -45,6 +47,10 @@ async def read_ask(
         prompt_tokens = _guess(body.get("messages") if chat else body.get("prompt"))
     salt = body.get("cache_salt")
     salt = salt if isinstance(salt, str) else ""
+    try:
+        salt.encode()
+    except UnicodeEncodeError:
+        raise bad_request("'cache_salt' is not valid Unicode text.", "cache_salt") from None
     return Ask(
         request_id=request_id,
         chat=chat,
@@ -55,6 +61,7 @@ async def read_ask(
         context_tokens=context_tokens,
         # The server sees a text that says nothing of the credential.
         salt=tenant.salt(salt).hex() if tenant.secret else salt,
+        chat_tokens_max=model.tokenizer.answer_tokens_max,
         policy=options.policy,
         use_pool=options.use_pool,
         sticky_key=options.session,
@@ -103,7 +110,9 @@ async def _completion_tokens(body: Mapping[str, Any], model: Model) -> Tokens | 
 
 
 async def _chat_tokens(body: Mapping[str, Any], model: Model) -> Tokens | None:
-    if any(body.get(name) for name in ("chat_template", "documents", "continue_final_message")):
+    if any(
+        body.get(name) for name in ("chat_template", "documents", "continue_final_message", "truncate_prompt_tokens")
+    ):
         return None
     if body.get("add_generation_prompt") is False:
         return None
@@ -121,12 +130,29 @@ def _flat(message: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises: ValueError for parts that are no text.
     """
-    content = message.get("content")
+    content, message = message.get("content"), _with_calls(message)
     if not isinstance(content, list):
-        return dict(message)
+        return message
     if any(not isinstance(part, Mapping) or part.get("type") != "text" for part in content):
         raise ValueError("a part of the message is no text")
     return {**message, "content": "\n".join(str(part["text"]) for part in content)}
+
+
+def _with_calls(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message with the arguments of its calls of tools as objects, which is how vLLM gives them to templates."""
+    calls = message.get("tool_calls")
+    if message.get("role") != "assistant" or not isinstance(calls, list):
+        return dict(message)
+    plain = {name: value for name, value in message.items() if name != "tool_calls"}
+    return {**plain, "tool_calls": [_with_object(call) for call in calls]} if calls else plain
+
+
+def _with_object(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Raises: ValueError for arguments that are no JSON."""
+    function = dict(call["function"])
+    told = function.get("arguments")
+    value = json.loads(told) if isinstance(told, str) and told else told
+    return {**call, "function": {**function, "arguments": value if isinstance(value, Mapping) else {}}}
 
 
 def _guess(prompt: Any) -> int:

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,8 @@ class RelayBackends:
     scheduler: SchedulerClient
     upstream: Upstream
     metrics: Metrics
+    #: Models whose servers tell a chat's thoughts from its answer, as seen so far.
+    reasoning: dict[str, None] = field(default_factory=dict)
 
 
 @dataclass
@@ -69,19 +71,26 @@ class Relay:
         self.ask = ask
         self._model, self._backends, self._arrived_at = model, backends, arrived_at
         self._clock = asyncio.get_running_loop().time
-        self._answer = StreamedAnswer(ask, int(time.time()))
+        self._answer = StreamedAnswer(
+            ask, int(time.time()), model.tokenizer.decode, reasons=model.name in backends.reasoning
+        )
         self._attempts: list[_Attempt] = []
         self._excluded: list[str] = []
         self._blocks: asyncio.Queue[bytes | None] = asyncio.Queue(_UNREAD_BLOCKS_MAX)
         self._task: asyncio.Task[None] | None = None
-        self._stopping = False
+        self._stopping = self._cancelled = False
         self._first_at = self._last_at = 0.0
+        self._tokens_noted = 0
 
     # ------------------------------------------------------------ for the reader
 
     async def blocks(self) -> AsyncGenerator[bytes, None]:
         """What the client gets, as it comes. Raises: ApiError; what came before it is valid."""
         task = self._task = asyncio.create_task(self._pump())
+        # A task that is cancelled before its first step runs no line of its own.
+        task.add_done_callback(lambda ended: self._hang_up() if ended.cancelled() else None)
+        if self._cancelled:
+            task.cancel()
         try:
             while (block := await self._blocks.get()) is not None:
                 yield block
@@ -96,6 +105,7 @@ class Relay:
 
     def cancel(self) -> None:
         """The client is gone: ends the request at its servers at once."""
+        self._cancelled = True
         if self._task is not None:
             self._task.cancel()
 
@@ -130,8 +140,8 @@ class Relay:
             self._count_end(outcome)
 
     def _hang_up(self) -> None:
-        """The reader gets what there is, and no more: nobody waits for a place in the queue."""
-        while self._blocks.full():
+        """The reader gets no more. All that waits for it goes: nothing is missing within what it has."""
+        while not self._blocks.empty():
             self._blocks.get_nowait()
         self._blocks.put_nowait(None)
 
@@ -151,6 +161,10 @@ class Relay:
             except ServerLost as lost:
                 finish, error = Finish.INSTANCE_LOST, str(lost)
                 log.warning("%s: %s", self.ask.attempt_id(number), lost)
+                if self._answer.complete:
+                    finish = Finish.STOP if self._answer.finish == "stop" else Finish.LENGTH
+                    yield self._answer.end(self._details())
+                    return
                 if number == limits.replacements_max or not (self._answer.continues or self._answer.repeats):
                     message = f"The server of this request failed: {lost}"
                     raise lost.answer or from_failure(Failure(FailureKind.ENGINE, message)) from lost
@@ -171,9 +185,17 @@ class Relay:
             transfer = (await self._prefill(attempt)).get("kv_transfer_params")
             self._note_first(attempt)
         attempt.asked = placement.decode.instance_id
-        reply = await self._backends.upstream.whole(
-            placement.decode.address + self.ask.path, self.ask.whole_body(transfer), self.ask.attempt_id(attempt.number)
-        )
+        # Nobody says when such an answer begins. The scheduler would take its prefill for work to come until the end.
+        begun = asyncio.get_running_loop().call_later(placement.predicted_ttft_us / 1e6, self._report, attempt, None)
+        try:
+            reply = await self._backends.upstream.whole(
+                placement.decode.address + self.ask.path,
+                self.ask.whole_body(transfer),
+                self.ask.attempt_id(attempt.number),
+            )
+        finally:
+            begun.cancel()
+        self._last_at = self._clock()
         usage = reply.get("usage") or {}
         self._answer.tokens = int(usage.get("completion_tokens") or 0)
         self._answer.cached_tokens = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
@@ -305,14 +327,16 @@ class Relay:
 
     def _note_first(self, attempt: _Attempt) -> None:
         """The first token of an attempt is there."""
-        now = self._clock()
-        self._last_at = now
+        now, metrics, model = self._clock(), self._backends.metrics, self._model.name
+        if self._last_at and self.ask.streamed:
+            metrics.itl.labels(model).observe((now - self._last_at) / max(1, self._answer.tokens - self._tokens_noted))
+        self._last_at, self._tokens_noted = now, self._answer.tokens
         if attempt.first_at:
             return
         attempt.first_at = now
         if not self._first_at:
             self._first_at = now
-            self._backends.metrics.ttft.labels(self._model.name).observe(now - self._arrived_at)
+            metrics.ttft.labels(model).observe(now - self._arrived_at)
         self._report(attempt, None)
 
     def _report(self, attempt: _Attempt, finish: Finish | None, error: str = "") -> None:
@@ -352,14 +376,19 @@ class Relay:
 
     def _count_end(self, outcome: str) -> None:
         metrics, model = self._backends.metrics, self._model.name
+        if self._answer.reasons:
+            self._backends.reasoning[model] = None
+        told, known = self._answer.prompt_ids, self.ask.tokens
+        if told is not None and known is not None and told != known.tolist():
+            metrics.read_differently.labels(model).inc()
         metrics.requests.labels(model, outcome).inc()
         metrics.tokens.labels(model).inc(self._answer.tokens)
-        if not self._first_at:
+        if not self._last_at:
             return
         metrics.e2e.labels(model).observe(self._last_at - self._arrived_at)
         metrics.prompt_tokens.labels(model).inc(self.ask.prompt_tokens)
         metrics.cached_tokens.labels(model).inc(self._answer.cached_tokens)
-        if self._answer.tokens > 1:
+        if self._answer.tokens > 1 and self._first_at and self.ask.streamed:
             share_s = (self._last_at - self._first_at) / (self._answer.tokens - 1)
             metrics.tpot.labels(model).observe(share_s)
 

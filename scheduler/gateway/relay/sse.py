@@ -12,16 +12,26 @@ EVENT_BYTES_MAX = 64 << 20
 
 
 class SseReader:
-    """Feed it bytes as they come, however they are cut; it gives the data of each event that is complete."""
+    """Feed it bytes as they come, however they are cut; it gives the data of each event that is complete.
+
+    Lines end with a line feed, or carriage return and line feed: a carriage return alone is none here.
+    """
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._rest: list[bytes] = []
         self._data: list[bytes] = []
+        self._bytes = 0
 
     def feed(self, piece: bytes) -> list[bytes]:
         """Raises: Overloaded for an event without end."""
-        lines = (self._rest + piece).split(b"\n")
-        self._rest = lines.pop()
+        self._bytes += len(piece)
+        if self._bytes > EVENT_BYTES_MAX:
+            raise Overloaded("an event of the server has no end")
+        if b"\n" not in piece:
+            self._rest.append(piece)
+            return []
+        lines = (b"".join(self._rest) + piece).split(b"\n")
+        self._rest = [lines.pop()]
         events: list[bytes] = []
         for line in lines:
             line = line.removesuffix(b"\r")
@@ -30,6 +40,5 @@ class SseReader:
             elif not line and self._data:
                 events.append(b"\n".join(self._data))
                 self._data = []
-        if len(self._rest) + sum(map(len, self._data)) > EVENT_BYTES_MAX:
-            raise Overloaded("an event of the server has no end")
+                self._bytes = len(self._rest[0])
         return events

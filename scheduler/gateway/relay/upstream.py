@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import socket
 from collections.abc import AsyncGenerator, Mapping
@@ -16,6 +18,10 @@ from scheduler.gateway.relay.sse import SseReader
 
 _CONNECT_S = 3.0
 _CONNECTIONS_MAX = 4096
+#: vLLM closes connections that were idle for 5 s: one must not be taken just then.
+_IDLE_S = 2.0
+#: For the rest of an answer behind its end, so that the connection can be used again.
+_REST_S = 1.0
 #: A host that is gone without a word is noticed after about so long.
 _KEEPALIVE = [
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
@@ -58,7 +64,9 @@ class Upstream:
     def __init__(self, api_key: str = "") -> None:
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         transport = httpx.AsyncHTTPTransport(
-            limits=httpx.Limits(max_connections=_CONNECTIONS_MAX, max_keepalive_connections=256),
+            limits=httpx.Limits(
+                max_connections=_CONNECTIONS_MAX, max_keepalive_connections=256, keepalive_expiry=_IDLE_S
+            ),
             socket_options=_KEEPALIVE,
         )
         # How long an answer may take is the request's own deadline.
@@ -97,14 +105,18 @@ class Upstream:
 
 
 async def _events(url: str, response: httpx.Response) -> AsyncGenerator[dict[str, Any], None]:
-    reader = SseReader()
-    async for piece in response.aiter_raw():
+    reader, pieces = SseReader(), response.aiter_raw()
+    async for piece in pieces:
         try:
             events = reader.feed(piece)
         except Overloaded as error:
             raise ServerLost(f"{url}: {error}") from error
         for data in events:
             if data == b"[DONE]":
+                with contextlib.suppress(TimeoutError, httpx.HTTPError):
+                    async with asyncio.timeout(_REST_S):
+                        async for _ in pieces:
+                            pass
                 return
             chunk = _decoded(data)
             if chunk is None:
@@ -148,6 +160,10 @@ def _lost(url: str, error: httpx.HTTPError) -> ServerLost:
 
 def _failed(url: str, status: int, reply: dict[str, Any] | None) -> ServerLost | ServerAnswer:
     """What an error of a server is: its word on this request, or on itself."""
+    if status in (401, 403):
+        return ServerLost(f"{url} answers {status}: check --engine-api-key")
+    if reply is None and 400 <= status < 500:
+        reply = {"error": {"message": f"The server answers {status}.", "type": "server_error", "code": status}}
     answer = None if reply is None else ServerAnswer(status, reply)
     if answer is None or status >= 500 or status in _ELSEWHERE or status < 400:
         return ServerLost(f"{url} answers {status}", answer)
