@@ -47,7 +47,7 @@ test-gpu: setup
 lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy kvpool/core scheduler/core
+	@$(BIN)/mypy kvpool/core scheduler/core scheduler/simulator scheduler/advisor scheduler/replay
 	@$(BIN)/lint-imports --cache-dir .import_linter_cache
 
 bench: setup

@@ -19,9 +19,9 @@ from kvpool.channels.base import Memory
 from kvpool.channels.links import Links
 from kvpool.channels.tls import TlsConfig
 from kvpool.core.errors import BadArgument, KvpoolError, NoSpace
+from kvpool.core.hashing import object_keys
 from kvpool.core.ids import Fidelity, NamespaceId
 from kvpool.core.namespace import NamespaceSpec
-from kvpool.service.client_lookups import object_keys
 from kvpool.service.client_lossy import LossyBlocks, LossyRead
 from kvpool.service.client_reads import RELEASES_MAX, ReadRequest, as_rows, rows_of
 from kvpool.service.client_sections import SectionCalls

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -23,14 +23,13 @@ from kvpool.core.errors import BadArgument, KvpoolError, NoSpace, Unavailable
 from kvpool.core.hashing import object_key
 from kvpool.core.ids import KeyArray, NamespaceId
 from kvpool.service.cluster_types import ClusterRemoveResult
+from kvpool.v1 import block_source_pb2 as pb
 
 Codes = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 #: Deadline of a whole put or get.
 TRANSFER_S = 30.0
-#: Owner of the pins that `ReplicateConfig` asks for, so that they outlive the process that put the object.
-PIN_OWNER = "mooncake"
 #: The longest that the pool holds anything for somebody who may never come back.
 PIN_S_MAX = 7 * 24 * 3600.0
 
@@ -156,10 +155,23 @@ class NodePool:
         return np.fromiter((name in there for name in names), dtype=np.bool_, count=len(names))
 
     def remove(self, names: Sequence[str]) -> int:
-        return self._client.remove_objects(self.namespace, names)
+        keys = keys_of(self.namespace, names)
+        pinned = pin_owners(self._client.list_blocks(namespace=self.namespace, keys=keys))
+        removed = self._client.remove_objects(self.namespace, names)
+        self._unpin(pinned)
+        return removed
 
     def remove_all(self) -> int:
-        return self._client.remove_all(self.namespace)
+        pins = self._client.stats().pins
+        pinned = pin_owners(self._client.list_blocks(namespace=self.namespace)) if pins else []
+        removed = self._client.remove_all(self.namespace)
+        self._unpin(pinned)
+        return removed
+
+    def _unpin(self, owners: Sequence[str]) -> None:
+        """Ends the pins of removed objects, whose memory would be held otherwise until they expire."""
+        for owner in owners:
+            self._client.unpin(owner=owner)
 
     def remove_matching(self, pattern: re.Pattern[str]) -> int:
         names = [block.name for block in self._client.list_blocks(namespace=self.namespace)]
@@ -167,7 +179,8 @@ class NodePool:
         return self.remove(found) if found else 0
 
     def pin(self, names: Sequence[str], ttl_s: float) -> None:
-        self._client.pin(self.namespace, keys_of(self.namespace, names), ttl_s=ttl_s, owner=PIN_OWNER)
+        for key in keys_of(self.namespace, names):
+            self._client.pin(self.namespace, key.reshape(1, -1), ttl_s=ttl_s, owner=pin_owner(key.tobytes()))
 
     def close(self) -> None:
         self._client.close()
@@ -235,6 +248,16 @@ class ClusterPool:
 
     def close(self) -> None:
         self._client.close()
+
+
+def pin_owner(key: bytes) -> str:
+    """Who a pin of an object belongs to: the object, so that it outlives the process that put it, and ends with it."""
+    return f"mooncake/{key.hex()}"
+
+
+def pin_owners(blocks: Iterable[pb.BlockInfo]) -> list[str]:
+    """Owners of the pins of those objects that have any."""
+    return [pin_owner(block.key) for block in blocks if block.pins]
 
 
 def keys_of(namespace: NamespaceId, names: Sequence[str]) -> KeyArray:

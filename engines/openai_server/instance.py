@@ -10,11 +10,12 @@ import logging
 import threading
 import time
 from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from engines.openai_server.cache_mirror import CacheMirror, Change
 from engines.openai_server.event_feed import EventFeed
-from engines.openai_server.kv_events import Message
+from engines.openai_server.kv_events import Cleared, Message
 from engines.openai_server.server_page import Refused, ServerFacts, ServerPage
 from engines.openai_server.settings import ServerSettings
 from engines.openai_server.vllm_metrics import STARTED, Load, LoadTracker, PrefillSample, StepSample
@@ -36,7 +37,9 @@ _ROLES = {"prefill": Role.PREFILL, "decode": Role.DECODE, "both": Role.BOTH}
 #: The server renders its page anew for each look, which costs it some milliseconds.
 LOOK_S = 1.0
 #: A server that does not answer for so long has left; one that refuses connections has left at once.
-LOST_S = 3.0
+LOST_S = 10.0
+#: Between attempts to learn a connector's mask, and for each but the first, which must not hold up a join.
+_MASK_RETRY_S, _MASK_FIRST_S, _MASK_S = 10.0, 5.0, 60.0
 RETRY_S = 1.0
 #: Samples between two reports; beyond it the oldest go.
 _SAMPLES_MAX = 64
@@ -61,7 +64,7 @@ class CacheAnnouncer:
     ) -> None:
         self._mirror = CacheMirror(naming, namespace)
         self._lines = lines
-        self._reported = False
+        self._reported = self._cleared = False
         self._feed = EventFeed(
             settings.events, settings.replay, topic=settings.topic, take=self._take, forget=self._forget
         )
@@ -76,7 +79,13 @@ class CacheAnnouncer:
     def blocks(self) -> int:
         return len(self._mirror)
 
+    def take_cleared(self) -> bool:
+        """Whether the engine has emptied its cache since this was asked last."""
+        cleared, self._cleared = self._cleared, False
+        return cleared
+
     def _take(self, message: Message) -> None:
+        self._cleared = self._cleared or any(isinstance(event, Cleared) for event in message.events)
         self._publish(self._mirror.apply(message))
         if self._mirror.counts.other_hash and not self._reported:
             self._reported = True
@@ -100,7 +109,7 @@ class ServerInstance:
         self._context = context
         self._page = ServerPage(settings.address, context.api_key)
         self._facts: ServerFacts | None = None
-        self._epoch, self._mask = 0, b""
+        self._epoch, self._mask, self._mask_due_s = 0, b"", float("inf")
         self._load = Load()
         self._tracker = LoadTracker(0)
         self._prefill: deque[PrefillSample] = deque(maxlen=_SAMPLES_MAX)
@@ -111,6 +120,9 @@ class ServerInstance:
         self._side: HbmAnnouncements | None = None
         self._cache: CacheAnnouncer | None = None
         self._watch: NodeWatch | None = None
+        #: A server that is busy answers late: its load is looked at meanwhile.
+        self._asking = ThreadPoolExecutor(1, thread_name_prefix="server-mask")
+        self._asked: Future[bytes] | None = None
         self._joined = threading.Event()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"server-{settings.instance_id}", daemon=True)
@@ -123,11 +135,16 @@ class ServerInstance:
             self._watch.start()
         self._thread.start()
 
-    def stop(self) -> None:
+    def begin_stop(self) -> None:
+        """Begins to leave; `stop` waits for the end."""
         self._closing.set()
+
+    def stop(self) -> None:
+        self.begin_stop()
         self._thread.join(10.0)
         if self._watch is not None:
             self._watch.close()
+        self._asking.shutdown(wait=False, cancel_futures=True)
         self._page.close()
 
     def wait_joined(self, timeout_s: float) -> bool:
@@ -174,6 +191,15 @@ class ServerInstance:
                 self._leave()  # or it would be there by half
                 raise
             return
+        if self._mask_is_due():
+            self._mask_due_s = time.monotonic() + _MASK_S + _MASK_RETRY_S
+            self._asked = self._asking.submit(self._page.pool_mask, self._facts.model, _MASK_S)
+        if self._asked is not None and self._asked.done():
+            if self._mask_has_changed(self._asked):
+                log.info("%s names its blocks in the pool otherwise now", self.settings.instance_id)
+                self._leave()  # and joins with that
+                return
+            self._asked = None
         page = self._page.metrics()
         if page.value(STARTED) != self._facts.started:
             self._leave()
@@ -184,10 +210,35 @@ class ServerInstance:
             self._prefill.extend(load.prefill)
             self._steps.extend(load.steps)
 
+    def _mask_is_due(self) -> bool:
+        """Whether the mask is not known yet, or may be another: with the caches outside, that of names is reset too."""
+        cleared = self._cache is not None and self._cache.take_cleared()
+        return bool(self.settings.node) and (cleared or time.monotonic() > self._mask_due_s)
+
+    def _learns_mask(self, model: str, timeout_s: float) -> bool:
+        """Asks for it. A request waits behind others of the server: what is not told in time is asked for later."""
+        try:
+            self._mask = self._page.pool_mask(model, timeout_s)
+        except Refused:
+            raise
+        except Unavailable:
+            return False
+        return True
+
+    def _mask_has_changed(self, asked: Future[bytes]) -> bool:
+        try:
+            mask = asked.result()
+        except KvpoolError:
+            return False  # asked again when it is due
+        before, self._mask, self._mask_due_s = self._mask, mask, float("inf")
+        return mask != before
+
     def _join(self, facts: ServerFacts) -> None:
         settings, context = self.settings, self._context
         self._epoch = time.time_ns()
-        self._mask = self._page.pool_mask(facts.model) if settings.node else b""
+        self._mask_due_s = float("inf")
+        if settings.node and not self._learns_mask(facts.model, _MASK_FIRST_S):
+            self._mask_due_s = time.monotonic() + _MASK_RETRY_S
         self._tracker = LoadTracker(facts.cache.kv_tokens)
         self._load = self._tracker.look(self._page.metrics())
         self._facts = facts
@@ -202,7 +253,8 @@ class ServerInstance:
             self._cache = CacheAnnouncer(settings, self._naming(facts), self._namespace(facts).id(), self._hbm)
             self._cache.start()
         if settings.handoff == "nixl":
-            # Holds nothing that the directory could name: it tells the scheduler that there is a way to hand over.
+            # An empty source stands for the server's side channel: to the scheduler a hand-off is a way from a server
+            # to a node to a server, and this is the node of one that hands over by itself. Nothing is pulled from it.
             self._side = self._source("nixl", address=settings.address)
         self._link = SchedulerLink(
             context.scheduler, info=self._info, report=self._report, credential=context.credential, tls=context.tls
@@ -212,6 +264,7 @@ class ServerInstance:
 
     def _leave(self) -> None:
         self._joined.clear()
+        self._asked = None
         parts: list[SchedulerLink | HbmAnnouncements | CacheAnnouncer | None] = [
             self._link, self._cache, self._hbm, self._side,
         ]  # fmt: skip
@@ -233,9 +286,9 @@ class ServerInstance:
                 address=address,
                 host_id=self._host_id,
                 instance_id=self.settings.instance_id,
-                bytes_total=cache.kv_tokens // cache.block_tokens * cache.block_bytes,
+                bytes_total=cache.kv_tokens // cache.block_tokens * self.settings.block_bytes,
             ),
-            block_bytes=cache.block_bytes,
+            block_bytes=self.settings.block_bytes,
             credential=context.credential,
             tls=context.tls,
         )
@@ -258,7 +311,7 @@ class ServerInstance:
         It is not the namespace of the connector's blocks, which only the engine knows.
         """
         cache, naming = facts.cache, self._naming(facts)
-        group = GroupSpec(0, GroupKind.FULL, (0,), cache.block_tokens, 1, 1, cache.block_bytes)
+        group = GroupSpec(0, GroupKind.FULL, (0,), cache.block_tokens, 1, 1, self.settings.block_bytes)
         hash_name = "xxh3_128/1" if naming.own else "sha256/1"
         return NamespaceSpec(
             facts.model, "", cache.dtype, f"vllm {facts.version}", naming.layout, hash_name, (group,)
@@ -290,6 +343,7 @@ class ServerInstance:
             node_address=settings.node,
             tokenizer=settings.tokenizer or facts.tokenizer,
             version=f"vllm {facts.version}",
+            protocol="openai",
         )
 
     def _report(self) -> scheduler_pb2.InstanceReport:

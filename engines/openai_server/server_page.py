@@ -11,9 +11,8 @@ from engines.openai_server.exposition import MetricsPage, read_page
 from engines.openai_server.vllm_metrics import NAMES, STARTED, CacheFacts, cache_facts
 from kvpool.core.errors import KvpoolError, Unauthenticated, Unavailable, Unsupported
 
-_TIMEOUT_S = 2.0
-#: For a request of one token, the first that the server gets.
-_ANSWER_S = 60.0
+#: A server under load may take its time for a page.
+_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +60,7 @@ class ServerPage:
             started=page.value(STARTED),
         )
 
-    def pool_mask(self, model: str) -> bytes:
+    def pool_mask(self, model: str, timeout_s: float) -> bytes:
         """What its connector mixes into the keys of blocks in the pool, 16 bytes; empty where it has none of ours.
 
         Asks with the shortest request there is: what the engine's own process knows is told nowhere else.
@@ -69,7 +68,7 @@ class ServerPage:
         """
         ask = {"kvpool_handoff": True}
         body = {"model": model, "prompt": [1], "max_tokens": 1, "temperature": 0, "kv_transfer_params": ask}
-        told = self._json("/v1/completions", body).get("kv_transfer_params")
+        told = self._json("/v1/completions", body, timeout_s).get("kv_transfer_params")
         value = told.get("kvpool_key_mask", "") if isinstance(told, dict) else ""
         try:
             return bytes.fromhex(value)
@@ -80,19 +79,19 @@ class ServerPage:
         """Raises: as `facts`."""
         return read_page(self._call("/metrics").text, NAMES)
 
-    def _json(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    def _json(self, path: str, body: dict[str, Any] | None = None, timeout_s: float = _TIMEOUT_S) -> dict[str, Any]:
         try:
-            value = self._call(path, body).json()
+            value = self._call(path, body, timeout_s).json()
         except ValueError as error:
             raise Unsupported(f"{path} is no JSON") from error
         return value if isinstance(value, dict) else {}
 
-    def _call(self, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
+    def _call(self, path: str, body: dict[str, Any] | None = None, timeout_s: float = _TIMEOUT_S) -> httpx.Response:
         try:
             if body is None:
                 response = self._client.get(path)
             else:
-                response = self._client.post(path, json=body, timeout=_ANSWER_S)
+                response = self._client.post(path, json=body, timeout=timeout_s)
         except httpx.ConnectError as error:
             raise Refused(f"nothing listens at {self._client.base_url}: {error}") from error
         except httpx.HTTPError as error:

@@ -27,6 +27,7 @@ class ServerSettings:
     handoff: how a prompt's KV gets from it to another instance: through the pool, by vLLM's NixlConnector, or not.
     hash_seed: PYTHONHASHSEED of its process, if that is set.
     batch_max: its --max-num-seqs.
+    block_bytes: KV of one block of its cache over all ranks, for predictions; equal for servers that hand over.
     tokenizer: folder or hub id, where the gateway can't use the server's own path.
     host_id: equal for processes that share memory; empty = this agent's host.
     """
@@ -41,6 +42,7 @@ class ServerSettings:
     handoff: str = "pool"
     hash_seed: str = ""
     batch_max: int = 256
+    block_bytes: int = 2 << 20
     tokenizer: str = ""
     host_id: str = ""
 
@@ -54,8 +56,8 @@ class ServerSettings:
             raise BadArgument(f"handoff {self.handoff!r} is not one of {', '.join(HANDOFFS)}")
         if self.replay and not self.events:
             raise BadArgument("replay is of no use without events")
-        if self.batch_max < 1:
-            raise BadArgument("batch_max must be at least 1")
+        if self.batch_max < 1 or self.block_bytes < 1:
+            raise BadArgument("batch_max and block_bytes must be at least 1")
 
     @property
     def address(self) -> str:
@@ -75,7 +77,8 @@ def server_of_flag(text: str) -> ServerSettings:
         name, equals, value = pair.partition("=")
         if not equals:
             raise BadArgument(f"{pair!r} is not name=value", hint="URL,role=prefill,events=tcp://host:5557")
-        values[name.strip()] = int(value) if name.strip() == "batch_max" and value.isdecimal() else value
+        number = name.strip() in ("batch_max", "block_bytes") and value.isdecimal()
+        values[name.strip()] = int(value) if number else value
     return _server(values)
 
 

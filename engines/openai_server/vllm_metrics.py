@@ -22,9 +22,6 @@ NAMES = frozenset(
     }
 )  # fmt: skip
 
-#: Bytes of a block whose size is not told; right to a factor of a few for models of 7 to 70 billion parameters.
-_BLOCK_BYTES_GUESS = 1 << 21
-
 
 @dataclass(frozen=True, slots=True)
 class CacheFacts:
@@ -32,7 +29,6 @@ class CacheFacts:
 
     block_tokens: int
     hash_tokens: int
-    block_bytes: int
     kv_tokens: int
     algorithm: str
     dtype: str
@@ -47,24 +43,14 @@ def cache_facts(page: MetricsPage) -> CacheFacts:
         raise Unsupported(
             "its /metrics page tells nothing of a KV cache", hint="is this vLLM, and does it serve /metrics?"
         )
-    memory_bytes = _whole(told.get("kv_cache_memory_bytes"))
     return CacheFacts(
         block_tokens=block_tokens,
         hash_tokens=_whole(told.get("hash_block_size")) or block_tokens,
-        block_bytes=_block_bytes(memory_bytes, blocks, block_tokens),
         kv_tokens=_whole(told.get("kv_cache_size_tokens")) or blocks * block_tokens,
         algorithm=told.get("prefix_caching_hash_algo", ""),
         dtype=told.get("cache_dtype", ""),
         reuses_prefixes=told.get("enable_prefix_caching", "True") == "True",
     )
-
-
-def _block_bytes(memory_bytes: int, blocks: int, block_tokens: int) -> int:
-    """Memory over blocks, without what is left over: equal for engines that differ in memory alone."""
-    if not memory_bytes:
-        return _BLOCK_BYTES_GUESS
-    unit = 16 * block_tokens
-    return max(unit, memory_bytes // blocks // unit * unit)
 
 
 def _whole(text: str | None) -> int:

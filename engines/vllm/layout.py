@@ -35,7 +35,9 @@ from kvpool.core.errors import Unsupported
 from kvpool.core.namespace import GroupKind, GroupSpec, NamespaceSpec
 
 #: Part of every namespace: changed when this module's idea of a block's bytes changes.
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
+#: vLLM's names of dtypes of a cache that are one.
+DTYPE_ALIASES = {"fp8": "fp8_e4m3"}
 #: Of vLLM's ways to hash, those without known collisions.
 SAFE_HASHES = ("sha256", "sha256_cbor")
 
@@ -146,7 +148,7 @@ def machine() -> str:
 
 def _computing(config: VllmConfig) -> str:
     """What changes a model's KV besides its files, as a digest: overrides of its configuration, quantization."""
-    model = config.model_config
+    model, cache = config.model_config, config.cache_config
     skipped = ("_name_or_path", "transformers_version", "_commit_hash")
     told = {name: value for name, value in model.hf_config.to_dict().items() if name not in skipped}
     long_rope = "longrope" in json.dumps(told, default=str)
@@ -155,6 +157,9 @@ def _computing(config: VllmConfig) -> str:
         [
             told,
             str(model.quantization),
+            # Of two kinds of 8-bit floats vLLM's specs say the same.
+            DTYPE_ALIASES.get(str(cache.cache_dtype), str(cache.cache_dtype)),
+            sorted(map(str, cache.kv_cache_dtype_skip_layers or ())),
             model.max_model_len if long_rope else 0,
             model.seed if made_up else 0,
             getattr(model.multimodal_config, "mm_processor_kwargs", None),

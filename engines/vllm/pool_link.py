@@ -23,6 +23,7 @@ from kvpool.channels.tls import TlsConfig
 from kvpool.client import PoolClient
 from kvpool.core.errors import DeadlineExceeded, KvpoolError, Unavailable
 from kvpool.core.ids import NamespaceId
+from kvpool.core.kernels import copying, probing
 from kvpool.core.namespace import NamespaceSpec
 
 #: Below vLLM's own logger, whose settings it shares.
@@ -196,6 +197,8 @@ class PoolLink:
 
     def _keep(self, tried: threading.Event) -> None:
         leave_kernel_cores()
+        copying.warm_up()  # else the first request waits for them
+        probing.warm_up()
         self._try_once()
         tried.set()
         pause_s = RETRY_S_MIN

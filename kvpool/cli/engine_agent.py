@@ -27,7 +27,7 @@ def engine_agent(
         typer.Option(
             "--server",
             help="http://host:port[,name=value]... of a vLLM server; many times. Names: id, role, node, events, "
-            "replay, topic, handoff (pool, nixl, none), hash_seed, batch_max, tokenizer, host_id.",
+            "replay, topic, handoff (pool, nixl, none), hash_seed, batch_max, block_bytes, tokenizer, host_id.",
         ),
     ] = None,
     servers: Annotated[
@@ -68,3 +68,5 @@ def engine_agent(
         names = ", ".join(instance.settings.instance_id for instance in instances)
         log.info("engine-agent ready servers=%s", names)
         stop.wait()
+        for instance in instances:  # all at the same time
+            instance.begin_stop()

@@ -23,9 +23,9 @@ from kvpool.cluster.members import Claim, ClaimedRequest, GivenUp, Member, Membe
 from kvpool.cluster.spreading import Found, Holders, Stored, make_runs
 from kvpool.cluster.together import Together
 from kvpool.core.errors import BadArgument, NoSpace, UnknownNamespace
+from kvpool.core.hashing import object_keys
 from kvpool.core.ids import KeyArray, NamespaceId, Tier
 from kvpool.core.namespace import NamespaceSpec
-from kvpool.service.client_lookups import object_keys
 from kvpool.service.client_reads import Provider, as_rows, rows_of
 from kvpool.service.client_types import BEING_WRITTEN, EXISTS, Bools, Reservation
 from kvpool.service.cluster_types import (

@@ -21,8 +21,8 @@ from kvpool.core import hashing
 from kvpool.core.errors import BadArgument
 from kvpool.core.ids import KEY_BYTES, KeyArray
 
-#: Beginning of the layout of a namespace whose instances are reached over the OpenAI HTTP API.
-HTTP_LAYOUT = "http"
+#: Beginning of a namespace's layout that tells how an engine names its blocks.
+_LAYOUT = "engine-named"
 #: vLLM's seed where PYTHONHASHSEED is not set.
 VLLM_SEED = "vllm-none-hash"
 #: kvpool's own chain, for engines whose hashes can't be computed outside of them.
@@ -126,23 +126,20 @@ class EngineNaming:
         return cls(algorithm, hash_tokens, seed or VLLM_SEED, mask)
 
     @classmethod
-    def of_layout(cls, layout: str) -> EngineNaming | None:
-        """The naming that a namespace's layout tells of; None where its engines are not reached over HTTP.
-
-        Raises: BadArgument for a layout that begins like one and goes on otherwise.
-        """
-        if layout.split(" ", 1)[0] != HTTP_LAYOUT:
-            return None
+    def of_layout(cls, layout: str) -> EngineNaming:
+        """The naming that a namespace's layout tells of. Raises: BadArgument if it tells of none."""
         parts = layout.split(" ", 4)
         try:
-            _, algorithm, hash_tokens, mask, seed = parts
+            word, algorithm, hash_tokens, mask, seed = parts
+            if word != _LAYOUT:
+                raise ValueError(word)
             return cls(algorithm, int(hash_tokens), seed, b"" if mask == _NO_MASK else bytes.fromhex(mask))
         except ValueError as error:
             raise BadArgument(f"layout {layout!r} does not say how blocks are named") from error
 
     @property
     def layout(self) -> str:
-        return f"{HTTP_LAYOUT} {self.algorithm} {self.hash_tokens} {self.mask.hex() or _NO_MASK} {self.seed}"
+        return f"{_LAYOUT} {self.algorithm} {self.hash_tokens} {self.mask.hex() or _NO_MASK} {self.seed}"
 
     @property
     def own(self) -> bool:

@@ -167,6 +167,18 @@ def object_key(namespace_id: bytes, name: str | bytes) -> bytes:
     return _sha256(bytes(namespace_id) + encoded)
 
 
+def object_keys(namespace_id: bytes, names: Sequence[str]) -> KeyArray:
+    """`object_key` of many names, in half the time; uint8 (names, 16). Raises: as `object_key`."""
+    _check_key(namespace_id)
+    encoded = [name.encode() for name in names]
+    if encoded and not 1 <= min(map(len, encoded)) <= max(map(len, encoded)) <= NAME_BYTES_MAX:
+        for name in encoded:
+            object_key(namespace_id, name)
+    prefix, sha256 = bytes(namespace_id), hashlib.sha256
+    packed = b"".join([sha256(prefix + name).digest()[:KEY_BYTES] for name in encoded])
+    return np.frombuffer(packed, dtype=np.uint8).reshape(-1, KEY_BYTES)
+
+
 def section_seed(key: bytes, section: int) -> int:
     """Seed of a section's digest: bytes stored under another key or as another section do not verify."""
     _check_key(key)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpool.channels.base import ChannelError
-from kvpool.core.hashing import object_key
+from kvpool.core.hashing import object_keys
 from kvpool.core.ids import NamespaceId, qualify
 from kvpool.service.client_session import Session
 from kvpool.service.client_types import Bools
@@ -124,9 +124,3 @@ class LookingCalls(SourceCalls):
                 sizes[found.hit] = found.sizes[found.hit]
                 unsettled = ~found.hit if below else ~(found.hit | found.definite_miss)
         return sizes, unsettled
-
-
-def object_keys(namespace: NamespaceId, names: Sequence[str]) -> Keys:
-    """Keys of objects: uint8 (names, 16)."""
-    packed = b"".join(object_key(namespace, name) for name in names)
-    return np.frombuffer(packed, dtype=np.uint8).reshape(-1, 16)

@@ -174,7 +174,7 @@ class GetEngineInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class EngineInfo(_message.Message):
-    __slots__ = ("instance_id", "epoch", "role", "model", "namespace", "context_tokens_max", "kv_tokens_total", "batch_max", "address", "host_id", "hbm_source_id", "node_source_id", "node_address", "tokenizer", "eos_token_ids", "chunk_tokens", "deterministic", "version", "gpu", "tp", "price_per_hour", "role_changeable")
+    __slots__ = ("instance_id", "epoch", "role", "model", "namespace", "context_tokens_max", "kv_tokens_total", "batch_max", "address", "host_id", "hbm_source_id", "node_source_id", "node_address", "tokenizer", "eos_token_ids", "chunk_tokens", "deterministic", "version", "gpu", "tp", "price_per_hour", "role_changeable", "protocol")
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -197,6 +197,7 @@ class EngineInfo(_message.Message):
     TP_FIELD_NUMBER: _ClassVar[int]
     PRICE_PER_HOUR_FIELD_NUMBER: _ClassVar[int]
     ROLE_CHANGEABLE_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     instance_id: str
     epoch: int
     role: Role
@@ -219,4 +220,5 @@ class EngineInfo(_message.Message):
     tp: int
     price_per_hour: float
     role_changeable: bool
-    def __init__(self, instance_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., model: _Optional[str] = ..., namespace: _Optional[_Union[_common_pb2.NamespaceSpec, _Mapping]] = ..., context_tokens_max: _Optional[int] = ..., kv_tokens_total: _Optional[int] = ..., batch_max: _Optional[int] = ..., address: _Optional[str] = ..., host_id: _Optional[str] = ..., hbm_source_id: _Optional[str] = ..., node_source_id: _Optional[str] = ..., node_address: _Optional[str] = ..., tokenizer: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., chunk_tokens: _Optional[int] = ..., deterministic: bool = ..., version: _Optional[str] = ..., gpu: _Optional[str] = ..., tp: _Optional[int] = ..., price_per_hour: _Optional[float] = ..., role_changeable: bool = ...) -> None: ...
+    protocol: str
+    def __init__(self, instance_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., model: _Optional[str] = ..., namespace: _Optional[_Union[_common_pb2.NamespaceSpec, _Mapping]] = ..., context_tokens_max: _Optional[int] = ..., kv_tokens_total: _Optional[int] = ..., batch_max: _Optional[int] = ..., address: _Optional[str] = ..., host_id: _Optional[str] = ..., hbm_source_id: _Optional[str] = ..., node_source_id: _Optional[str] = ..., node_address: _Optional[str] = ..., tokenizer: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., chunk_tokens: _Optional[int] = ..., deterministic: bool = ..., version: _Optional[str] = ..., gpu: _Optional[str] = ..., tp: _Optional[int] = ..., price_per_hour: _Optional[float] = ..., role_changeable: bool = ..., protocol: _Optional[str] = ...) -> None: ...

@@ -219,20 +219,22 @@ class ListModelsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ModelInfo(_message.Message):
-    __slots__ = ("model", "namespace", "tokenizer", "context_tokens_max", "instances", "eos_token_ids")
+    __slots__ = ("model", "namespace", "tokenizer", "context_tokens_max", "instances", "eos_token_ids", "protocol")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_TOKENS_MAX_FIELD_NUMBER: _ClassVar[int]
     INSTANCES_FIELD_NUMBER: _ClassVar[int]
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     model: str
     namespace: _common_pb2.NamespaceSpec
     tokenizer: str
     context_tokens_max: int
     instances: int
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, model: _Optional[str] = ..., namespace: _Optional[_Union[_common_pb2.NamespaceSpec, _Mapping]] = ..., tokenizer: _Optional[str] = ..., context_tokens_max: _Optional[int] = ..., instances: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    protocol: str
+    def __init__(self, model: _Optional[str] = ..., namespace: _Optional[_Union[_common_pb2.NamespaceSpec, _Mapping]] = ..., tokenizer: _Optional[str] = ..., context_tokens_max: _Optional[int] = ..., instances: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., protocol: _Optional[str] = ...) -> None: ...
 
 class ListModelsReply(_message.Message):
     __slots__ = ("models",)

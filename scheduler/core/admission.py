@@ -13,13 +13,14 @@ from scheduler.core.commands import Refused
 from scheduler.core.config import SchedulerConfig
 from scheduler.core.events import PlaceRequested
 from scheduler.core.options import NO_CAPACITY, NO_HANDOFF, SLOW, TOO_LONG, Appraiser, Option
+from scheduler.core.promises import Promise, PromiseBook
 from scheduler.core.waiting import TENANT_WEIGHT_MAX
 
 #: Retry-After where nothing tells when it would help.
 RETRY_DEFAULT_US = 1_000_000
 PROMPT_TOKENS_MAX = 1 << 26
-#: Options of each kind that are asked when they become feasible.
-CHANCES_MAX = 2
+#: Options of each kind that are asked when they become feasible, for one that waits and for one that is sent away.
+CHANCES_MAX, PRECISE_MAX = 2, 4
 #: Times after which those who wait are worth another look.
 ROUGHLY_US = (0, 100_000, 500_000, 2_000_000, 8_000_000, 30_000_000)
 KEY_LISTS_MAX = 256
@@ -104,26 +105,30 @@ class Chance:
         wait_us: from now until the option's instances have what it needs.
         servable: whether a request that waits so long is still served within its objectives.
         retry_us: from now until a request like this one would be taken in, were it to come then.
+        begin_us: from now until its prefill could begin.
     """
 
     option: Option
     wait_us: int
     servable: bool
     retry_us: int
+    begin_us: int = 0
 
 
-def chance(options: Sequence[Option], appraiser: Appraiser, config: SchedulerConfig, precise: bool) -> Chance | None:
+def chance(
+    options: Sequence[Option], appraiser: Appraiser, config: SchedulerConfig, promises: PromiseBook | None = None
+) -> Chance | None:
     """The option that becomes feasible first, by the predictions that made it infeasible. None if none ever does.
 
-    Work queued drains, decodes end as predicted, nobody else comes: as true for the request that waits as for one that
-    comes back then.
+    Work queued drains, decodes end as predicted, and nobody else comes but those who were told to.
 
     Args:
-        precise: times to a millisecond, as somebody who is told to come back needs them; else to one of `ROUGHLY_US`.
+        promises: for somebody who is told to come back: times are to a millisecond, and behind what was promised to
+            others. None: for somebody who waits; one of `ROUGHLY_US` will do.
     """
     best: Chance | None = None
-    for option in _most_promising(options):
-        found = _chance_of(option, appraiser, config, precise)
+    for option in _most_promising(options, CHANCES_MAX if promises is None else PRECISE_MAX):
+        found = _chance_of(option, appraiser, config, promises)
         if found is None:
             continue
         if best is None or (not found.servable, found.retry_us, found.wait_us) < (
@@ -133,46 +138,82 @@ def chance(options: Sequence[Option], appraiser: Appraiser, config: SchedulerCon
     return best
 
 
-def _most_promising(options: Sequence[Option]) -> list[Option]:
+def _most_promising(options: Sequence[Option], count: int) -> list[Option]:
     """A few that are cheapest, and a few with most room: one of these becomes feasible first, or nearly."""
     able = [o for o in options if not o.reason.startswith((TOO_LONG, NO_HANDOFF))]
-    cheapest = sorted(able, key=lambda o: o.order)[:CHANCES_MAX]
-    roomiest = sorted(able, key=lambda o: (-o.kv_tokens_left, *o.order))[:CHANCES_MAX]
+    cheapest = sorted(able, key=lambda o: o.order)[:count]
+    roomiest = sorted(able, key=lambda o: (-o.kv_tokens_left, *o.order))[:count]
     return list({id(o): o for o in (*cheapest, *roomiest)}.values())
 
 
-def _chance_of(option: Option, appraiser: Appraiser, config: SchedulerConfig, precise: bool) -> Chance | None:
-    request, horizon_us = appraiser.request, config.retry_after_us_max
-    if not _has_room(option, appraiser, horizon_us):
-        # What nobody placed here ends some time, as does what waits before this one: nothing tells when.
-        others = option.decode.kv_tokens_foreign + appraiser.kv_tokens_ahead(option.decode) > 0
-        unknown = others and option.kv_tokens_left < 0
-        return Chance(option, RETRY_DEFAULT_US, True, RETRY_DEFAULT_US) if unknown else None
+def _chance_of(
+    option: Option, appraiser: Appraiser, config: SchedulerConfig, promises: PromiseBook | None
+) -> Chance | None:
+    request, horizon_us, now_us = appraiser.request, config.retry_after_us_max, appraiser.now_us
+    promised = promises.decodes_on(option.decode.id, now_us) if promises is not None else []
 
     def has_room(delay_us: int) -> bool:
-        return _has_room(option, appraiser, delay_us)
+        return _has_room(option, appraiser, delay_us, promised)
 
-    free_us = _first_time(has_room, horizon_us) if precise else _first_of(has_room, horizon_us)
-    begin_us = max(option.queue_us, free_us)
+    if not has_room(horizon_us):
+        # What nobody placed here ends some time, as does what waits before this one: nothing tells when.
+        others = option.decode.kv_tokens_foreign + appraiser.kv_tokens_ahead(option.decode) + len(promised) > 0
+        unknown = others and option.kv_tokens_left - sum(kv_tokens for _, _, kv_tokens in promised) < 0
+        return Chance(option, RETRY_DEFAULT_US, True, RETRY_DEFAULT_US) if unknown else None
+    if promises is None:
+        free_us, busy_us, kept = _first_of(has_room, horizon_us), option.queue_us, 1.0
+    else:
+        # Behind the last who was told to come: until then who is told what changes, after it there is room for good.
+        last_us = max((due_us - now_us for due_us, _, _ in promised), default=0)
+        free_us = _first_time(has_room, horizon_us, max(last_us, 0))
+        busy_us = max(option.queue_us, promises.prefills_until_us(option.prefill.id, now_us) - now_us)
+        kept = 1.0 - config.retry_slack
+    begin_us = max(busy_us, free_us)
     if request.ttft_slo_us:
         # What is left of the wait when it comes back counts; what it has waited so far would not.
-        def in_time(delay_us: int) -> bool:
+        def in_time(delay_us: int, kept: float) -> bool:
             parts_us = max(begin_us - delay_us, 0) + option.service_us
-            return appraiser.corrected_us(option.prefill.id, parts_us) <= request.ttft_slo_us
+            return appraiser.corrected_us(option.prefill.id, parts_us) <= kept * request.ttft_slo_us
 
-        if not in_time(begin_us):
+        if not in_time(begin_us, 1.0):
             return None
-        retry_us = _first_time(in_time, begin_us)
+        retry_us = _first_time(lambda delay_us: in_time(delay_us, kept), begin_us)
         parts_us = option.waited_us + begin_us + option.service_us
         servable = appraiser.corrected_us(option.prefill.id, parts_us) <= request.ttft_slo_us
-        return Chance(option, free_us, servable, retry_us)
+        return Chance(option, free_us, servable, retry_us, begin_us)
     patience_us = config.wait_us_max if request.wait_us_max is None else request.wait_us_max
-    return Chance(option, free_us, free_us + option.waited_us <= patience_us, max(free_us - patience_us, 0))
+    retry_us = max(begin_us - int(kept * patience_us), free_us - patience_us, 0) if promised else free_us - patience_us
+    return Chance(option, free_us, free_us + option.waited_us <= patience_us, max(retry_us, 0), begin_us)
 
 
-def _has_room(option: Option, appraiser: Appraiser, delay_us: int) -> bool:
-    """Whether KV and, where there is an objective, decode steps allow the option after a delay."""
-    if option.kv_tokens_left + appraiser.kv_tokens_freed(option.decode, delay_us) < 0:
+def promise_of(chance: Chance, appraiser: Appraiser, retry_after_ms: int) -> Promise:
+    """What a request that was told to come back is going to take then."""
+    request, option, now_us = appraiser.request, chance.option, appraiser.now_us
+    due_us = now_us + retry_after_ms * 1000
+    prefill_ends_us = max(now_us + chance.begin_us, due_us) + option.service_us
+    return Promise(
+        owner=(request.gateway_id, request.request_id),
+        model=request.model,
+        tenant=request.tenant,
+        prefill_id=option.prefill.id,
+        decode_id=option.decode.id,
+        due_us=due_us,
+        prefill_ends_us=prefill_ends_us,
+        ends_us=prefill_ends_us + option.handoff_us + option.step_us * appraiser.expected_tokens,
+        kv_tokens=appraiser.kv_tokens_needed(option.decode),
+    )
+
+
+def _has_room(option: Option, appraiser: Appraiser, delay_us: int, promised: Sequence[tuple[int, int, int]]) -> bool:
+    """Whether KV and, where there is an objective, decode steps allow the option after a delay.
+
+    Args:
+        promised: who is to decode there by then, until when, and with how many KV tokens.
+    """
+    at_us, taken = appraiser.now_us + delay_us, 0
+    for due_us, ends_us, kv_tokens in promised:
+        taken += kv_tokens if due_us <= at_us < ends_us else 0
+    if option.kv_tokens_left - taken + appraiser.kv_tokens_freed(option.decode, delay_us) < 0:
         return False
     if option.split:
         room = appraiser.prefill_room(option)
@@ -194,11 +235,14 @@ def _first_of(holds: Callable[[int], bool], last_us: int) -> int:
     return last_us
 
 
-def _first_time(holds: Callable[[int], bool], last_us: int) -> int:
-    """The earliest delay at which something holds that goes on to hold, and does at `last_us`; to a millisecond."""
-    if holds(0):
-        return 0
-    low_us, high_us = 0, last_us
+def _first_time(holds: Callable[[int], bool], last_us: int, first_us: int = 0) -> int:
+    """The earliest delay from `first_us` on at which something holds that then goes on to, and does at `last_us`.
+
+    To a millisecond.
+    """
+    if first_us >= last_us or holds(first_us):
+        return first_us
+    low_us, high_us = first_us, last_us
     while high_us - low_us > 1000:
         middle_us = (low_us + high_us) // 2
         if holds(middle_us):

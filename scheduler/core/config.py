@@ -98,6 +98,10 @@ class SchedulerConfig:
     #: Weight of a microsecond by which requests that are expected to come meanwhile are held up.
     delay_weight: float = 1.0
 
+    #: Requests that were told when to come back: others are told later times. Beyond it the oldest is forgotten.
+    promises_max: int = 4096
+    #: Share of a TTFT objective, and of the longest wait, that a time to come back leaves for what can't be predicted.
+    retry_slack: float = 0.2
     retry_after_us_min: int = SECOND_US // 10
     retry_after_us_max: int = 600 * SECOND_US
     #: A link that failed is left out of plans this long, doubled with each failure in a row.

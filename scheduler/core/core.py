@@ -22,6 +22,7 @@ from scheduler.core.options import Appraiser
 from scheduler.core.pending import PendingBook
 from scheduler.core.placements import Owner, Placement, PlacementBook
 from scheduler.core.policies import POLICIES, Policy
+from scheduler.core.promises import PromiseBook
 from scheduler.core.waiting import WaitingRoom
 
 #: Share of the old estimate that survives one more observed output length.
@@ -44,6 +45,7 @@ class SchedulerCore:
         self.expiries = Deadlines()
         self.room = WaitingRoom(config)
         self.pending = PendingBook(config.pending_max)
+        self.promises = PromiseBook(config.promises_max)
         #: Model -> how many requests come of late.
         self.arrivals: dict[str, ArrivalRate] = {}
         #: Instance -> what predictions for it were worth.
@@ -193,6 +195,7 @@ class SchedulerCore:
         self.expiries.check_invariants()
         self.room.check_invariants()
         self.pending.check_invariants()
+        self.promises.check_invariants()
         assert not self.book.freed and not self.book.finished
         assert all(model in self.cluster.models_seen for model in self.arrivals)
         assert all(instance_id in self.cluster.instances for instance_id in self.calibrations)

@@ -91,6 +91,7 @@ class InstanceInfo:
     tp: int = 1  # GPUs that serve one copy of the model
     price_per_hour: float = 0.0  # of the whole instance
     role_changeable: bool = False  # whether a proposal of another role may be carried out
+    protocol: str = "kvpool"  # how requests reach it
 
 
 @dataclass(frozen=True, slots=True)

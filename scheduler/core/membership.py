@@ -86,6 +86,7 @@ def _gone(core: SchedulerCore, kind: str, member_id: str, commands: list[Command
         core.book.stalling.pop(member_id, None)
         core.calibrations.pop(member_id, None)
         core.pending.drop_instance(member_id)
+        core.promises.drop_instance(member_id)
         core.book.freed[member_id] = None  # those who planned to go there need another plan
 
 

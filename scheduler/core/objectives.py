@@ -25,7 +25,7 @@ def peak_step_us(appraiser: Appraiser, option: Option, begin_us: int) -> int:
 
 
 def interval_us(appraiser: Appraiser, option: Option) -> int:
-    """The longest interval between two tokens that its prefill makes for those who decode there; 0 where nobody does."""
+    """The longest interval between tokens that its prefill makes for those who decode there; 0 where nobody does."""
     if not option.prefill.decodes():
         return 0
     prompt_tokens = appraiser.request.prompt_tokens

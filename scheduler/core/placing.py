@@ -56,6 +56,7 @@ class Verdict:
     look_again_us: int = 0  # where it waits
     deadline_us: int = 0
     refused: Refused | None = None
+    chance: admission.Chance | None = None  # of one that is refused
 
 
 # ---------------------------------------------------------------- events
@@ -73,6 +74,8 @@ def place(core: SchedulerCore, event: PlaceRequested, commands: list[Command]) -
     # A request placed again has lost its first placement, whatever comes of the second.
     core.end_placement(owner, "replaced", commands)
     before = core.room.remove(owner)
+    if before is None:
+        core.promises.came(owner, event.model, event.tenant, core.now_us)
     instances = len(core.cluster.by_model.get(event.model, ()))
     if instances:
         core.arrivals.setdefault(event.model, ArrivalRate()).arrived(core.now_us)
@@ -176,15 +179,16 @@ def _find_wait(core: SchedulerCore, request: Request, late: bool, verdict: Verdi
     """Nothing is feasible now: waits for what will be, or refuses with the time at which it would be taken."""
     assert verdict.appraiser is not None
     may_wait = late and not request.final
-    chance = admission.chance(verdict.options, verdict.appraiser, core.config, precise=not may_wait)
-    if chance is not None and may_wait:
+    chance = admission.chance(verdict.options, verdict.appraiser, core.config) if may_wait else None
+    if chance is not None:
         deadline_us = admission.deadline_us(request.event, request.arrived_us, chance.option, core.config)
         if chance.servable and core.now_us + chance.wait_us <= deadline_us and deadline_us > core.now_us:
             verdict.plan = _plan(core, chance.option, verdict.appraiser)
             verdict.deadline_us = deadline_us
             verdict.look_again_us = core.now_us + max(chance.wait_us, _in_vain_us(core, request))
             return
-        chance = admission.chance(verdict.options, verdict.appraiser, core.config, precise=True)
+    chance = admission.chance(verdict.options, verdict.appraiser, core.config, core.promises)
+    verdict.chance = chance
     verdict.refused = admission.refusal(
         request.event, verdict.options, None if chance is None else chance.retry_us, core.config
     )
@@ -259,7 +263,11 @@ def _wait(core: SchedulerCore, request: Request, verdict: Verdict, plan: Plan, c
             room.charge(event, request.start_us, plan.prefill_us)
         if room.full and not _make_room(core, request, commands):
             message = f"{core.config.waiting_max} requests wait for a place"
-            none = admission.refuse(event, Reason.OVERLOADED, message, verdict.look_again_us - core.now_us)
+            # Not all of a crowd at the same time.
+            later_us = (
+                verdict.look_again_us - core.now_us + core.config.retry_after_us_min * (1 + request.order[1] % 16)
+            )
+            none = admission.refuse(event, Reason.OVERLOADED, message, later_us)
             _refused(core, event, Verdict(verdict.options, refused=none), request.arrived_us, commands)
             return
         room.add(Waiting(event, request.start_us, request.order, request.arrived_us, verdict.deadline_us, plan))
@@ -352,6 +360,8 @@ def _refused(
     core.count("refusals")
     core.count(f"refused_{refused.reason.name.lower()}")
     commands.append(refused)
+    if verdict.chance is not None and verdict.appraiser is not None and refused.retry_after_ms:
+        core.promises.note(admission.promise_of(verdict.chance, verdict.appraiser, refused.retry_after_ms))
     if refused.reason is not Reason.BAD_ARGUMENT:
         _note(core, event, verdict, refused, arrived_us)
 

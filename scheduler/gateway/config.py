@@ -55,6 +55,9 @@ class GatewayConfig:
     link_idle_s: float = 60.0
     #: How a prompt's KV gets from one OpenAI server to another: "pool" (kvpool's connector) or "nixl" (vLLM's own).
     handoff: str = "pool"
+    #: Answer tokens that a placement on an OpenAI server counts at most: such a server takes its pages as they are
+    #: needed, so what is likely counts there, not what is possible.
+    relay_tokens_max: int = 1024
     #: Presented to the OpenAI servers.
     engine_api_key: str = ""
     #: After SIGTERM: how long running requests may go on before they are aborted.

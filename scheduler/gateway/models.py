@@ -22,6 +22,8 @@ from scheduler.gateway.text import Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
 
+#: Protocol of servers that speak the OpenAI HTTP API themselves.
+OPENAI = "openai"
 #: A tokenizer that could not be loaded is tried again after this.
 _RELOAD_S = 15.0
 _REFRESH_MIN_S = 0.2
@@ -144,7 +146,7 @@ class Models:
             eos_tokens=frozenset(info.eos_token_ids),
             tokenizer=tokenizer,
             created=int(time.time()),
-            naming=EngineNaming.of_layout(namespace.layout),
+            naming=EngineNaming.of_layout(namespace.layout) if info.protocol == OPENAI else None,
         )
         # Compiled kernels are loaded now, not with the first request.
         model.block_keys(model.root_key(b""), np.zeros(model.block_tokens, dtype=np.uint32))

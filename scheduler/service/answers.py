@@ -79,6 +79,7 @@ def engine_info(info: events.InstanceInfo) -> engine_pb2.EngineInfo:
         tp=info.tp,
         price_per_hour=info.price_per_hour,
         role_changeable=info.role_changeable,
+        protocol=info.protocol,
     )
 
 

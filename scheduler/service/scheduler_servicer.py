@@ -103,6 +103,7 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
                 context_tokens_max=max(i.info.context_tokens_max for i in instances),
                 instances=len(instances),
                 eos_token_ids=info.eos_token_ids,
+                protocol=info.protocol,
             )
         return reply
 

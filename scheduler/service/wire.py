@@ -178,6 +178,7 @@ def instance_joined(info: engine_pb2.EngineInfo, stream: int) -> events.Instance
             tp=info.tp or 1,
             price_per_hour=_amount(info.price_per_hour, "price_per_hour"),
             role_changeable=info.role_changeable,
+            protocol=_text(info.protocol, "protocol") or "kvpool",
         ),
     )
 

@@ -57,7 +57,7 @@ def forks(count: int, prefix_tokens: int, tail_tokens: int, seconds: float) -> T
 def incidents() -> list[Incident]:
     a800 = PROFILES["a800x8-llama3-70b"]
     # A network on which a transfer takes its time, and instances that keep little, so that much is pulled.
-    slow = replace(a800, nic_bytes_s=20e9, pull_bytes_s=20e9, kv_tokens=160_000)
+    slow = replace(a800, nic_bytes_s=20e9, pull_bytes_s=20e9, kv_tokens=400_000)
     pulling = SimulationConfig(hardware=slow, nodes=6, split=(3, 3), max_tokens=512, seed=1)
     at_us, lasts_us = BEGINS_S * SECOND_US, LASTS_S * SECOND_US
     flapping = Fault(FaultKind.LINK, "host-1", at_us, lasts_us, factor=0.0, period_us=4 * SECOND_US)

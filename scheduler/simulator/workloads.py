@@ -246,7 +246,7 @@ def parameters_of(kind: str, over: dict[str, str]) -> Any:
     if kind not in KINDS:
         raise BadArgument(f"no kind of trace {kind!r}", hint=f"there are {', '.join(KINDS)}")
     cls: Any = KINDS[kind][0]
-    defaults = {f.name: f.default for f in fields(cls)}
+    defaults: dict[str, Any] = {f.name: f.default for f in fields(cls)}
     values: dict[str, float | int] = {}
     for name, text in over.items():
         if name not in defaults:

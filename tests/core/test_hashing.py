@@ -20,6 +20,7 @@ from kvpool.core.hashing import (
     block_digests,
     block_keys,
     object_key,
+    object_keys,
     root_key,
     section_digest,
     section_seed,
@@ -215,3 +216,19 @@ def test_the_key_of_an_object_is_made_of_its_namespace_and_its_name() -> None:
             object_key(namespace, name)
     with pytest.raises(BadKeyLength):
         object_key(b"short", "name")
+
+
+@given(names=st.lists(st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=200), max_size=8))
+def test_keys_of_many_objects_are_those_of_each(names):
+    namespace = bytes(range(16))
+    keys = object_keys(namespace, names)
+    assert (keys.shape, keys.dtype) == ((len(names), 16), np.uint8)
+    assert [key.tobytes() for key in keys] == [object_key(namespace, name) for name in names]
+
+
+def test_names_of_many_objects_are_checked():
+    for wrong in ("", "x" * 1025, "é" * 513):
+        with pytest.raises(BadArgument):
+            object_keys(bytes(16), ["fine", wrong])
+    with pytest.raises(BadKeyLength):
+        object_keys(b"short", [])

@@ -129,12 +129,20 @@ def test_a_mask_is_mixed_into_each_key() -> None:
 )
 def test_a_layout_tells_the_naming(naming: EngineNaming) -> None:
     assert EngineNaming.of_layout(naming.layout) == naming
-    assert EngineNaming.of_layout("lkthd") is None and EngineNaming.of_layout("https x") is None
 
 
 @pytest.mark.parametrize(
-    "layout", ["http", "http sha256 x - s", "http md5 32 - s", "http sha256 32 zz s", "http sha256 0 - s"]
+    "layout",
+    [
+        "lkthd",
+        "engine-named",
+        "other sha256 32 - s",
+        "N sha256 x - s",
+        "N md5 32 - s",
+        "N sha256 32 zz s",
+        "N sha256 0 - s",
+    ],
 )
 def test_layouts_that_tell_no_naming(layout: str) -> None:
     with pytest.raises(BadArgument):
-        EngineNaming.of_layout(layout)
+        EngineNaming.of_layout(layout.replace("N ", "engine-named "))

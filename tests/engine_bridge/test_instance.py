@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import msgspec
 import pytest
 
 from engines.openai_server.instance import AgentContext, ServerInstance
@@ -57,7 +58,9 @@ class Joined:
 
 
 @asynccontextmanager
-async def joined(tokenizer: str, *extras: dict[str, object], **page: int) -> AsyncIterator[Joined]:
+async def joined(
+    tokenizer: str, *extras: dict[str, object], before: Callable[[Joined], None] = lambda made: None, **page: int
+) -> AsyncIterator[Joined]:
     scheduler = SchedulerServer(SchedulerServerConfig(listen="127.0.0.1:0"))
     await scheduler.startup()
     servers = [
@@ -73,6 +76,7 @@ async def joined(tokenizer: str, *extras: dict[str, object], **page: int) -> Asy
         for server, extra in zip(servers, extras, strict=True)
     ]
     made = Joined(scheduler, servers, instances)
+    before(made)
     try:
         for instance in instances:
             instance.start()
@@ -97,7 +101,9 @@ def test_a_server_joins_reports_and_leaves(tokenizer: str) -> None:
             info = instance.info
             assert (info.role, info.model, info.batch_max, info.kv_tokens_total) == (Role.DECODE, MODEL, 7, 4000)
             assert info.address == made.servers[0].address and info.version == "vllm 0.32.0"
-            assert info.namespace.groups[0].block_bytes == 4096 * 4 and info.hbm_source_id == ""
+            assert info.protocol == "openai" and info.hbm_source_id == ""
+            # Equal for servers that differ in memory: else they could not hand over to each other.
+            assert info.namespace.groups[0].block_bytes == 2 << 20
             made.servers[0].metrics = metrics(running=3, usage=0.5)
             await made.until(lambda: instance.running == 3 and instance.kv_tokens_free == 2000)
             epoch = info.epoch
@@ -126,6 +132,35 @@ def test_its_cache_is_in_the_directory(tokenizer: str) -> None:
                 await asyncio.to_thread(publisher.wait_subscribed)
                 publisher.publish(*frames()[3])
                 await made.until(lambda: core.directory.match(keys).covered == 1)
+        finally:
+            publisher.close()
+
+    run(test())
+
+
+def test_the_mask_of_its_connector_is_asked_for(tokenizer: str) -> None:
+    """And again when the engine's caches were reset: its names in the pool may be others then."""
+
+    async def test() -> None:
+        publisher = Publisher()
+        try:
+            extra = {"events": publisher.endpoint, "node": "127.0.0.1:1"}
+
+            def layout_of(made: Joined) -> str:
+                instance = made.scheduler.shell.core.cluster.instances.get("server-0")
+                return instance.info.namespace.layout if instance is not None else ""
+
+            def tells(made: Joined, mask: str) -> None:
+                made.servers[0].transfer = {"kvpool_tokens": 0, "kvpool_key_mask": mask}
+
+            async with joined(tokenizer, extra, before=lambda made: tells(made, "ab" * 16)) as made:
+                assert f" {'ab' * 16} " in layout_of(made)
+                asked = made.servers[0].calls[0].body
+                assert asked["max_tokens"] == 1 and asked["kv_transfer_params"] == {"kvpool_handoff": True}
+                tells(made, "cd" * 16)
+                await asyncio.to_thread(publisher.wait_subscribed)
+                publisher.publish(b"", 0, msgspec.msgpack.encode([1.0, [{"type": "AllBlocksCleared"}], 0]))
+                await made.until(lambda: f" {'cd' * 16} " in layout_of(made))
         finally:
             publisher.close()
 

@@ -217,6 +217,7 @@ class SchedulerMade(scheduler_pb2_grpc.SchedulerServicer):
     hold_places: asyncio.Event | None = None
     serves_model: bool = True
     layout: str = "lkthd"
+    protocol: str = ""
     address: str = "127.0.0.1:0"
 
     async def start(self) -> None:
@@ -262,7 +263,7 @@ class SchedulerMade(scheduler_pb2_grpc.SchedulerServicer):
         )  # fmt: skip
         model = scheduler_pb2.ModelInfo(
             model=MODEL, namespace=namespace, tokenizer=self.tokenizer, context_tokens_max=CONTEXT_TOKENS,
-            instances=len(self.engines), eos_token_ids=[EOS],
+            instances=len(self.engines), eos_token_ids=[EOS], protocol=self.protocol,
         )  # fmt: skip
         return scheduler_pb2.ListModelsReply(models=[model] if self.serves_model else [])
 

@@ -283,7 +283,7 @@ async def served(tokenizer: str, servers: int = 2, **config: Any) -> AsyncIterat
     made = [ServerMade(f"server-{i}", changes, loaded) for i in range(servers)]
     for server in made:
         await server.start()
-    scheduler = SchedulerMade(made, tokenizer, changes, layout=NAMING.layout)  # type: ignore[arg-type]
+    scheduler = SchedulerMade(made, tokenizer, changes, layout=NAMING.layout, protocol="openai")  # type: ignore[arg-type]
     await scheduler.start()
     settings = {"listen": "127.0.0.1:0", "drain_timeout_s": 1.0, "place_timeout_s": 5.0, **config}
     gateway = GatewayServer(GatewayConfig(scheduler=scheduler.address, **settings))

@@ -560,8 +560,8 @@ def test_a_client_that_is_gone_before_anything_begins(tokenizer: str) -> None:
                     relay.cancel()
                 else:
                     asyncio.get_running_loop().call_soon(relay.cancel)
-                blocks = [block async for block in relay.blocks()]
-                assert blocks == []
+                async with asyncio.timeout(20):
+                    assert [block async for block in relay.blocks()] == []
             assert not servers_of(c)[0].calls
 
     run(test())
@@ -587,5 +587,20 @@ def test_the_scheduler_hears_of_a_prefill_whose_end_nobody_sees(tokenizer: str) 
             text = c.gateway.metrics.render().decode()
             assert f'kvpool_gateway_prompt_tokens_total{{model="{MODEL}"}} {len(PROMPT)}.0' in text
             assert f'kvpool_gateway_tpot_seconds_count{{model="{MODEL}"}}' not in text
+
+    run(test())
+
+
+def test_a_placement_counts_what_is_likely(tokenizer: str) -> None:
+    """A chat that names no length may use all of the context; its server takes pages as they are needed."""
+
+    async def test() -> None:
+        async with served(tokenizer, relay_tokens_max=20) as c:
+            open_chat = {name: value for name, value in CHAT.items() if name != "max_tokens"}
+            servers_of(c)[0].next_token = servers_of(c)[1].next_token = saying([40, 41])
+            await Stream(c, open_chat, "chat/completions").whole()
+            await post(c, {**ASK, "max_tokens": 5})
+            assert [place.max_tokens for place in c.scheduler.places] == [20, 5]
+            assert "max_tokens" not in servers_of(c)[0].calls[0].body
 
     run(test())

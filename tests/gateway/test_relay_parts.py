@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.decoders import DecodeStream
 
 from kvpool.core.errors import Overloaded
 from scheduler.gateway.relay.answers import StreamedAnswer
 from scheduler.gateway.relay.asks import Ask, is_plain
 from scheduler.gateway.relay.sse import EVENT_BYTES_MAX, SseReader
-from scheduler.gateway.text import Detokenizer, Tokenizer
+from scheduler.gateway.text import Tokenizer
 
 PLAIN: dict[str, Any] = {"model": "m", "prompt": "x", "stream": True, "temperature": 0, "max_tokens": 5}
 
@@ -123,14 +124,13 @@ class Server:
         assert context == self.prompt + self.answer[:done]
         # The real one gives the prompt's text again when it has to go on within a character.
         assert not self.tokenizer.decode(context[-16:]).endswith("\ufffd")
-        detokenizer = Detokenizer(self.tokenizer.decode)
-        for token in context[-8:]:
-            detokenizer.push(token)
+        # As vLLM begins: with all that stands before.
+        decoding, fast = DecodeStream(ids=list(context), skip_special_tokens=True), self.tokenizer._fast
         chunks, rest = [], self.answer[done:]
         while rest:
             size = sizes[len(chunks) % len(sizes)]
             run, rest = rest[:size], rest[size:]
-            text = "".join(detokenizer.push(token) for token in run) + ("" if rest else detokenizer.flush())
+            text = "".join(decoding.step(fast, token) or "" for token in run)
             choice = {"index": 0, "text": text, "token_ids": run, "finish_reason": None if rest else "length"}
             prompt = context if not chunks else None
             chunks.append({"choices": [{**choice, "prompt_token_ids": prompt, "logprobs": None}]})

@@ -173,6 +173,24 @@ def test_pins_keep_objects_while_others_are_evicted(start_node: Start, connected
     assert store.remove("hard") == 0 and store.is_exist("hard") == 0
 
 
+def test_a_pin_ends_with_its_object(start_node: Start, connected: Connect) -> None:
+    """Also if another process removes it, and however it is removed."""
+    node = start_node(memory_bytes=8 << 20)
+    store, other = connected(node.address), connected(node.address)
+    hard, value = ReplicateConfig(with_hard_pin=True), bytes(3 << 20)
+    with PoolClient(node.address) as pool:
+        empty = pool.stats().bytes_used
+        ways = [
+            lambda: other.remove("a"), lambda: other.batch_remove(["a", "b"]), lambda: other.remove_all(),
+            lambda: other.remove_by_regex("a"), lambda: other.upsert("a", b"small") or other.remove("a"),
+        ]  # fmt: skip
+        for remove in ways:
+            assert store.put("a", value, hard) == 0 and store.upsert("a", value, hard) == 0
+            assert pool.stats().pins == 1
+            remove()
+            assert (pool.stats().pins, pool.stats().bytes_used) == (0, empty)
+
+
 # ---------------------------------------------------------------- upsert
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvpool.client import PoolClient, object_keys
+from kvpool.client import PoolClient
 from kvpool.core.errors import Unavailable
+from kvpool.core.hashing import object_keys
 from kvpool.core.ids import Fidelity, NamespaceId
 from kvpool.core.namespace import GroupKind, GroupSpec, NamespaceSpec
 from kvpool.service.copy_origin import Origin

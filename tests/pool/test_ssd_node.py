@@ -140,7 +140,7 @@ def test_what_could_not_be_read_once_does_not_come_back(start_node: Start, conne
 
 
 def evict(node: NodeProcess, namespace: bytes, names: list[str]) -> None:
-    from kvpool.service.client_lookups import object_keys
+    from kvpool.core.hashing import object_keys
     from kvpool.service.rpc import make_channel
     from kvpool.service.source_calls import key_list
     from kvpool.v1 import source_admin_pb2, source_admin_pb2_grpc

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kvpool.client import RESERVED, PoolClient
 from kvpool.core.errors import BadArgument, DeadlineExceeded
-from kvpool.service.client_lookups import object_keys
+from kvpool.core.hashing import object_keys
 from kvpool.service.client_reads import PROMOTE_SHARE, lease_times
 from tests.pool.node_process import NodeProcess, namespace_spec, random_blocks
 

@@ -95,6 +95,7 @@ def test_calls_that_fit_nothing_are_misses(
         places(pool, 0),  # too few
         places(pool, 0, 1) + 1,  # not at a page's beginning
         places(pool, 0, 1).flip(0),
+        torch.cat([places(pool, 0)[:-1], places(pool, 2)[-1:], places(pool, 1)]),  # a page in two pieces
         places(pool, 0, PAGES),  # beyond the pool
         torch.empty(0, dtype=torch.int64),
     ]

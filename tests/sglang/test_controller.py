@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from engines.sglang.settings import NODE_DEFAULT
 from tests.pool.node_process import NodeProcess, eventually
 from tests.sglang.made_pools import hashes
 from tests.sglang.real_pools import EXTRA, LAYERS, TOKENS, fill, flats, mha_pool, places, pool_of
@@ -122,3 +125,38 @@ def test_a_prefetch_while_the_node_dies_ends(
     assert eventually(lambda: not controller.storage_backend.batch_exists(hashes(1, "x")))
     controller.prefetch("next", list(range(900, 900 + 4 * TOKENS)))
     assert controller.prefetch_hit_queue.get(timeout=60).storage_hit_count == 0
+
+
+def test_the_documented_settings_are_what_sglang_and_the_backend_take(
+    node: NodeProcess, controller_on: Callable[..., Any]
+) -> None:
+    """Those of docs/sglang.md, read as SGLang reads its command line."""
+    from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import HybridCacheController
+
+    from engines.sglang.backend import KVPoolHiCacheStorage
+
+    text = (Path(__file__).parents[2] / "docs" / "sglang.md").read_text(encoding="utf-8")
+    (given,) = re.findall(r"--hicache-storage-backend-extra-config '(\{.*?\})'", text, re.DOTALL)
+    extra, *_ = HybridCacheController.parse_storage_backend_extra_config(given)
+    assert extra.pop("node") == NODE_DEFAULT
+    controller = controller_on(node.address, mha_pool("page_first"), **extra)
+    assert type(controller.storage_backend) is KVPoolHiCacheStorage
+    assert controller.page_get_func == controller._page_get_zero_copy
+
+
+def test_prefixes_of_earlier_calls_are_named(node: NodeProcess, controller_on: Callable[..., Any]) -> None:
+    """With `hicache_storage_pass_prefix_keys` SGLang names the pages before a call's first one."""
+    from sglang.srt.mem_cache.utils import get_storage_hash_str
+
+    pool = mha_pool("page_first")
+    controller = controller_on(node.address, pool, interface_v1=1)
+    tokens = list(range(7000, 7000 + 4 * TOKENS))
+    names = get_storage_hash_str(tokens, None, page_size=TOKENS)
+    for first in (0, 2):
+        mine = slice(first * TOKENS, (first + 2) * TOKENS)
+        controller.write_storage(
+            places(pool, first, first + 1), tokens[mine], hash_value=names[first : first + 2],
+            prefix_keys=names[:first],
+        )  # fmt: skip
+        assert controller.ack_backup_queue.get(timeout=60).completed_tokens == 2 * TOKENS
+    assert controller.storage_backend.batch_exists(names) == 4

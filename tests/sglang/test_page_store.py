@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engines.sglang import page_store
 from engines.sglang.page_store import PageStore
 from engines.sglang.pool_link import PoolLink
 from kvpool.client import PoolClient
@@ -38,6 +39,13 @@ class Engine:
 
     def flats(self, numbers: range) -> list[bytes]:
         return [self.pool.flat(number).tobytes() for number in numbers]
+
+
+@pytest.fixture(autouse=True)
+def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four pages each, so that calls take several."""
+    monkeypatch.setattr(page_store, "BATCH_BYTES", 4 * 2 * LAYERS * RUN_BYTES)
+    monkeypatch.setattr(page_store, "STAGED_BATCH_BYTES", 4 * 2 * LAYERS * RUN_BYTES)
 
 
 @pytest.fixture

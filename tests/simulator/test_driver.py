@@ -244,3 +244,18 @@ def _folders() -> list[Path]:
 def test_the_scheduler_config_is_the_given_one() -> None:
     simulation = Simulation(TRACE, config(4, policy="sticky", scheduler=SchedulerConfig(harm_weight=2.0)))
     assert simulation.core.config.harm_weight == 2.0 and simulation.core.config.policy == "sticky"
+
+
+def test_decode_load_judged_late_is_prefill_done_in_vain() -> None:
+    """Early rejection spares the work that late rejection throws away; both end each request once."""
+    trace = [request(0.3 * n, 4_000, 400, stem=n) for n in range(24)]
+    slow = replace(A800, decode_token_us=4.0)
+    base = config(nodes=3, split=(2, 1), hardware=slow, policy="mooncake_algorithm1", max_tokens=512)
+    late, early = (simulate(trace, replace(base, late_rejection=late)) for late in (True, False))
+    in_vain = [r for r in late.records if r.why == "decode_load"]
+    assert in_vain and all(r.end == "refused" and r.tokens == 0 for r in in_vain)
+    assert not any(r.why == "decode_load" for r in early.records)
+    assert any(r.end == "refused" for r in early.records)
+    assert all(r.end in ("done", "refused") for r in (*late.records, *early.records))
+    computed = [result.figures()["computed_prompt_tokens"] for result in (late, early)]
+    assert computed[0] > computed[1]

@@ -18,9 +18,11 @@ from typing import Any
 
 import grpc
 import httpx
+import numpy as np
 
-from kvpool.v1 import scheduler_pb2, scheduler_pb2_grpc
-from tests.vllm_real.serving import REPLY_S, START_S, Engine, Node, Process, connector, free_port, start
+from kvpool.core.engine_keys import EngineNaming
+from kvpool.v1 import common_pb2, directory_pb2, directory_pb2_grpc, scheduler_pb2, scheduler_pb2_grpc
+from tests.vllm_real.serving import BLOCK_TOKENS, REPLY_S, START_S, Engine, Node, Process, connector, free_port, start
 
 WAIT_S = 60.0
 
@@ -87,6 +89,9 @@ class Cluster:
         response = httpx.post(f"{self.gateway_url}{path}", json=body, timeout=REPLY_S, trust_env=False)
         return response.status_code, response.json()
 
+    def gateway_metrics(self) -> str:
+        return httpx.get(f"{self.gateway_url}/metrics", timeout=REPLY_S, trust_env=False).text
+
     # ------------------------------------------------------------ what the scheduler knows
 
     def scheduler(self) -> Any:
@@ -103,6 +108,16 @@ class Cluster:
     def explain(self, request_id: str) -> scheduler_pb2.Explanation:
         request = scheduler_pb2.ExplainRequest(request_id=request_id)
         return self.scheduler().Explain(request, metadata=_PROTOCOL, timeout=10)
+
+    def holders(self, tokens: list[int]) -> dict[str, int]:
+        """Source -> leading blocks of a prompt that it holds, by the names that the gateway gives them."""
+        channel = grpc.insecure_channel(self.scheduler_address)
+        listed = self.scheduler().ListModels(scheduler_pb2.ListModelsRequest(), metadata=_PROTOCOL, timeout=10)
+        naming = EngineNaming.of_layout(listed.models[0].namespace.layout)
+        keys = naming.keys(b"", np.asarray(tokens, dtype=np.uint32), BLOCK_TOKENS)
+        request = directory_pb2.MatchRequest(keys=[common_pb2.KeyList(keys=keys.tobytes())])
+        reply = directory_pb2_grpc.DirectoryStub(channel).Match(request, metadata=_PROTOCOL, timeout=10)
+        return {run.source_id: run.count for run in reply.runs if run.first == 0}
 
     def until(self, holds: Any, what: str) -> None:
         deadline_s = time.monotonic() + WAIT_S

@@ -46,6 +46,8 @@ BLOCK_TOKENS, WINDOW_TOKENS, TOKENS_MAX = 4, 10, 200
 TOKEN_BYTES = 8
 MASK = (1 << 64) - 1
 GATE_S = 60.0
+#: What a step takes by the clock of the connector's scheduler side.
+STEP_S = 0.005
 
 
 def mixed(value: int) -> int:
@@ -155,6 +157,9 @@ class SteppedEngine:
         connector = self.scheduler.connector
         assert isinstance(connector, KVPoolConnector)
         self.connector = connector
+        self._steps = 0
+        assert connector._scheduler is not None
+        connector._scheduler._clock = lambda: self._steps * STEP_S
         self.worker = KVPoolConnector(self._config, KVConnectorRole.WORKER, cache)
         self.values = torch.zeros((2, block_count, BLOCK_TOKENS), dtype=torch.int64)
         self.cache: NDArray[np.uint64] = self.values.numpy().view(np.uint64)
@@ -198,6 +203,7 @@ class SteppedEngine:
 
     def step(self, aborts: Sequence[Request] = ()) -> None:
         """Schedules, computes and takes the output; `aborts` come while it computes."""
+        self._steps += 1
         planned = self.scheduler.schedule()
         computed = [self.scheduler.requests[name] for name in planned.num_scheduled_tokens]
         output = self._execute(planned)

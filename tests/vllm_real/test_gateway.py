@@ -63,6 +63,7 @@ def test_answers_in_one_and_chats(served: Cluster) -> None:
         events = list(served.stream({**chat, "kvpool": options}, "/v1/chat/completions"))
         told = "".join(choice["delta"].get("content") or "" for event in events for choice in event["choices"])
         assert told == text and events[0]["choices"][0]["delta"]["role"] == "assistant"
+    assert "prompts_read_differently_total{" not in served.gateway_metrics()
 
 
 def test_errors_are_vllms_own(served: Cluster) -> None:
@@ -75,12 +76,17 @@ def test_errors_are_vllms_own(served: Cluster) -> None:
 
 
 def test_what_lies_in_a_servers_own_cache_is_known(served: Cluster) -> None:
-    """A conversation stays where it is; the scheduler says beforehand how much of it is there."""
+    """A conversation stays where it is; the scheduler says beforehand how much of it is there.
+
+    Its blocks lie in the server's own cache and, stored by the connector, on the node, under one name.
+    """
     talk = words(11, 400)
     first = served.streamed(talk, 64, kvpool={}, stream_options={"include_usage": True})
     home = first.placements[0]["decode"]
     held = (len(talk) + 63) // BLOCK_TOKENS
-    served.until(lambda: served.instances()[home].hbm_blocks >= held, "the events did not arrive")
+    whole = [*talk, *first.tokens]
+    sources = {f"{home}/hbm": held, f"node-{served.node.port}": held}
+    served.until(lambda: sources.items() <= served.holders(whole).items(), "blocks are not where they should be")
     talk += [*first.tokens, *words(12, 50)]
     second = served.streamed(talk, 16, kvpool={}, stream_options={"include_usage": True})
     assert [placement["decode"] for placement in second.placements] == [home]

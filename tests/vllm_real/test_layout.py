@@ -75,6 +75,8 @@ def test_workers_and_scheduler_agree_about_layers_of_several_sizes() -> None:
     "changes",
     [
         {"model_config__quantization": "fp8"},
+        {"cache_config__cache_dtype": "fp8_e5m2"},
+        {"cache_config__kv_cache_dtype_skip_layers": ["1"]},
         {"model_config__hf_config__rope_parameters": {"rope_type": "default", "rope_theta": 5.0}},
         {"cache_config__prefix_caching_hash_algo": "sha256"},
         {"model_config__dtype": torch.bfloat16},
@@ -83,6 +85,11 @@ def test_workers_and_scheduler_agree_about_layers_of_several_sizes() -> None:
 def test_what_changes_the_bytes_changes_the_namespace(changes: dict[str, Any]) -> None:
     assert layout().spec.id() == layout().spec.id()
     assert layout(**changes).spec.id() != layout().spec.id()
+
+
+def test_two_kinds_of_8_bit_floats_do_not_share() -> None:
+    one, same, other = (layout(cache_config__cache_dtype=name).spec.id() for name in ("fp8", "fp8_e4m3", "fp8_e5m2"))
+    assert one == same != other
 
 
 def test_weights_are_told_by_their_files(tmp_path: Path) -> None:

@@ -212,6 +212,8 @@ class StreamedAnswer:
         told = {"index": 0, "logprobs": None, "finish_reason": choice.get("finish_reason")}
         ids = choice.get("token_ids") if self._ask.wants_token_ids else None
         if self._ask.chat:
+            if choice.get("finish_reason"):
+                told["stop_reason"] = choice.get("stop_reason")
             return {**told, "delta": {"content": choice["text"]}, "token_ids": ids}
         prompt_ids = None
         if self._ask.wants_token_ids and not self.begun:

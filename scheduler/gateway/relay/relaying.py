@@ -186,7 +186,8 @@ class Relay:
             self._note_first(attempt)
         attempt.asked = placement.decode.instance_id
         # Nobody says when such an answer begins. The scheduler would take its prefill for work to come until the end.
-        begun = asyncio.get_running_loop().call_later(placement.predicted_ttft_us / 1e6, self._report, attempt, None)
+        expected_s = max(0, placement.predicted_ttft_us - placement.waited_us) / 1e6
+        begun = asyncio.get_running_loop().call_later(expected_s, self._note_expected, attempt)
         try:
             reply = await self._backends.upstream.whole(
                 placement.decode.address + self.ask.path,
@@ -236,7 +237,7 @@ class Relay:
         async with aclosing(chunks):
             async for chunk in chunks:
                 block = answer.chunk(chunk, from_tokens=bool(context))
-                if answer.begun:
+                if block and answer.begun:
                     self._note_first(attempt)
                 if block:
                     yield block
@@ -302,7 +303,9 @@ class Relay:
             model=self._model.name,
             keys=[common_pb2.KeyList(keys=keys)],
             prompt_tokens=max(1, len(context) or ask.prompt_tokens),
-            max_tokens=max(1, self._answer.tokens_left() if context else ask.answer_tokens),
+            max_tokens=min(
+                max(1, self._answer.tokens_left() if context else ask.answer_tokens), config.relay_tokens_max
+            ),
             ttft_slo_ms=config.ttft_slo_ms if ask.ttft_slo_ms is None else ask.ttft_slo_ms,
             tpot_slo_ms=config.tpot_slo_ms if ask.tpot_slo_ms is None else ask.tpot_slo_ms,
             tenant=ask.tenant,
@@ -338,6 +341,11 @@ class Relay:
             self._first_at = now
             metrics.ttft.labels(model).observe(now - self._arrived_at)
         self._report(attempt, None)
+
+    def _note_expected(self, attempt: _Attempt) -> None:
+        """The first token should be there by now."""
+        if not attempt.first_at:
+            self._report(attempt, None)
 
     def _report(self, attempt: _Attempt, finish: Finish | None, error: str = "") -> None:
         """Tells the scheduler of an attempt's first token (`finish` None), or its end, once."""

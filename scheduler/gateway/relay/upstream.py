@@ -21,7 +21,7 @@ _CONNECTIONS_MAX = 4096
 #: vLLM closes connections that were idle for 5 s: one must not be taken just then.
 _IDLE_S = 2.0
 #: For the rest of an answer behind its end, so that the connection can be used again.
-_REST_S = 1.0
+_REST_S = 0.1
 #: A host that is gone without a word is noticed after about so long.
 _KEEPALIVE = [
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
