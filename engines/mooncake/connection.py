@@ -7,7 +7,8 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,20 +17,27 @@ from engines.mooncake.codes import NAMES, Code, code_of
 from engines.mooncake.memory import HostMemory, RegisteredMemory
 from engines.mooncake.pool import Codes, ObjectPool
 from engines.mooncake.settings import TENANT_DEFAULT, PoolSettings
-from kvpool.core.errors import KvpoolError
+from kvpool.core.errors import DeadlineExceeded, KvpoolError
 
 log = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
+Arguments = ParamSpec("Arguments")
 
 #: Longest key in bytes of UTF-8: the pool keeps and compares all of it.
 KEY_BYTES_MAX = 1024
 #: The same trouble is logged once in so long.
 COMPLAINT_S = 30.0
+#: A pool that did not answer in time is not asked for so long: else each call would wait anew.
+REST_S = 1.0
 
 
 class NotSetUp(KvpoolError):
     """A call on a store that has no connection."""
+
+
+class Resting(DeadlineExceeded):
+    """A call that was not made, since another has waited in vain a moment ago."""
 
 
 class StoreConnection:
@@ -41,6 +49,7 @@ class StoreConnection:
         self._memory = RegisteredMemory()
         self._host_memory = HostMemory()
         self._complaints: dict[int, float] = {}
+        self._rests_until_s = 0.0
         self._lock = threading.Lock()
 
     # ------------------------------------------------------------ connecting
@@ -144,7 +153,7 @@ class StoreConnection:
         """What the pool answers, or `otherwise`; what was wrong is logged."""
         try:
             return call(self._need())
-        except KvpoolError as error:
+        except Exception as error:
             self._complain(error)
             return otherwise
 
@@ -152,32 +161,53 @@ class StoreConnection:
         """What the pool answers, or the code of its error."""
         try:
             return call(self._need())
-        except KvpoolError as error:
+        except Exception as error:
             return self._complain(error)
 
     def _codes(self, count: int, call: Callable[[ObjectPool], Codes]) -> Codes:
         """As `_code`, for `count` keys at once."""
         try:
             return call(self._need())
-        except KvpoolError as error:
+        except Exception as error:
             return np.full(count, self._complain(error), dtype=np.int64)
 
     def _need(self) -> ObjectPool:
         pool = self._pool
         if pool is None:
             raise NotSetUp("call setup first")
+        if time.monotonic() < self._rests_until_s:
+            raise Resting("the pool did not answer in time a moment ago")
         return pool
 
-    def _complain(self, error: KvpoolError) -> int:
-        code = Code.INVALID_PARAMS if isinstance(error, NotSetUp) else code_of(error)
+    def _complain(self, error: Exception) -> int:
+        """The code of an error; callers of this interface do not expect exceptions, not even those of our mistakes."""
+        code = Code.INTERNAL_ERROR
+        if isinstance(error, KvpoolError):
+            code = Code.INVALID_PARAMS if isinstance(error, NotSetUp) else code_of(error)
         now_s = time.monotonic()
+        if isinstance(error, DeadlineExceeded) and not isinstance(error, Resting):
+            self._rests_until_s = now_s + REST_S
         with self._lock:
             due = now_s - self._complaints.get(code, -COMPLAINT_S) >= COMPLAINT_S
             if due:
                 self._complaints[code] = now_s
         if due:
-            log.warning("mooncake.store on kvpool: %s, returned as %d (%s)", error, code, NAMES[code])
+            trace = error if code == Code.INTERNAL_ERROR else None
+            log.warning("mooncake.store on kvpool: %s, returned as %d (%s)", error, code, NAMES[code], exc_info=trace)
         return code
+
+
+def uses_memory(call: Callable[Arguments, Answer]) -> Callable[Arguments, Answer]:
+    """For calls that touch registered memory: it is not unregistered meanwhile."""
+
+    @wraps(call)
+    def wrapped(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Answer:
+        store = args[0]
+        assert isinstance(store, StoreConnection)
+        with store._memory.in_use():
+            return call(*args, **kwargs)
+
+    return wrapped
 
 
 def texts(keys: Sequence[str | bytes]) -> list[str]:

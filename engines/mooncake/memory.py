@@ -9,10 +9,11 @@ from __future__ import annotations
 import ctypes
 import mmap
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,9 @@ from engines.mooncake.codes import Code
 
 U64 = NDArray[np.uint64]
 Bytes = NDArray[np.uint8]
+
+#: How long `unregister` waits for calls that use memory; none of them takes longer.
+UNREGISTER_S = 35.0
 
 
 class BufferHandle(bytearray):
@@ -61,6 +65,23 @@ class RegisteredMemory:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._runs = _Runs(np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.uint64), ())
+        self._ended = threading.Condition()
+        self._calls: set[int] = set()
+        self._calls_begun = 0
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Around a call that looks up memory here and touches it: `unregister` waits for it."""
+        with self._ended:
+            self._calls_begun += 1
+            call = self._calls_begun
+            self._calls.add(call)
+        try:
+            yield
+        finally:
+            with self._ended:
+                self._calls.discard(call)
+                self._ended.notify_all()
 
     def register(self, pointer: int, size_bytes: int) -> int:
         """Overlaps, nothing, and what this process can't read (a GPU's memory) are INVALID_PARAMS."""
@@ -84,7 +105,8 @@ class RegisteredMemory:
             )
         return Code.OK
 
-    def unregister(self, pointer: int) -> int:
+    def unregister(self, pointer: int, timeout_s: float = UNREGISTER_S) -> int:
+        """OK once no call touches it any more; RPC_TIMEOUT, and registered as before, if one still does by then."""
         with self._lock:
             runs = self._runs
             place = int(np.searchsorted(runs.begins, np.uint64(max(pointer, 0))))
@@ -95,7 +117,12 @@ class RegisteredMemory:
                 np.delete(runs.sizes, place),
                 (*runs.views[:place], *runs.views[place + 1 :]),
             )
-        return Code.OK
+            with self._ended:
+                before = self._calls_begun
+                if self._ended.wait_for(lambda: all(call > before for call in self._calls), timeout_s):
+                    return Code.OK
+            self._runs = runs  # nobody else has changed it: the lock is held
+        return Code.RPC_TIMEOUT
 
     def contains(self, pointers: U64, sizes: U64, *, to_write: bool = False) -> NDArray[np.bool_]:
         """Which pieces lie in registered memory wholly; with `to_write`, in memory that may be written."""
@@ -157,11 +184,13 @@ def host_access(begin: int, end: int, maps: str) -> str:
 
 
 class HostMemory:
-    """Page-aligned memory lent by address, as `MooncakeHostMemAllocator` does."""
+    """Page-aligned memory lent by address, as `MooncakeHostMemAllocator` does.
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._lent: dict[int, mmap.mmap] = {}
+    It stays until it is freed, whatever becomes of this object: whoever uses the address keeps no reference.
+    """
+
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+    _lent: ClassVar[dict[int, mmap.mmap]] = {}
 
     def alloc(self, size_bytes: int) -> int:
         """Address of so many zeroed bytes; 0 if there are none."""

@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 
 from engines.mooncake.codes import Code
 from engines.mooncake.configuration import DEFAULT_CONFIG, ReplicateConfig, SoftPinAction
-from engines.mooncake.connection import StoreConnection, text, texts, usable
+from engines.mooncake.connection import StoreConnection, text, texts, usable, uses_memory
 from engines.mooncake.memory import BufferHandle, Bytes, addresses
 from engines.mooncake.pool import PIN_S_MAX, Codes, ObjectPool
 from engines.mooncake.replicas import ReplicaDescriptor
 from engines.mooncake.values import GatheredValues, Pieces, ScatteredValues, Values, WholeValues
+from kvpool.core.errors import BadArgument
 
 Bools = NDArray[np.bool_]
 Rows = NDArray[np.int64]
@@ -97,6 +98,7 @@ class ObjectCalls(StoreConnection):
     ) -> list[int]:  # fmt: skip
         return self._put_from(keys, buffer_ptrs, sizes, config, replace=True)
 
+    @uses_memory
     def batch_put_from_multi_buffers(
         self, keys: Sequence[Key], all_buffer_ptrs: Sequence[Sequence[int]], all_sizes: Sequence[Sequence[int]],
         config: ReplicateConfig = DEFAULT_CONFIG,
@@ -126,6 +128,7 @@ class ObjectCalls(StoreConnection):
         """The object's size; OBJECT_NOT_FOUND; INVALID_PARAMS for too little room, or memory not registered."""
         return self.batch_get_into([key], [buffer_ptr], [size])[0]
 
+    @uses_memory
     def batch_get_into(self, keys: Sequence[Key], buffer_ptrs: Sequence[int], sizes: Sequence[int]) -> list[int]:
         """As `get_into`. Memory whose code is negative may hold anything."""
         names, pointers, rooms = texts(keys), addresses(buffer_ptrs), addresses(sizes)
@@ -135,6 +138,7 @@ class ObjectCalls(StoreConnection):
         good = np.fromiter((view is not None and len(view) > 0 for view in views), dtype=np.bool_, count=len(views))
         return self._get(names, good, lambda rows: WholeValues.of([_known(views[row]) for row in rows.tolist()]))
 
+    @uses_memory
     def batch_get_into_multi_buffers(
         self, keys: Sequence[Key], all_buffer_ptrs: Sequence[Sequence[int]], all_sizes: Sequence[Sequence[int]],
         prefer_alloc_in_same_node: bool = False,
@@ -179,7 +183,7 @@ class ObjectCalls(StoreConnection):
         names = [name for name in texts(keys) if usable([name])[0]]
 
         def describe(pool: ObjectPool) -> dict[str, list[ReplicaDescriptor]]:
-            sizes, in_memory = pool.sizes(names).tolist(), pool.in_memory(names).tolist()
+            sizes, in_memory = pool.known_sizes(names).tolist(), pool.in_memory(names).tolist()
             return {
                 name: [ReplicaDescriptor(size, self._hostname, memory)]
                 for name, size, memory in zip(names, sizes, in_memory, strict=True)
@@ -252,6 +256,7 @@ class ObjectCalls(StoreConnection):
             names, sizes > 0, sizes, lambda rows: GatheredValues(pieces.take(rows)), config, replace=replace
         )
 
+    @uses_memory
     def _put_from(
         self, keys: Sequence[Key], buffer_ptrs: Sequence[int], sizes: Sequence[int], config: ReplicateConfig,
         *, replace: bool,
@@ -373,5 +378,6 @@ def as_array(value: Any) -> Bytes:
 
 
 def _known(view: Bytes | None) -> Bytes:
-    assert view is not None
+    if view is None:
+        raise BadArgument("memory was unregistered meanwhile")
     return view

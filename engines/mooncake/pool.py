@@ -65,6 +65,10 @@ class ObjectPool(Protocol):
         """Bytes of each object, or OBJECT_NOT_FOUND."""
         ...
 
+    def known_sizes(self, names: Sequence[str]) -> Codes:
+        """As `sizes`, but 0 for an object whose size is not known without reading it."""
+        ...
+
     def in_memory(self, names: Sequence[str]) -> Bools:
         """Which of the objects that exist are in memory; the others are on an SSD."""
         ...
@@ -148,6 +152,9 @@ class NodePool:
         sizes = self._client.object_sizes(self.namespace, names).astype(np.int64)
         return np.where(sizes > 0, sizes, Code.OBJECT_NOT_FOUND)
 
+    def known_sizes(self, names: Sequence[str]) -> Codes:
+        return self.sizes(names)
+
     def in_memory(self, names: Sequence[str]) -> Bools:
         keys = keys_of(self.namespace, names)
         blocks = self._client.list_blocks(namespace=self.namespace, keys=keys)
@@ -221,6 +228,9 @@ class ClusterPool:
     def sizes(self, names: Sequence[str]) -> Codes:
         values = self.read(names)
         return np.array([Code.OBJECT_NOT_FOUND if value is None else len(value) for value in values], dtype=np.int64)
+
+    def known_sizes(self, names: Sequence[str]) -> Codes:
+        return np.where(self.exists(names), 0, Code.OBJECT_NOT_FOUND)
 
     def in_memory(self, names: Sequence[str]) -> Bools:
         return self.exists(names)

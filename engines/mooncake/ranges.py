@@ -10,11 +10,14 @@ import numpy as np
 
 from engines.mooncake.codes import Code
 from engines.mooncake.configuration import DEFAULT_CONFIG, ReplicateConfig
-from engines.mooncake.connection import texts, usable
+from engines.mooncake.connection import texts, uses_memory
 from engines.mooncake.memory import Bytes, addresses
 from engines.mooncake.objects import Key, ObjectCalls
 from engines.mooncake.sessions import Session, Sessions
 from kvpool.core.kernels.copying import copy_blocks
+
+#: Objects that are read at a time when sessions start.
+READ_KEYS = 64
 
 
 class RangeCalls(ObjectCalls):
@@ -87,25 +90,19 @@ class RangeCalls(ObjectCalls):
     def batch_get_session_start(self, keys: Sequence[Key]) -> list[int]:
         """Reads and checks objects, for ranges of them to be taken. Returns 0, or why not, of each."""
         names, now_s = texts(keys), time.monotonic()
-        codes = np.where(usable(names), Code.INVALID_PARAMS, Code.OBJECT_NOT_FOUND)
-        rows = np.flatnonzero(codes == Code.INVALID_PARAMS)
-        self._by_calls(codes, names, rows, lambda pool, some, _: pool.sizes(some))
-        opened: dict[int, Session] = {}
-        for row in np.flatnonzero(codes > 0).tolist():
-            session = self._gets.open(names[row], int(codes[row]), now_s)
-            if isinstance(session, int):
-                codes[row] = session
-            else:
-                opened[row] = session
-        values = self._read([names[row] for row in opened])
-        for (row, session), value in zip(opened.items(), values, strict=True):
-            if value is None or len(value) != len(session.data):
-                self._gets.close(names[row])
-                codes[row] = Code.OBJECT_NOT_FOUND
-            else:
-                session.data = value
-                codes[row] = Code.OK
-        return list(codes.tolist())
+        codes = [code if code < 0 else Code.OBJECT_NOT_FOUND for code in self.batch_is_exist(names)]
+        for first in range(0, len(names), READ_KEYS):
+            some = names[first : first + READ_KEYS]
+            for row, value in enumerate(self._read(some), first):
+                if value is None:
+                    continue
+                opened = self._gets.open(names[row], len(value), now_s)
+                if isinstance(opened, int):
+                    codes[row] = opened
+                else:
+                    opened.data = value
+                    codes[row] = Code.OK
+        return codes
 
     def batch_get_into_multi_buffer_ranges(
         self, keys: Sequence[Key], all_buffer_ptrs: Sequence[Sequence[int]], all_sizes: Sequence[Sequence[int]],
@@ -120,6 +117,7 @@ class RangeCalls(ObjectCalls):
             self._gets.close(name)
         return Code.OK
 
+    @uses_memory
     def get_into_ranges(
         self, buffer_ptrs: Sequence[int], all_keys: Sequence[Sequence[Key]],
         all_dst_offsets: Sequence[Sequence[Sequence[int]]], all_src_offsets: Sequence[Sequence[Sequence[int]]],
@@ -154,6 +152,7 @@ class RangeCalls(ObjectCalls):
             codes.append(size if moved else Code.INVALID_PARAMS)
         return codes
 
+    @uses_memory
     def _move(
         self, sessions: Sessions, keys: Sequence[Key], all_pointers: Sequence[Sequence[int]],
         all_sizes: Sequence[Sequence[int]], all_offsets: Sequence[Sequence[int]], *, to_caller: bool,

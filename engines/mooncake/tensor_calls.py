@@ -9,7 +9,7 @@ import numpy as np
 
 from engines.mooncake.codes import Code
 from engines.mooncake.configuration import DEFAULT_CONFIG, ReplicateConfig
-from engines.mooncake.connection import text, texts
+from engines.mooncake.connection import text, texts, uses_memory
 from engines.mooncake.memory import Bytes, addresses
 from engines.mooncake.objects import Key
 from engines.mooncake.ranges import RangeCalls
@@ -91,6 +91,7 @@ class TensorCalls(RangeCalls):
         """A tensor in the caller's registered memory, its description before it."""
         return self.batch_get_tensor_into([key], [buffer_ptr], [size])[0]
 
+    @uses_memory
     def batch_get_tensor_into(
         self, keys: Sequence[Key], buffer_ptrs: Sequence[int], sizes: Sequence[int]
     ) -> list[torch.Tensor | None]:
@@ -134,6 +135,7 @@ class TensorCalls(RangeCalls):
             for key, tensor in zip(base_keys, tensors_list, strict=True)
         ]
 
+    @uses_memory
     def put_tensor_with_tp_from(
         self, key: Key, buffer_ptr: int, size: int, tp_rank: int = 0, tp_size: int = 1, split_dim: int = 0
     ) -> int:
@@ -189,6 +191,7 @@ class TensorCalls(RangeCalls):
         ]
         return self._put_objects(names, objects, config, replace=replace)
 
+    @uses_memory
     def _put_described(
         self, keys: Sequence[Key], buffer_ptrs: Sequence[int], sizes: Sequence[int], *, replace: bool
     ) -> list[int]:

@@ -33,8 +33,13 @@ COMPUTING = (
     "quantize_and_serve", "rl_quant_profile", "attention_backend", "prefill_attention_backend",
     "decode_attention_backend", "mamba_ssm_dtype", "prefill_kv_cache_dequant_dtype", "qsa_indexer_dtype",
     "speculative_algorithm", "speculative_draft_model_path", "speculative_draft_model_revision",
-    "speculative_draft_kv_cache_dtype", "speculative_draft_model_quantization",
+    "speculative_draft_kv_cache_dtype", "speculative_draft_model_quantization", "custom_weight_loader",
+    "decrypted_config_file", "dllm_algorithm", "dllm_algorithm_config", "kt_weight_path", "kt_method",
+    "kt_max_deferred_experts_per_token",
 )  # fmt: skip
+
+#: Ways of loading that take weights from somewhere else than the model's path: it says nothing of them.
+FROM_ELSEWHERE = ("remote", "remote_instance", "rdma", "ipc_cache", "private")
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,14 +180,22 @@ def model_identity(config: HiCacheStorageConfig, arguments: object | None, setti
     """What tells this model's pages from those of any other: a setting, or a digest of its files.
 
     The name that SGLang gives to storage backends is the one it is served under, which says nothing of its weights.
-    Raises: Unsupported if there is neither a setting nor a model path.
+    Raises: Unsupported if there is neither a setting nor a model path that the weights come from, or came from at the
+    start: the version of an update is a name that two runs of training may give to different weights.
     """
     if settings.model_id:
         return settings.model_id
     path = str(getattr(arguments, "model_path", "") or "")
-    if not path:
+    elsewhere = str(getattr(arguments, "load_format", "")) in FROM_ELSEWHERE
+    if not path or elsewhere or getattr(arguments, "checkpoint_engine_wait_weights_before_ready", False):
         raise Unsupported(
             f"nothing tells which weights {config.model_name!r} has", hint="set model_id in the extra config"
+        )
+    started = getattr(arguments, "weight_version", None)
+    if started is not None and weights_version() not in ("", str(started)):
+        raise Unsupported(
+            f"the weights were updated in place since the start, to {weights_version()!r}",
+            hint="attach with a model_id in the extra config that names these weights",
         )
     return _files(path, getattr(arguments, "revision", None))
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from engines.sglang.hits import Bools, Keys
 from engines.sglang.settings import BackendSettings
-from kvpool.channels.base import Memory
+from kvpool.channels.base import ChannelError, Memory
 from kvpool.channels.tls import TlsConfig
 from kvpool.client import COMMITTED, PoolClient
 from kvpool.core.errors import DeadlineExceeded, KvpoolError, Unavailable
@@ -28,7 +28,7 @@ log = logging.getLogger("sglang.kvpool")
 RETRY_S_MIN, RETRY_S_MAX = 0.5, 10.0
 #: For calls off SGLang's path: connecting, registering, clearing.
 CALL_TIMEOUT_S = 5.0
-#: After a call that took too long: how long nothing is asked of the node.
+#: After a call that took too long: how long nothing of its kind is tried.
 REST_S = 1.0
 #: How long a page that another engine is storing right now is waited for.
 WRITER_WAIT_S = 1.0
@@ -48,7 +48,7 @@ class PoolLink:
         self._lock = threading.Lock()  # guards what follows
         self._specs: dict[NamespaceId, NamespaceSpec] = {}
         self._said_s: dict[str, float] = {}
-        self._rest_until_s = 0.0
+        self._rest_until_s = dict.fromkeys(("ask", "load", "store"), 0.0)
         self._reported = ""
         self._up = threading.Event()
         self._closing = threading.Event()
@@ -80,14 +80,14 @@ class PoolLink:
     def lookup(self, namespace: NamespaceId, group: int, shard: int, keys: Keys) -> Bools:
         """Which keys are there, in any tier; none while the node is away."""
         nothing = np.zeros(len(keys), dtype=np.bool_)
-        if not len(keys) or not self._usable:
+        if not len(keys) or not self._may("ask") or not self._may("load"):
             return nothing
         timeout_s = self._settings.lookup_timeout_ms / 1e3
         try:
             # Only exact pages are stored, so that what the index on this host shows is final.
             return self._client.lookup(namespace, keys, group=group, shard=shard, timeout_s=timeout_s, exact=True)
-        except KvpoolError as error:
-            self._failed(error)
+        except Exception as error:
+            self._failed(error, "ask")
             return nothing
 
     def get(
@@ -97,12 +97,12 @@ class PoolLink:
         """Reads blocks into rows of `out` until monotonic time `end_s`; which are there, verified."""
         nothing = np.zeros(len(keys), dtype=np.bool_)
         left_s = end_s - time.monotonic()
-        if not len(keys) or not self._usable or left_s <= 0:
+        if not len(keys) or not self._may("load") or left_s <= 0:
             return nothing
         try:
             return self._client.get(namespace, keys, out, rows=rows, group=group, shard=shard, ttl_s=left_s).found
-        except KvpoolError as error:
-            self._failed(error)
+        except Exception as error:
+            self._failed(error, "load")
             return nothing
 
     def put(
@@ -112,7 +112,7 @@ class PoolLink:
         """Stores blocks until monotonic time `end_s`; which are there now, whoever stored them."""
         there = np.zeros(len(keys), dtype=np.bool_)
         left_s = end_s - time.monotonic()
-        if not len(keys) or not self._usable or left_s <= 0:
+        if not len(keys) or not self._may("store") or left_s <= 0:
             return there
         try:
             result = self._client.put(
@@ -122,16 +122,16 @@ class PoolLink:
             there = result.stored | result.existed
             if not there.all():
                 self._await_others(namespace, group, shard, keys, there)
-        except KvpoolError as error:
-            self._failed(error)
+        except Exception as error:
+            self._failed(error, "store")
         return there
 
     def clear(self, namespace: NamespaceId) -> int | None:
         """Removes all blocks of a namespace; how many there were, or None if the node could not be told."""
         try:
             return self._client.remove_all(namespace)
-        except KvpoolError as error:
-            self._failed(error)
+        except Exception as error:
+            self._failed(error, "ask")
             return None
 
     def _await_others(self, namespace: NamespaceId, group: int, shard: int, keys: Keys, there: Bools) -> None:
@@ -142,18 +142,22 @@ class PoolLink:
         ):
             there[open_[news.indices[news.states == COMMITTED]]] = True
         if not there.all():
-            self.say("full", "kvpool: no room for %d of %d pages", len(there) - int(there.sum()), len(there))
+            self.say(
+                "left out", "kvpool: %d of %d blocks not stored: no room, or another is still storing them",
+                len(there) - int(there.sum()), len(there),
+            )  # fmt: skip
 
     # ------------------------------------------------------------ up and down
 
-    @property
-    def _usable(self) -> bool:
-        return self.is_up and time.monotonic() >= self._rest_until_s
+    def _may(self, what: str) -> bool:
+        return self.is_up and time.monotonic() >= self._rest_until_s[what]
 
-    def _failed(self, error: KvpoolError) -> None:
-        if isinstance(error, DeadlineExceeded):
-            self._rest_until_s = time.monotonic() + REST_S
-            self.say("slow", "kvpool node %s took too long: %s", self._settings.node, error)
+    def _failed(self, error: Exception, what: str) -> None:
+        """Args: what: was tried, and rests for a while if it took too long; the rest goes on."""
+        if isinstance(error, DeadlineExceeded | ChannelError):
+            # A channel that is too slow, or whose lease was over, says nothing of the node.
+            self._rest_until_s[what] = time.monotonic() + REST_S
+            self.say(f"slow {what}", "kvpool node %s took too long to %s: %s", self._settings.node, what, error)
         elif isinstance(error, Unavailable):
             if self._up.is_set():
                 log.warning(
@@ -161,7 +165,7 @@ class PoolLink:
                 )
             self._up.clear()
         else:
-            self.say(type(error).__name__, "kvpool: %s%s", error, f" ({error.hint})" if error.hint else "")
+            self.say(type(error).__name__, "kvpool: %s", _told(error))
 
     def say(self, kind: str, text: str, *arguments: object, trace: bool = False) -> None:
         """Logs a warning unless one of this kind was logged just before.
@@ -182,8 +186,8 @@ class PoolLink:
         try:
             for spec in specs:
                 self._client.register(spec)
-        except KvpoolError as error:
-            told = f"{error} ({error.hint})" if error.hint else str(error)
+        except Exception as error:  # whatever it is, this thread must go on, and SGLang must start
+            told = _told(error)
             if told != self._reported:
                 log.warning("kvpool node %s can't be used, SGLang computes by itself meanwhile: %s",
                             self._settings.node, told)  # fmt: skip
@@ -205,3 +209,9 @@ class PoolLink:
                 log.info("kvpool node %s is used again", self._settings.node)
             else:
                 pause_s = min(2 * pause_s, RETRY_S_MAX)
+
+
+def _told(error: Exception) -> str:
+    if not isinstance(error, KvpoolError):
+        return f"{error!r}, which is not meant to happen"
+    return f"{error} ({error.hint})" if error.hint else str(error)

@@ -17,17 +17,19 @@ TOKENS = "kvpool_tokens"
 #: with what is needed to know the blocks in the pool by vLLM's hashes: hex of the namespace's id, and of the mask that
 #: the first 16 bytes of a hash are combined with (exclusive or) to a block's key.
 NAMESPACE, MASK = "kvpool_namespace", "kvpool_key_mask"
-#: Between two looks into the pool.
-LOOK_INTERVAL_S = 0.001
+#: Between two looks into the pool, at first and at last.
+LOOK_INTERVAL_S_MIN, LOOK_INTERVAL_S_MAX = 0.001, 0.032
 
 
 def asks(parameters: Mapping[str, Any] | None) -> bool:
     return bool(parameters and parameters.get(ASKS))
 
 
-def tokens_of(parameters: Mapping[str, Any] | None) -> int:
-    """Tokens that are on their way; 0 if none are, or if it does not make sense."""
-    tokens = parameters.get(TOKENS) if parameters else None
+def tokens_of(parameters: Mapping[str, Any] | None, mask: bytes) -> int:
+    """Tokens that are on their way under keys of this mask; 0 if none are, or if it does not make sense."""
+    if not parameters or parameters.get(MASK, mask.hex()) != mask.hex():
+        return 0
+    tokens = parameters.get(TOKENS)
     return tokens if isinstance(tokens, int) and not isinstance(tokens, bool) and tokens > 0 else 0
 
 
@@ -39,6 +41,7 @@ def answer(stored_tokens: int, namespace: bytes, mask: bytes) -> dict[str, Any]:
 class _Wait:
     until_s: float
     look_s: float
+    interval_s: float = LOOK_INTERVAL_S_MIN
     over: bool = False
 
 
@@ -59,7 +62,8 @@ class HandoffWaits:
         wait = self.waits.get(request_id)
         if wait is None:
             wait = self.waits[request_id] = _Wait(now_s + self.wait_s, now_s)
-        wait.look_s = now_s + LOOK_INTERVAL_S
+        wait.look_s = now_s + wait.interval_s
+        wait.interval_s = min(2 * wait.interval_s, LOOK_INTERVAL_S_MAX)
         wait.over = now_s >= wait.until_s
         return not wait.over
 

@@ -38,6 +38,8 @@ from kvpool.core.namespace import GroupKind, GroupSpec, NamespaceSpec
 LAYOUT_VERSION = 3
 #: vLLM's names of dtypes of a cache that are one.
 DTYPE_ALIASES = {"fp8": "fp8_e4m3"}
+#: Ways to load weights that take them from the model's folder.
+FILE_FORMATS = ("auto", "hf", "safetensors", "pt")
 #: Of vLLM's ways to hash, those without known collisions.
 SAFE_HASHES = ("sha256", "sha256_cbor")
 
@@ -152,7 +154,8 @@ def _computing(config: VllmConfig) -> str:
     skipped = ("_name_or_path", "transformers_version", "_commit_hash")
     told = {name: value for name, value in model.hf_config.to_dict().items() if name not in skipped}
     long_rope = "longrope" in json.dumps(told, default=str)
-    made_up = str(config.load_config.load_format) == "dummy"
+    loaded = str(config.load_config.load_format)
+    made_up = loaded == "dummy"
     text = json.dumps(
         [
             told,
@@ -162,6 +165,9 @@ def _computing(config: VllmConfig) -> str:
             sorted(map(str, cache.kv_cache_dtype_skip_layers or ())),
             model.max_model_len if long_rope else 0,
             model.seed if made_up else 0,
+            # Weights that come from elsewhere than the model's folder.
+            "" if loaded in FILE_FORMATS else loaded,
+            config.load_config.model_loader_extra_config,
             getattr(model.multimodal_config, "mm_processor_kwargs", None),
         ],
         sort_keys=True,

@@ -18,7 +18,7 @@ from engines.vllm.cores import leave_kernel_cores
 from engines.vllm.prefixes import Bools, Keys
 from engines.vllm.quiet_log import QuietLog
 from engines.vllm.settings import ConnectorSettings
-from kvpool.channels.base import Memory
+from kvpool.channels.base import ChannelError, Memory
 from kvpool.channels.tls import TlsConfig
 from kvpool.client import PoolClient
 from kvpool.core.errors import DeadlineExceeded, KvpoolError, Unavailable
@@ -72,6 +72,7 @@ class PoolLink:
         self._closing = threading.Event()
         self._reported = ""
         self._quiet = QuietLog(log)
+        self._sees = False  # something in the node's index
         self._asks, self._loads, self._stores = _Rest(ASK_REST_S), _Rest(MOVE_REST_S), _Rest(MOVE_REST_S)
         tried = threading.Event()
         # The client's own threads are begun by this one, and so are kept off the cores of vLLM's kernels as well.
@@ -135,6 +136,19 @@ class PoolLink:
             self._failed(error)
             return np.zeros(len(keys), dtype=np.bool_)
 
+    def keeps(self, group: int, shards: Iterable[int], keys: Keys) -> Bools:
+        """Which keys the node's index still shows in all shards; all, as long as it has never shown any.
+
+        It may be on another host, where it shows nothing; then it can't be known without a call.
+        """
+        there = np.ones(len(keys), dtype=np.bool_)
+        if not self.is_up:
+            return there
+        for shard in shards:
+            there &= self.shows(group, shard, keys)
+        self._sees = self._sees or bool(there.any())
+        return there if self._sees else np.ones(len(keys), dtype=np.bool_)
+
     def get(self, group: int, shard: int, keys: Keys, out: Memory, timeout_s: float) -> Bools:
         """Reads blocks into rows of `out`; which are there, verified. None while the node is away."""
         missed = np.zeros(len(keys), dtype=np.bool_)
@@ -142,8 +156,10 @@ class PoolLink:
             return missed
         try:
             return self._client.get(self._namespace, keys, out, group=group, shard=shard, ttl_s=timeout_s).found
-        except DeadlineExceeded as error:
-            self._loads.begin()
+        except (DeadlineExceeded, ChannelError) as error:
+            # The end of a step's time says nothing about the node, unless the node had most of it.
+            if timeout_s >= self._settings.load_timeout_s / 2:
+                self._loads.begin()
             self._failed(error)
         except Exception as error:
             self._failed(error)
@@ -155,7 +171,7 @@ class PoolLink:
             return 0
         try:
             result = self._client.put(self._namespace, keys, blocks, group=group, shard=shard)
-        except DeadlineExceeded as error:
+        except (DeadlineExceeded, ChannelError) as error:
             self._stores.begin()
             self._failed(error)
             return 0
@@ -167,7 +183,8 @@ class PoolLink:
     # ------------------------------------------------------------ up and down
 
     def _failed(self, error: Exception) -> None:
-        if isinstance(error, Unavailable):
+        # A channel that was too slow, or whose lease ended, is no node that is away.
+        if isinstance(error, Unavailable) and not isinstance(error, ChannelError):
             if self._up.is_set():
                 log.warning("kvpool node %s is away, vLLM computes by itself meanwhile: %s", self._settings.node, error)
             self._up.clear()

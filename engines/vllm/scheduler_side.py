@@ -71,7 +71,9 @@ class SchedulerSide:
         self._link, self._groups, self._vllm_groups = link, tuple(groups), tuple(vllm_groups)
         self._shards = range(shard_count)
         self._workers, self._loads, self._clock = workers, loads, clock
-        self._tracker = RequestTracker(groups, hash_tokens, self._lookup, mask=bytes(link.namespace), save=save)
+        self._tracker = RequestTracker(
+            groups, hash_tokens, self._lookup, mask=bytes(link.namespace), save=save, keeps=self._keeps
+        )
         self._handoffs = handoffs.HandoffWaits(handoff_wait_s)
         self._counts = Counts()
         self._steps = 0
@@ -84,6 +86,7 @@ class SchedulerSide:
         #: Of the step under way, if it loads anything: request -> its blocks. Others may share those that are loaded.
         self._loading: dict[str, list[int]] = {}
         self._starved_since_s: float | None = None
+        self._starved_asked_s = 0.0
 
     def bind(self, pool: BlockPool) -> None:
         blocks = pool.blocks
@@ -123,7 +126,8 @@ class SchedulerSide:
         if self._loads is LoadMode.OFF or request.skip_reading_prefix_cache or not known:
             return 0, False
         now_s = self._clock()
-        expected = min(handoffs.tokens_of(request.kv_transfer_params), self._tracker.reach(request.num_tokens))
+        announced = handoffs.tokens_of(request.kv_transfer_params, self._tracker.mask)
+        expected = min(announced, self._tracker.reach(request.num_tokens))
         awaited = expected > computed_tokens and not self._handoffs.is_over(number)
         if awaited and not self._handoffs.looks(number, now_s):
             return None, False
@@ -153,7 +157,7 @@ class SchedulerSide:
         self._requests.pop(request.request_id, None)
         if not handoffs.asks(request.kv_transfer_params):
             return None
-        return handoffs.answer(stored, bytes(self._link.namespace), self._tracker.mask)
+        return handoffs.answer(stored if self._link.is_up else 0, bytes(self._link.namespace), self._tracker.mask)
 
     def _have(self, request: Request, computed_tokens: int, now_s: float, *, fresh: bool) -> int:
         last = self._answers.get(request.request_id)
@@ -173,6 +177,9 @@ class SchedulerSide:
         self._counts.lookups += 1
         self._counts.lookup_us += int(1e6 * (time.perf_counter() - begin_s))
         return found
+
+    def _keeps(self, group: int, keys: Keys) -> Bools:
+        return self._link.keeps(group, self._shards, keys)
 
     def _own_groups(self, block_ids: Sequence[Sequence[int]]) -> list[Sequence[int]]:
         return [block_ids[group] for group in self._vllm_groups]
@@ -234,6 +241,8 @@ class SchedulerSide:
         self._loading = {}
         if step is not None:
             dropped += self._saving.computed(step)
+            if saved:
+                self._starved_since_s = None  # blocks come back: the next ones are worth waiting for, too
             self._saving.stored(saved)
         for transfer in dropped:
             self._tracker.not_stored(transfer)
@@ -274,6 +283,7 @@ class SchedulerSide:
             self._starved_since_s = None
             return False
         now_s = self._clock()
-        if self._starved_since_s is None:
-            self._starved_since_s = now_s
+        if self._starved_since_s is None or now_s - self._starved_asked_s > GIVE_BACK_S:
+            self._starved_since_s = now_s  # vLLM asks in each step as long as it lacks blocks
+        self._starved_asked_s = now_s
         return now_s - self._starved_since_s < GIVE_BACK_S

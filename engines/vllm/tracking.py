@@ -13,6 +13,8 @@ import numpy as np
 from engines.vllm.plans import GroupBlocks, Transfer
 from engines.vllm.prefixes import KEY_BYTES, GroupShape, Keys, Lookup, keys_of, longest_prefix
 
+#: Of a request's blocks, how many at most are looked up to see whether the pool has lost any.
+KEPT_BLOCKS_MAX = 4096
 #: An engine's blocks of a request, of each group from the request's first block on; None if there are none any more.
 #: A function, since vLLM makes the whole list each time and few steps need it.
 BlockIds = Callable[[], Sequence[Sequence[int]] | None]
@@ -29,17 +31,25 @@ class RequestTracker:
     """Plans loads and saves. One thread: vLLM's scheduler."""
 
     def __init__(
-        self, groups: Sequence[GroupShape], hash_tokens: int, lookup: Lookup, *, mask: bytes, save: bool
+        self,
+        groups: Sequence[GroupShape],
+        hash_tokens: int,
+        lookup: Lookup,
+        *,
+        mask: bytes,
+        save: bool,
+        keeps: Lookup | None = None,
     ) -> None:
         """
         Args:
             groups: those that the pool holds, in its order; `block_tokens` of each a whole number of `hash_tokens`.
             hash_tokens: tokens a block hash of vLLM.
-            mask: 16 bytes, see `mask_with`.
+            mask: 16 bytes, see `mask`.
+            keeps: which keys the pool still has, at no cost; None: it is taken to have all.
         """
         self._groups = tuple(groups)
         self._hash_tokens = hash_tokens
-        self._lookup = lookup
+        self._lookup, self._keeps = lookup, keeps
         self._save = save
         self._step_tokens = int(np.lcm.reduce([shape.block_tokens for shape in groups]))
         self._step_blocks = sum(self._step_tokens // shape.block_tokens for shape in groups)
@@ -103,10 +113,25 @@ class RequestTracker:
             block_ids: of each group, from the request's first block on.
         """
         reach = computed_tokens + external_tokens
-        self._requests[request_id] = _Tracked(stored_tokens=reach)
+        self._requests[request_id] = _Tracked(self._kept(hashes, computed_tokens, reach))
         if external_tokens:
             blocks = self._parts(hashes, block_ids, computed_tokens, reach, needed_only=True)
             self._loads.append(Transfer(request_id, blocks, computed_tokens))
+
+    def _kept(self, hashes: Sequence[bytes], computed_tokens: int, reach: int) -> int:
+        """`reach`, or up to the first block of those that vLLM has itself which the pool has lost since.
+
+        What every engine has is never read from the pool, and so is the first to go there; without this it would
+        never be stored again, and what is stored behind it could not be reached.
+        """
+        if self._keeps is None or not self._save or not computed_tokens:
+            return reach
+        kept = reach
+        for shape in self._groups:
+            keys = self._keys(hashes, shape, 0, computed_tokens)[:KEPT_BLOCKS_MAX]
+            if not shape.window_tokens and len(keys) and not (there := self._keeps(shape.group, keys)).all():
+                kept = min(kept, int(np.argmin(there)) * shape.block_tokens)
+        return reach if kept == reach else kept // self._step_tokens * self._step_tokens
 
     # ------------------------------------------------------------ steps
 

@@ -161,26 +161,27 @@ def _chance_of(
         unknown = others and option.kv_tokens_left - sum(kv_tokens for _, _, kv_tokens in promised) < 0
         return Chance(option, RETRY_DEFAULT_US, True, RETRY_DEFAULT_US) if unknown else None
     if promises is None:
-        free_us, busy_us, kept = _first_of(has_room, horizon_us), option.queue_us, 1.0
+        free_us, busy_us, kept, last_us = _first_of(has_room, horizon_us), option.queue_us, 1.0, 0
     else:
         # Behind the last who was told to come: until then who is told what changes, after it there is room for good.
-        last_us = max((due_us - now_us for due_us, _, _ in promised), default=0)
-        free_us = _first_time(has_room, horizon_us, max(last_us, 0))
-        busy_us = max(option.queue_us, promises.prefills_until_us(option.prefill.id, now_us) - now_us)
+        last_here_us = max((due_us - now_us for due_us, _, _ in promised), default=0)
+        free_us = _first_time(has_room, horizon_us, max(last_here_us, 0))
+        work_us, last_us = promises.ahead_of(request.model, now_us)
+        busy_us = option.queue_us + work_us // max(appraiser.prefill_count(), 1)
         kept = 1.0 - config.retry_slack
     begin_us = max(busy_us, free_us)
     if request.ttft_slo_us:
         # What is left of the wait when it comes back counts; what it has waited so far would not.
         def in_time(delay_us: int, kept: float) -> bool:
-            parts_us = max(begin_us - delay_us, 0) + option.service_us
-            return appraiser.corrected_us(option.prefill.id, parts_us) <= kept * request.ttft_slo_us
+            ttft_us = appraiser.corrected_us(option.prefill.id, max(begin_us - delay_us, 0), option.service_us)
+            return ttft_us <= kept * request.ttft_slo_us
 
         if not in_time(begin_us, 1.0):
             return None
         retry_us = _first_time(lambda delay_us: in_time(delay_us, kept), begin_us)
-        parts_us = option.waited_us + begin_us + option.service_us
-        servable = appraiser.corrected_us(option.prefill.id, parts_us) <= request.ttft_slo_us
-        return Chance(option, free_us, servable, retry_us, begin_us)
+        retry_us = max(retry_us, last_us - now_us)
+        ttft_us = appraiser.corrected_us(option.prefill.id, option.waited_us + begin_us, option.service_us)
+        return Chance(option, free_us, ttft_us <= request.ttft_slo_us, retry_us, begin_us)
     patience_us = config.wait_us_max if request.wait_us_max is None else request.wait_us_max
     retry_us = max(begin_us - int(kept * patience_us), free_us - patience_us, 0) if promised else free_us - patience_us
     return Chance(option, free_us, free_us + option.waited_us <= patience_us, max(retry_us, 0), begin_us)
@@ -190,16 +191,15 @@ def promise_of(chance: Chance, appraiser: Appraiser, retry_after_ms: int) -> Pro
     """What a request that was told to come back is going to take then."""
     request, option, now_us = appraiser.request, chance.option, appraiser.now_us
     due_us = now_us + retry_after_ms * 1000
-    prefill_ends_us = max(now_us + chance.begin_us, due_us) + option.service_us
+    first_token_us = max(now_us + chance.begin_us, due_us) + option.service_us
     return Promise(
         owner=(request.gateway_id, request.request_id),
         model=request.model,
         tenant=request.tenant,
-        prefill_id=option.prefill.id,
         decode_id=option.decode.id,
         due_us=due_us,
-        prefill_ends_us=prefill_ends_us,
-        ends_us=prefill_ends_us + option.handoff_us + option.step_us * appraiser.expected_tokens,
+        service_us=option.service_us,
+        ends_us=first_token_us + option.handoff_us + option.step_us * appraiser.expected_tokens,
         kv_tokens=appraiser.kv_tokens_needed(option.decode),
     )
 

@@ -169,7 +169,9 @@ class SchedulerCore:
             return
         placement.compared = True
         known = self.calibrations.setdefault(placement.prefill_id, Calibration())
-        known.observe_ttft(placement.announced_us, placement.parts_us, event.ttft_us, self.now_us)
+        service_us = placement.pull_us + placement.prefill_us
+        queue_us = placement.parts_us - service_us
+        known.observe_ttft(placement.announced_us, queue_us, service_us, event.ttft_us, self.now_us)
         known.prefill.observe(placement.prefill_us, event.prefill.prefill_us)
         if placement.pull_us:
             known.pull.observe(placement.pull_us, event.prefill.pull_us)

@@ -221,6 +221,11 @@ class CostBook:
     def measured(self, instance_id: str, source_id: str) -> bool:
         return (instance_id, source_id) in self.links
 
+    def known(self, kind: str) -> bool:
+        """Whether links of a class have been measured often enough to tell what one that never was will cost."""
+        pooled = self.pooled_links.get(kind)
+        return pooled is not None and pooled.samples >= POOLED_SAMPLES_MIN
+
     def unmeasured_costs(self, kind: str) -> tuple[float, float]:
         """Latency and microseconds a byte of a link that nothing is known of but its class."""
         known = self.priors.get(kind)

@@ -20,6 +20,8 @@ from scheduler.core.waiting import Line, Order
 
 #: Why an option can't be taken; the start of its `reason`. The order is that of refusals: the last met is the closest.
 NO_HANDOFF, TOO_LONG, NO_CAPACITY, SLOW = "no hand-off", "context", "capacity", "SLO"
+#: By how much of its prefill, and of time, a request may be held up to learn what a kind of link can do.
+TRIAL_SHARE, TRIAL_US = 0.1, 100_000
 
 
 @dataclass(slots=True)
@@ -162,10 +164,15 @@ class Appraiser:
         best: Pull | None = None
         best_us, best_prefill_us = prefill_us, prefill_us
         if self.request.use_pool:
-            for pull in self.prefix.pulls(instance, own, self.costs, self.now_us):
+            pulls = self.prefix.pulls(instance, own, self.costs, self.now_us)
+            for pull in pulls:
                 with_pull_us = self.prefill_us(instance, pull.reach)
                 if pull.duration_us + with_pull_us < best_us:
                     best, best_us, best_prefill_us = pull, pull.duration_us + with_pull_us, with_pull_us
+            if best is None and (tried := self.prefix.trial(pulls, instance, own, self.costs, self.now_us)) is not None:
+                with_pull_us = self.prefill_us(instance, tried.reach)
+                if tried.duration_us + with_pull_us < (1 + TRIAL_SHARE) * prefill_us + TRIAL_US:
+                    best, best_prefill_us = tried, with_pull_us
         now = self._prospect(instance, own, best, best_prefill_us)
         return sharing.with_pending(self, instance, now) if self.standing.pending else now
 
@@ -222,6 +229,12 @@ class Appraiser:
         """Prefill work of those who wait before this request and plan to go there."""
         standing = self.standing
         return standing.line.prefill_us_ahead(instance.id, standing.order) if standing.line is not None else 0
+
+    def prefill_count(self) -> int:
+        """Instances of the model that prompts are computed on: those that only decode are a last resort."""
+        if self.fleet is None:
+            return 1
+        return int(self.fleet.prefills.sum()) or len(self.fleet.instances)
 
     def load(self, instance: Instance) -> Load:
         known = self._loads.get(instance.id)
@@ -346,7 +359,8 @@ class Appraiser:
         """Adds up the cost and finds out whether the option is feasible."""
         request = self.request
         option.waited_us = self.now_us - self.standing.arrived_us
-        option.announced_us = self.corrected_us(option.prefill.id, option.parts_us)
+        before_us = option.waited_us + option.queue_us
+        option.announced_us = self.corrected_us(option.prefill.id, before_us, option.service_us)
         option.cost_us = int(priced_us(option.ttft_us, request.ttft_slo_us, self.config.slack_price))
         option.cost_us += option.handoff_us + int(self.config.harm_weight * option.harm_us)
         option.cost_us += self.delay_us(option.queue_us, option.prefill_us)
@@ -376,9 +390,10 @@ class Appraiser:
             option.reason = f"{SLOW}: TPOT of requests that {option.prefill.id} or {option.decode.id} decode already"
         return option
 
-    def corrected_us(self, instance_id: str, parts_us: int) -> int:
+    def corrected_us(self, instance_id: str, queue_us: int, service_us: int) -> int:
+        """TTFT by what predictions for the instance have been worth."""
         known = self._calibrations.get(instance_id)
-        return parts_us if known is None else known.ttft_us(parts_us, self.now_us)
+        return queue_us + service_us if known is None else known.ttft_us(queue_us, service_us, self.now_us)
 
     def kv_tokens_freed(self, instance: Instance, delay_us: int) -> int:
         return loads.kv_tokens_freed(instance, self.book, self.now_us + delay_us, self.now_us)

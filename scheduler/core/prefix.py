@@ -155,6 +155,22 @@ class Prefix:
         cuts[reach] = None
         return [Pull(cut, self._duration_us(cut, segments, instance, links), segments) for cut in sorted(cuts)]
 
+    def trial(self, pulls: Sequence[Pull], instance: Instance, own: int, costs: CostBook, now_us: int) -> Pull | None:
+        """A pull of one block over a link of a kind that was hardly ever measured; None if there is no such link.
+
+        What a kind of link can do is known from its first transfers only, and nobody would begin with one that is
+        taken for slow. At most one at a time between an instance and a source.
+        """
+        if not pulls or pulls[0].reach <= own:
+            return None
+        for of_list in pulls[0].segments:
+            source = of_list[0][2]
+            kind = link_class(source.attached.host_id == instance.info.host_id, source.attached.tier)
+            if costs.known(kind) or self._book.pulls_between(instance.id, source.id):
+                return None
+        links: Links = {s.id: self._link(instance, s, costs, now_us) for of in pulls[0].segments for _, _, s, _ in of}
+        return Pull(own + 1, self._duration_us(own + 1, pulls[0].segments, instance, links), pulls[0].segments)
+
     def pull_from(
         self, instance: Instance, own: int, source_ids: Sequence[str], costs: CostBook, now_us: int
     ) -> Pull | None:

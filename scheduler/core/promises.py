@@ -23,10 +23,9 @@ class Promise:
     owner: Owner
     model: str
     tenant: str
-    prefill_id: str
     decode_id: str
     due_us: int  # when it is to come back
-    prefill_ends_us: int
+    service_us: int  # until its first token
     ends_us: int
     kv_tokens: int
 
@@ -37,7 +36,7 @@ class PromiseBook:
 
     promises_max: int
     promises: dict[Owner, Promise] = field(default_factory=dict)
-    #: Instance -> owners of promises to prefill or decode there, in the order in which they were made.
+    #: Instance -> owners of promises to decode there, in the order in which they were made.
     on: dict[str, dict[Owner, None]] = field(default_factory=dict)
 
     def note(self, promise: Promise) -> None:
@@ -45,18 +44,16 @@ class PromiseBook:
         if len(self.promises) >= self.promises_max:
             self.drop(next(iter(self.promises)))
         self.promises[promise.owner] = promise
-        for instance_id in (promise.prefill_id, promise.decode_id):
-            self.on.setdefault(instance_id, {})[promise.owner] = None
+        self.on.setdefault(promise.decode_id, {})[promise.owner] = None
 
     def drop(self, owner: Owner) -> None:
         promise = self.promises.pop(owner, None)
         if promise is None:
             return
-        for instance_id in dict.fromkeys((promise.prefill_id, promise.decode_id)):
-            of_instance = self.on[instance_id]
-            del of_instance[owner]
-            if not of_instance:
-                del self.on[instance_id]
+        of_instance = self.on[promise.decode_id]
+        del of_instance[owner]
+        if not of_instance:
+            del self.on[promise.decode_id]
 
     def came(self, owner: Owner, model: str, tenant: str, now_us: int) -> None:
         """A request has come: the one that was told to, or, since who comes again may have another id, one like it."""
@@ -71,20 +68,22 @@ class PromiseBook:
             owner = kept.owner if kept is not None else owner
         self.drop(owner)
 
-    def _those_on(self, instance_id: str, now_us: int) -> list[Promise]:
-        owners = list(self.on.get(instance_id, ()))[-COUNTED_MAX:]
-        found = [self.promises[owner] for owner in owners]
-        return [promise for promise in found if promise.due_us + GRACE_US >= now_us]
+    def ahead_of(self, model: str, now_us: int) -> tuple[int, int]:
+        """Work promised to others of a model before their first tokens, and when the last of them is to come.
 
-    def prefills_until_us(self, instance_id: str, now_us: int) -> int:
-        """When the last prefill that was promised on an instance is predicted to end; 0 if none was."""
-        those = self._those_on(instance_id, now_us)
-        return max((p.prefill_ends_us for p in those if p.prefill_id == instance_id), default=0)
+        Whoever comes back goes wherever that is best then, so the work is not any one instance's; and who came before
+        the last of them would take its place.
+        """
+        work_us, last_us = 0, 0
+        for promise in self.promises.values():
+            if promise.model == model and promise.due_us + GRACE_US >= now_us:
+                work_us, last_us = work_us + promise.service_us, max(last_us, promise.due_us)
+        return work_us, last_us
 
     def decodes_on(self, instance_id: str, now_us: int) -> list[tuple[int, int, int]]:
         """Of each promise to decode on an instance: when it comes, when it ends, and its KV tokens."""
-        those = self._those_on(instance_id, now_us)
-        return [(p.due_us, p.ends_us, p.kv_tokens) for p in those if p.decode_id == instance_id]
+        those = [self.promises[owner] for owner in list(self.on.get(instance_id, ()))[-COUNTED_MAX:]]
+        return [(p.due_us, p.ends_us, p.kv_tokens) for p in those if p.due_us + GRACE_US >= now_us]
 
     def drop_instance(self, instance_id: str) -> None:
         for owner in list(self.on.get(instance_id, ())):
@@ -94,6 +93,6 @@ class PromiseBook:
         assert len(self.promises) <= self.promises_max
         for owner, promise in self.promises.items():
             assert owner == promise.owner
-            assert owner in self.on[promise.prefill_id] and owner in self.on[promise.decode_id]
+            assert owner in self.on[promise.decode_id]
         for owners in self.on.values():
             assert owners and all(owner in self.promises for owner in owners)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+_LOADING = threading.Lock()
 _REPLACEMENT = "\ufffd"
 #: A character is at most four bytes, so at most so many replacement characters may still become one.
 _OPEN_CHARS_MAX = 4
@@ -104,7 +106,9 @@ def load_tokenizer(source: str) -> Tokenizer:
 
     Raises: OSError, ValueError if there is none.
     """
-    return Tokenizer(source)
+    # The library's parts are imported when first asked for, which two threads must not do at the same time.
+    with _LOADING:
+        return Tokenizer(source)
 
 
 class Detokenizer:

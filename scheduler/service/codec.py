@@ -26,6 +26,7 @@ from scheduler.core import (
     pending,
     placements,
     policy_parameters,
+    promises,
     roles,
     waiting,
 )
@@ -33,7 +34,7 @@ from scheduler.core.policies import POLICIES
 
 _MODULES = (
     namespace, changes, config, events, commands, deadlines, fit, cost, placements, cluster, arrivals, calibration,
-    pending, policy_parameters, roles, waiting,
+    pending, policy_parameters, promises, roles, waiting,
 )  # fmt: skip
 
 CLASSES: dict[str, type] = {

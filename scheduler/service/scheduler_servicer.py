@@ -120,7 +120,7 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
         holdings = core.book.on(instance.id)
         prefill, decode = core.costs.prefill[instance.id].current(), core.costs.decode[instance.id].current()
         hbm_source_id, known = instance.info.hbm_source_id, core.calibrations.get(instance.id)
-        overhead_us, factor = known.correction(self._shell.now_us()) if known is not None else (0.0, 1.0)
+        overhead_us, _, factor = known.correction(self._shell.now_us()) if known is not None else (0.0, 1.0, 1.0)
         return scheduler_pb2.InstanceStatus(
             info=answers.engine_info(instance.info),
             state="draining" if instance.draining and instance.state is State.ALIVE else instance.state.value,

@@ -18,6 +18,10 @@ def _log_between(low: float, high: float) -> Draw:
     return lambda random: round(math.exp(random.uniform(math.log(low), math.log(high))), 4)
 
 
+def _whole_log_between(low: float, high: float) -> Draw:
+    return lambda random: round(math.exp(random.uniform(math.log(low), math.log(high))))
+
+
 def _one_of(*values: Any) -> Draw:
     return lambda random: random.choice(values)
 
@@ -25,8 +29,8 @@ def _one_of(*values: Any) -> Draw:
 #: Of our costs: what the three policies made of them share.
 _COSTS: dict[str, Draw] = {
     "harm_weight": _log_between(0.05, 2.0),
-    "broken_us": _log_between(2e6, 1e8),
-    "stall_margin": _between(0.0, 0.6),
+    "broken_us": _whole_log_between(2e6, 3e8),
+    "stall_margin": _between(0.1, 1.0),
     "delay_weight": _log_between(0.2, 4.0),
 }
 #: Policy -> setting -> how it is drawn. Those that are not here have nothing to tune.

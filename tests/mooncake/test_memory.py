@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -88,9 +91,39 @@ def test_lent_memory_is_written_and_freed_once() -> None:
     memory_at(pointer, 10_000)[:] = 7
     assert memory_at(pointer, 10_000).sum() == 70_000
     assert (host.free(pointer), host.free(pointer), host.free(12345)) == (0, -1, -1)
+    pointer = host.alloc(4096)
+    memory = memory_at(pointer, 4096)
+    del host
+    gc.collect()
+    memory[:] = 1  # it is there until it is freed
+    assert HostMemory().free(pointer) == 0
+    host = HostMemory()
     assert host.alloc(-1) == 0 and host.alloc(1 << 60) == 0
 
 
 def test_a_handle_is_a_buffer_with_an_address() -> None:
     handle = BufferHandle(b"abc")
     assert memory_at(handle.ptr(), handle.size()).tobytes() == b"abc" == bytes(memoryview(handle))
+
+
+def test_memory_is_unregistered_when_calls_that_use_it_have_ended() -> None:
+    memory, begun, end = RegisteredMemory(), threading.Event(), threading.Event()
+    assert memory.register(BASE, 256) == Code.OK
+
+    def use() -> None:
+        with memory.in_use():
+            begun.set()
+            assert end.wait(60)
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    assert begun.wait(60)
+    assert memory.unregister(BASE, timeout_s=0.01) == Code.RPC_TIMEOUT
+    assert memory.contains(addresses([BASE]), addresses([256])).all()  # as before
+    waiting = threading.Timer(0.0, end.set)
+    waiting.start()
+    assert memory.unregister(BASE, timeout_s=60) == Code.OK
+    assert not thread.is_alive() or end.is_set()
+    thread.join(60)
+    waiting.join(60)
+    assert not memory.contains(addresses([BASE]), addresses([256])).any()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from engines.mooncake.codes import Code
+from engines.mooncake.connection import REST_S
 from engines.mooncake.store import (
     MooncakeDistributedStore,
     MooncakeHostMemAllocator,
@@ -19,6 +21,7 @@ from engines.mooncake.store import (
 )
 from kvpool.client import PoolClient
 from kvpool.cluster import ClusterClient
+from kvpool.core.errors import DeadlineExceeded
 from tests.mooncake.stores import At, Ours
 from tests.pool.node_process import NodeProcess
 from tests.pool.pool_made import running_pool
@@ -197,12 +200,12 @@ def test_a_pin_ends_with_its_object(start_node: Start, connected: Connect) -> No
 def test_an_upsert_is_never_read_as_a_mixture(node: NodeProcess, connected: Connect) -> None:
     writer, reader = connected(node.address), connected(node.address)
     size, seen, stop = 300_000, set(), threading.Event()
+    assert writer.upsert("changing", bytes(size)) == 0
 
     def read() -> None:
         while not stop.is_set():
             value = reader.get("changing")
-            seen.add(bytes(set(value)))
-            assert len(value) in (0, size)
+            seen.add((len(value), bytes(sorted(set(value)))))
 
     thread = threading.Thread(target=read)
     thread.start()
@@ -212,7 +215,8 @@ def test_an_upsert_is_never_read_as_a_mixture(node: NodeProcess, connected: Conn
     finally:
         stop.set()
         thread.join(60)
-    assert all(len(values) <= 1 for values in seen)
+    assert all((length, len(values)) in ((size, 1), (0, 0)) for length, values in seen)
+    assert any(length for length, _ in seen)
     assert reader.get("changing") == bytes([59]) * size
 
 
@@ -316,6 +320,39 @@ def test_a_lost_node_is_a_code_and_comes_back(start_node: Start, connected: Conn
             break
         deadline.wait(0.1)
     assert store.put("c", b"after") == 0 and store.get("c") == b"after"
+
+
+class FailingPool:
+    """A pool whose every call ends with an error; counts them."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error, self.calls = error, 0
+
+    def __getattr__(self, name: str) -> Callable[..., object]:
+        def call(*_: object) -> object:
+            self.calls += 1
+            raise self.error
+
+        return call
+
+
+def test_a_pool_that_does_not_answer_is_left_alone_for_a_moment() -> None:
+    store, pool = MooncakeDistributedStore(), FailingPool(DeadlineExceeded("made up"))
+    store._pool = pool  # type: ignore[assignment]
+    now = time.monotonic()
+    answers = [store.is_exist("a") for _ in range(20)] + [store.put("a", b"x"), store.get_size("a")]
+    assert set(answers) == {Code.RPC_TIMEOUT} and store.get("a") == b""
+    # One call a REST_S goes through, and they take next to no time.
+    assert 1 <= pool.calls <= 2 + (time.monotonic() - now) / REST_S
+
+
+@pytest.mark.parametrize("error", [ValueError("closed"), MemoryError(), AssertionError("a mistake")])
+def test_no_error_leaves_a_call_as_an_exception(error: Exception) -> None:
+    store, pool = MooncakeDistributedStore(), FailingPool(error)
+    store._pool = pool  # type: ignore[assignment]
+    assert store.batch_is_exist(["a", "b"]) == [Code.INTERNAL_ERROR] * 2
+    assert store.put("a", b"x") == store.get_size("a") == store.remove_all() == Code.INTERNAL_ERROR
+    assert (store.get("a"), store.get_buffer("a"), store.get_replica_desc("a")) == (b"", None, [])
 
 
 def test_copies_lie_on_several_nodes_of_a_cluster(tmp_path: Path, connected: Connect) -> None:

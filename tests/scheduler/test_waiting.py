@@ -123,7 +123,7 @@ def test_retry_after_is_the_time_at_which_it_is_taken(prompts: list[int], slo_ms
         return answers(core.handle(request, now_us)).get("asked")
 
     def busy() -> SchedulerCore:
-        core = one_instance(SchedulerConfig(late_binding=(), retry_after_us_min=1000))
+        core = one_instance(SchedulerConfig(late_binding=(), retry_after_us_min=1000, retry_slack=0.0))
         for n, tokens in enumerate(prompts):
             core.handle(made.place(f"r{n}", prompt_tokens=tokens), 0)
         return core

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engines.sglang.hits import ends_all, ends_trailing, leading, page_keys, restorable
 from kvpool.core.ids import NamespaceId
 
+#: A crowded machine may take long over anything.
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 Presence = st.lists(st.booleans(), max_size=40).map(lambda bits: np.array(bits, dtype=np.bool_))
 
 
@@ -23,6 +25,7 @@ def naive_ends(there: list[bool], window: int | None) -> list[bool]:
     return ends
 
 
+@unhurried
 @given(Presence)
 def test_leading_and_all(there: np.ndarray) -> None:
     plain = there.tolist()
@@ -30,11 +33,13 @@ def test_leading_and_all(there: np.ndarray) -> None:
     assert ends_all(there).tolist() == naive_ends(plain, None)
 
 
+@unhurried
 @given(Presence, st.integers(1, 50))
 def test_trailing(there: np.ndarray, window: int) -> None:
     assert ends_trailing(there, window).tolist() == naive_ends(there.tolist(), window)
 
 
+@unhurried
 @given(st.lists(st.lists(st.booleans(), min_size=8, max_size=8), max_size=3), st.integers(0, 8))
 def test_restorable(pools: list[list[bool]], kv_pages: int) -> None:
     named = {f"pool{i}": np.array(bits, dtype=np.bool_) for i, bits in enumerate(pools)}

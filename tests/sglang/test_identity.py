@@ -58,13 +58,22 @@ def test_ranks_of_mla_share_one_copy(node: NodeProcess, backend_on: Callable[...
     assert flats(pools[1], range(2)) == flats(pools[0], range(2))
 
 
-def test_weights_that_nothing_identifies_are_refused(node: NodeProcess, backend_on: Callable[..., Any]) -> None:
-    """The name that a model is served under is no identity."""
+def test_weights_that_nothing_identifies_are_refused(
+    node: NodeProcess, backend_on: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The name that a model is served under is no identity, nor a path that the weights do not come from."""
+    from sglang.srt.runtime_context import get_context
+
     from kvpool.core.errors import Unsupported
 
     with pytest.raises(Unsupported, match="which weights") as caught:
         backend_on(node.address, mha_pool("page_first"), extra={"model_id": ""})
     assert "model_id" in caught.value.hint
+    for elsewhere in ({"load_format": "remote"}, {"checkpoint_engine_wait_weights_before_ready": True}):
+        arguments = SimpleNamespace(model_path="org/model", **elsewhere)
+        monkeypatch.setattr(get_context(), "_server_args", arguments)
+        with pytest.raises(Unsupported, match="which weights"):
+            backend_on(node.address, mha_pool("page_first"), extra={"model_id": ""})
 
 
 def test_a_model_is_known_by_its_files(
@@ -94,9 +103,9 @@ def test_what_changes_kv_is_among_sglangs_arguments() -> None:
 
     from engines.sglang.identity import COMPUTING, computing
 
-    assert set(COMPUTING) | {"model_path", "revision", "random_seed", "lora_paths", "weight_version"} <= set(
-        namespace_of(ServerArgs)
-    )
+    others = {"model_path", "revision", "random_seed", "lora_paths", "weight_version"}
+    others.add("checkpoint_engine_wait_weights_before_ready")
+    assert set(COMPUTING) | others <= set(namespace_of(ServerArgs))
     digests = {computing(SimpleNamespace(**{name: "changed"})) for name in COMPUTING}
     assert len(digests | {computing(None)}) == len(COMPUTING) + 1
     made_up = [computing(SimpleNamespace(load_format="dummy", random_seed=seed)) for seed in (1, 2)]
@@ -127,6 +136,7 @@ def test_after_an_update_of_the_weights_nothing_is_shared_until_attached_anew(
     from sglang.srt import runtime_context
 
     from engines.sglang import identity
+    from kvpool.core.errors import Unsupported
 
     version = "default"
     monkeypatch.setattr(identity, "get_serving", lambda: SimpleNamespace(weight_version=version))
@@ -143,6 +153,10 @@ def test_after_an_update_of_the_weights_nothing_is_shared_until_attached_anew(
     attached_anew = backend_on(node.address, pool)
     assert attached_anew.batch_exists(keys) == 0
     assert attached_anew.batch_set_v1(keys, places(pool, 0, 1)) == [True] * 2
+    # Without a name for them, updated weights are not those of the model's files.
+    monkeypatch.setattr(identity, "get_server_args", lambda: SimpleNamespace(model_path="m", weight_version="default"))
+    with pytest.raises(Unsupported, match="updated in place"):
+        backend_on(node.address, pool, extra={"model_id": ""})
 
 
 def test_wrong_settings_are_refused_by_name(node: NodeProcess, backend_on: Callable[..., Any]) -> None:

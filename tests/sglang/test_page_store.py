@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from engines.sglang import page_store
 from engines.sglang.page_store import PageStore
 from engines.sglang.pool_link import PoolLink
+from kvpool.channels.base import ChannelError
 from kvpool.client import PoolClient
+from kvpool.core.errors import DeadlineExceeded
 from tests.pool.node_process import NodeProcess, eventually
 from tests.sglang import made_pools
 from tests.sglang.made_pools import LAYOUTS, MadePool, all_numbers, hashes, made_spec
@@ -79,7 +81,9 @@ def test_round_trip_to_other_pages_of_another_engine(
     assert PoolClient(node.address).stats().blocks == stored.blocks
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(
     layout=st.sampled_from(LAYOUTS),
     stored=st.lists(st.integers(0, 11), unique=True),
@@ -167,9 +171,9 @@ def test_a_full_pool_costs_pages_and_nothing_else(
     assert 0 < len(there) < 256
     wanted = one.flats(range(256))
     one.pool.memory[...] = 0
-    for page in there.tolist():
-        if one.store.load([names[page]], all_numbers([page]), TIME_S)[0]:
-            assert one.pool.flat(page).tobytes() == wanted[page]
+    whole = [page for page in there.tolist() if one.store.load([names[page]], all_numbers([page]), TIME_S)[0]]
+    assert whole
+    assert all(one.pool.flat(page).tobytes() == wanted[page] for page in whole)
 
 
 def test_a_page_that_another_engine_is_storing_counts(node: NodeProcess, engine_on: Callable[..., Engine]) -> None:
@@ -276,3 +280,31 @@ def test_calls_end_in_time(node: NodeProcess, engine_on: Callable[..., Engine]) 
     finally:
         node.send(signal.SIGCONT)
     assert eventually(lambda: bool(one.store.store(hashes(8, "stopped"), all_numbers(range(8)), TIME_S).all()))
+
+
+def test_trouble_of_one_kind_silences_nothing_else(
+    node: NodeProcess, engine_on: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store, or a channel, that is too slow is no node that is away; what nobody expects ends no thread."""
+    one = engine_on(node.address)
+    one.pool.fill(9)
+    names = hashes(2, "one kind")
+    assert one.store.store(names, all_numbers(range(2)), TIME_S).all()
+    client = one.link._client
+
+    def fails(error: Exception) -> Callable[..., None]:
+        def call(*arguments: object, **named: object) -> None:
+            raise error
+
+        return call
+
+    for error in (ChannelError("too slow"), DeadlineExceeded("too slow"), ValueError("unforeseen")):
+        with monkeypatch.context() as patched:
+            patched.setattr(client, "put", fails(error))
+            assert not one.store.store(hashes(1, error), all_numbers([3]), TIME_S).any()
+        assert one.link.is_up and one.store.there(names).all()
+        assert one.store.load(names, all_numbers(range(4, 6)), TIME_S).all()
+    with monkeypatch.context() as patched:
+        patched.setattr(client, "register", fails(ValueError("unforeseen")))
+        one.link.use(made_spec(one.store.pages, "another"))
+    assert one.link._thread.is_alive()

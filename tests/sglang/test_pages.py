@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engines.sglang.pages import DIRECT_PLANES_MAX, Pages, pages_of
 from kvpool.core.errors import BadArgument, Unsupported
 from tests.sglang.made_pools import LAYOUTS, MadePool, all_numbers, numbers
 
+#: A crowded machine may take long over anything.
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 Pools = st.builds(
     MadePool.of, st.sampled_from(LAYOUTS), st.integers(1, 7), st.integers(1, 5), st.sampled_from([1, 3, 64, 200])
 )
 
 
-@settings(deadline=None)
+@unhurried
 @given(Pools, st.integers(0, 2**32), st.data())
 def test_gather_and_scatter_move_whole_pages(pool: MadePool, seed: int, data: st.DataObject) -> None:
     pool.fill(seed)
@@ -37,7 +39,7 @@ def test_gather_and_scatter_move_whole_pages(pool: MadePool, seed: int, data: st
         assert np.array_equal(pool.flat(page), untouched.flat(page))
 
 
-@settings(deadline=None)
+@unhurried
 @given(Pools, st.integers(0, 2**32))
 def test_views_are_the_pages_in_place(pool: MadePool, seed: int) -> None:
     pool.fill(seed)

@@ -70,6 +70,8 @@ def test_tries_are_settings_that_exist_and_everybody_has_as_many(policy: str) ->
         config = cells.with_overrides(SchedulerConfig(), drawn)
         for name, value in drawn.items():
             assert getattr(config, name, getattr(config.baselines, name, None)) == value
+            default = getattr(SchedulerConfig(), name, getattr(PolicyParameters(), name, None))
+            assert type(value) is type(default), name
         json.dumps(drawn)
         seen.add(tuple(sorted(drawn.items())))
     assert len(seen) > 1

@@ -15,7 +15,7 @@ from engines.vllm.handoffs import HandoffWaits, answer, asks, tokens_of
      ({"kvpool_tokens": -1}, 0), ({"do_remote_prefill": True}, 0)],
 )  # fmt: skip
 def test_what_is_announced(parameters: dict[str, Any] | None, tokens: int) -> None:
-    assert tokens_of(parameters) == tokens
+    assert tokens_of(parameters, b"m" * 16) == tokens
 
 
 def test_who_asks() -> None:
@@ -25,13 +25,18 @@ def test_who_asks() -> None:
 def test_what_is_answered_is_understood() -> None:
     told = answer(64, b"n" * 16, b"m" * 16)
     assert told == {"kvpool_tokens": 64, "kvpool_namespace": "6e" * 16, "kvpool_key_mask": "6d" * 16}
-    assert tokens_of(told) == 64 and tokens_of(answer(0, b"n" * 16, b"m" * 16)) == 0
+    assert tokens_of(told, b"m" * 16) == 64 and tokens_of(answer(0, b"n" * 16, b"m" * 16), b"m" * 16) == 0
+    assert tokens_of(told, b"n" * 16) == 0  # their keys are others: nothing will ever come
 
 
 def test_one_wait() -> None:
     waits = HandoffWaits(wait_s=1.0)
     assert waits.looks("r", 10.0) and waits.lacks("r", 10.0)
     assert not waits.looks("r", 10.0005) and waits.looks("r", 10.001)
+    assert waits.lacks("r", 10.001) and not waits.looks("r", 10.002) and waits.looks("r", 10.003)
+    for _ in range(10):
+        assert waits.lacks("r", 10.5)
+    assert not waits.looks("r", 10.53) and waits.looks("r", 10.54)
     assert waits.lacks("r", 10.999) and not waits.is_over("r")
     assert not waits.lacks("r", 11.0) and waits.is_over("r") and not waits.is_over("other")
     waits.forget("r")

@@ -56,7 +56,7 @@ def connect() -> Iterator[Callable[..., PoolLink]]:
 
 
 def keys(first: int, count: int) -> Keys:
-    return np.random.default_rng(first).integers(0, 256, (count, 16), dtype=np.uint8)
+    return np.random.default_rng(first).integers(0, 256, (16, 16), dtype=np.uint8)[:count]
 
 
 def content(first: int, count: int) -> np.ndarray:
@@ -83,6 +83,14 @@ def test_what_is_stored_is_found_in_all_shards_only(node: Node, connect: Callabl
     assert link.shows(0, 0, keys(1, 4)).all() and not link.shows(0, 0, keys(5, 4)).any()
     found, rows = read(link, keys(1, 4))
     assert found.all() and (rows == content(1, 4)).all()
+
+
+def test_what_is_kept_is_known_once_the_index_was_seen(node: Node, connect: Callable[..., PoolLink]) -> None:
+    link = connect(node.address)
+    assert link.keeps(0, range(1), keys(1, 4)).all()  # nothing was ever seen: it may be out of sight
+    link.put(0, 0, keys(1, 2), content(1, 2))
+    assert link.keeps(0, range(1), keys(1, 4)).tolist() == [True, True, False, False]
+    assert not link.keeps(0, range(1), keys(9, 4)).any()
 
 
 def test_a_node_that_hangs_costs_a_moment(

@@ -58,3 +58,17 @@ def test_a_larger_block_has_its_last_hash() -> None:
     assert keys_of(hashes, 16, 16)[:, 0].tolist() == list(range(7))
     assert keys_of(hashes, 16, 32)[:, 0].tolist() == [1, 3, 5]
     assert keys_of([], 16, 32).shape == (0, 16)
+
+
+def test_a_window_needs_the_blocks_of_all_tokens_that_it_sees() -> None:
+    for window in range(1, 14):
+        for block_tokens in (1, 2, 4, 5):
+            for prefix in range(0, 41, block_tokens):
+                # The next token, at `prefix`, sees itself and window - 1 before it; of these, blocks are needed.
+                seen = [at for at in range(prefix) if prefix - at < window]
+                needed = min((at // block_tokens for at in seen), default=prefix // block_tokens)
+                assert GroupShape(0, block_tokens, window).first_needed(prefix) == needed, (
+                    window,
+                    block_tokens,
+                    prefix,
+                )

@@ -37,6 +37,7 @@ class FakeLink:
     """Has the first `there` blocks."""
 
     there: int = 0
+    kept: int = 255
     looks: int = 0
     is_up: bool = True
     namespace: bytes = bytes(16)
@@ -44,6 +45,9 @@ class FakeLink:
     def lookup(self, group: int, shards: range, keys: Keys) -> Bools:
         self.looks += 1
         return keys[:, 0] <= self.there
+
+    def keeps(self, group: int, shards: range, keys: Keys) -> Bools:
+        return keys[:, 0] <= self.kept
 
 
 @dataclass
@@ -182,12 +186,29 @@ def test_vllm_waits_for_stores_rather_than_preempt_but_not_long() -> None:
     assert not made.side.gives_back_soon()  # the request's own
     made.pool.free_blocks(made.pool.blocks[1:5])
     assert made.side.has_work and made.side.gives_back_soon()
-    made.now_s += 2 * GIVE_BACK_S
+    made.now_s += 0.6 * GIVE_BACK_S
+    assert made.side.gives_back_soon()
+    made.now_s += 0.6 * GIVE_BACK_S
     assert not made.side.gives_back_soon()
+    made.now_s += 50 * GIVE_BACK_S
+    assert made.side.gives_back_soon()  # another time
     made.plan({}, [])
     made.side.output(2, {step.number: 1}, set(), set())
     assert not made.side.gives_back_soon() and not made.side.has_work
     assert not any(block.ref_cnt for block in made.pool.blocks)
+
+
+def test_what_the_pool_has_lost_is_stored_again() -> None:
+    made = Made()
+    request = made.began()
+    made.link.kept = 1
+    assert made.side.match(request, 12) == (0, False)
+    made.side.allocated(request, [[1, 2, 3, 4, 5]], 0)  # vLLM has three blocks itself, the pool has the first of them
+    request.num_computed_tokens = 12
+    step = made.plan({"r": 5}, [1, 2, 3, 4, 5])
+    made.side.output(step.number, {}, set(), set())
+    (saved,) = made.plan({}, []).saves.values()
+    assert [transfer.block_ids for transfer in saved] == [(2, 3, 4)]
 
 
 def test_what_others_are_told() -> None:
@@ -200,6 +221,8 @@ def test_what_others_are_told() -> None:
     }  # fmt: skip
     assert made.side.finished(made.began()) is None
     made.side.reset()
+    made.link.is_up = False
+    made.side.allocated(request, [[1, 2, 3, 4, 5]], 16)
     told = made.side.finished(made.began(kv_transfer_params={"kvpool_handoff": True}))
     assert told is not None and told["kvpool_tokens"] == 0 and told["kvpool_key_mask"] != "00" * 16
 
@@ -220,6 +243,59 @@ def test_who_stands_on_a_lost_block_computes_from_there() -> None:
     made.side.output(plan.number, {}, {3, 4}, set())
     assert made.pool.evicted == {3, 4, 5, 9}
     assert (first.num_computed_tokens, sharer.num_computed_tokens, other.num_computed_tokens) == (8, 8, 5)
+
+
+def test_a_step_whose_load_failed_stores_nothing_yet() -> None:
+    made = Made(there=2)
+    request, other = made.began(), made.began(request_id="other")
+    made.side.match(request, 0)
+    made.side.allocated(request, [[1, 2, 3, 4, 5]], 8)
+    made.side.allocated(other, [[11, 12]], 0)
+    blocks = {"r": [1, 2, 3, 4, 5], "other": [11, 12]}
+    state = SimpleNamespace(get_block_ids=lambda name: (blocks[name],))
+    request.num_computed_tokens = 8
+    scheduled = SimpleNamespace(
+        num_scheduled_tokens={"r": 9, "other": 8}, total_num_scheduled_tokens=17, kv_connector_block_state=state
+    )
+    plan = made.side.plan(scheduled)  # type: ignore[arg-type]
+    assert any(block.ref_cnt for block in made.pool.blocks)
+    made.side.output(plan.number, {}, {2}, set())
+    assert not any(block.ref_cnt for block in made.pool.blocks) and not made.side.has_work
+    # What was computed rightly is stored with the next step, and so is what was computed again.
+    request.num_computed_tokens, other.num_computed_tokens = 4, 8
+    scheduled.num_scheduled_tokens = {"r": 13, "other": 1}
+    plan = made.side.plan(scheduled)  # type: ignore[arg-type]
+    assert plan.saves == {}
+    made.side.output(plan.number, {}, set(), set())
+    (saved,) = made.plan({}, []).saves.values()
+    assert [transfer.block_ids for transfer in saved] == [(2, 3, 4), (11, 12)]
+
+
+def test_two_requests_share_what_may_be_held() -> None:
+    made = Made()  # 10 blocks at once
+    for number, name in enumerate(("one", "two")):
+        made.side.allocated(
+            made.began(request_id=name, num_tokens=33), [list(range(1 + 9 * number, 10 + 9 * number))], 0
+        )
+    made.plan({"one": 33, "two": 33}, list(range(1, 10)))
+    assert sum(block.ref_cnt for block in made.pool.blocks) == 10
+
+
+def test_a_reset_leaves_nothing_of_before() -> None:
+    made = Made(there=4)
+    request = made.began()
+    made.side.allocated(request, [[1, 2, 3, 4, 5]], 0)
+    first = made.plan({"r": 8}, [1, 2, 3, 4, 5])
+    made.side.output(first.number, {}, set(), set())
+    asked = made.began(request_id="asked")
+    assert made.side.match(asked, 0) == (16, False)
+    request.num_computed_tokens = 8
+    made.side.reset()
+    assert not any(block.ref_cnt for block in made.pool.blocks) and not made.side.has_work
+    assert made.plan({"r": 9}, [1, 2, 3, 4, 5]).saves == {}
+    looks = made.link.looks
+    made.side.match(asked, 0)
+    assert made.link.looks == looks + 1
 
 
 def test_keys_depend_on_the_namespace() -> None:

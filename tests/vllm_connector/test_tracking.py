@@ -82,6 +82,20 @@ def test_a_window_is_loaded_behind_the_prefix_only() -> None:
     assert moved(load) == [(1, 11), (2, 12), (3, 13), (4, 14), (4, 24)]
 
 
+def test_what_is_hashed_but_not_computed_is_not_stored() -> None:
+    made = Made()
+    made.tracker.allocated("r", hashes(4), 0, 0, [[11, 12, 13, 14]])
+    assert moved(made.scheduled(4, 0, 8, [[11, 12, 13, 14]])) == [(1, 11), (2, 12)]
+    assert moved(made.scheduled(4, 8, 16, [[11, 12, 13, 14]])) == [(3, 13), (4, 14)]
+
+
+def test_blocks_that_a_window_has_let_go_are_not_stored() -> None:
+    made = Made(shapes=(GroupShape(0, 4), GroupShape(1, 4, window_tokens=5)))
+    made.tracker.allocated("r", hashes(4), 0, 0, [[11, 12, 13, 14], [0, 0, 23, 24]])
+    step = made.scheduled(4, 0, 16, [[11, 12, 13, 14], [0, 0, 23, 24]])
+    assert moved(step) == [(1, 11), (2, 12), (3, 13), (4, 14), (3, 23), (4, 24)]
+
+
 def test_nothing_is_kept_of_ended_requests() -> None:
     made = Made(there=2)
     made.tracker.allocated("r", hashes(2), 0, 4, [[11, 12]])

@@ -118,6 +118,9 @@ class FlakyLink:
     def shows(self, group: int, shard: int, keys: NDArray[np.uint8]) -> NDArray[np.bool_]:
         return np.array([name in self._pool.blocks for name in self._names(group, keys)], dtype=np.bool_)
 
+    def keeps(self, group: int, shards: Iterable[int], keys: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        return self.shows(group, 0, keys)
+
     def get(
         self, group: int, shard: int, keys: NDArray[np.uint8], out: NDArray[np.uint8], timeout_s: float
     ) -> NDArray[np.bool_]:
