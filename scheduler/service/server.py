@@ -15,6 +15,7 @@ from kvpool.channels.tls import TlsConfig
 from kvpool.core.errors import BadArgument
 from kvpool.service import rpc
 from kvpool.v1 import directory_pb2, directory_pb2_grpc, scheduler_pb2, scheduler_pb2_grpc
+from scheduler.core import bounding, covering
 from scheduler.core.config import SchedulerConfig
 from scheduler.core.core import SchedulerCore
 from scheduler.core.policies import POLICIES
@@ -97,6 +98,9 @@ class SchedulerServer:
 
     async def startup(self) -> None:
         """Raises: Unavailable if an address can't be bound; BadArgument if the event log's URL is none."""
+        # Kernels are compiled, or loaded, before anybody waits for a place.
+        bounding.warm_up()
+        covering.warm_up()
         self.shell.start()
         try:
             if self.config.redis:

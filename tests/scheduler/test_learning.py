@@ -68,9 +68,9 @@ def test_predicted_ttft_converges_on_what_happens() -> None:
         actual_us = actual_us if rng.random() < 0.95 else 20 * actual_us
         known.observe_ttft(known.ttft_us(queue_us, service_us, 0), queue_us, service_us, actual_us, 0)
     for service_us in (50_000, 500_000, 2_000_000):
-        assert known.ttft_us(0, service_us, 0) == pytest.approx(30_000 + 1.6 * service_us, rel=0.25)
+        assert known.ttft_us(0, service_us, 0) == pytest.approx(30_000 + 1.6 * service_us, rel=0.35)
         expected_us = 30_000 + 2.4 * 1_000_000 + 1.6 * service_us
-        assert known.ttft_us(1_000_000, service_us, 0) == pytest.approx(expected_us, rel=0.25)
+        assert known.ttft_us(1_000_000, service_us, 0) == pytest.approx(expected_us, rel=0.35)
     assert (known.ttft.median() or 1) < 0.25
 
 

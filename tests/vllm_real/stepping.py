@@ -93,7 +93,7 @@ class FlakyPool:
 
     blocks: dict[tuple[bytes, int, bytes], bytes] = field(default_factory=dict)
     fails: float = 0.0
-    draw: random.Random = field(default_factory=random.Random)
+    draw: random.Random = field(default_factory=lambda: random.Random(0))
     gate: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:

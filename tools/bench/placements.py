@@ -1,4 +1,5 @@
-"""Placements per second with 64 instances: the core alone, the core behind its journal, and over gRPC.
+"""Placements per second with 64 instances: the core alone, the core behind its journal, and over gRPC; and how the time
+of one grows with instances and blocks (`--growth`), the least of several runs, with the machine's load beside it.
 
 Beside them, in the same run, what bounds each: an event that decides nothing for the core, and a health check (the
 smallest unary call that the same server answers) for gRPC.
@@ -8,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -41,6 +44,9 @@ CONVERSATIONS = 512
 ACTIVE = 256  # placements under way
 #: The time of a decision is measured, so none is put off.
 DECIDE_NOW = SchedulerConfig(late_binding=())
+#: Instances and blocks whose placements are compared.
+GROWTH = ((10, 100_000), (100, 100_000), (1000, 10_000), (1000, 100_000), (1000, 1_000_000))
+GROWTH_RUNS = 3
 POLICIES = ("kvpool", "mooncake_algorithm1", "sticky", "round_robin")
 NAMESPACE = NamespaceSpec(
     model="bench",
@@ -56,38 +62,40 @@ NAMESPACE = NamespaceSpec(
 class Workload:
     """A cluster with warm caches and an endless row of requests, all drawn from one seed."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(
+        self, seed: int, instances: int = INSTANCES, nodes: int = NODES, conversations: int = CONVERSATIONS
+    ) -> None:
         self.rng = random.Random(seed)
+        self.instances, self.nodes, self.conversations = instances, nodes, conversations
         drawn = np.random.default_rng(seed)
         self.system = drawn.bytes(16 * SYSTEM_BLOCKS)
         own_bytes = 16 * (PROMPT_BLOCKS - SYSTEM_BLOCKS)
-        self.prompts = [self.system + drawn.bytes(own_bytes) for _ in range(CONVERSATIONS)]
+        self.prompts = [self.system + drawn.bytes(own_bytes) for _ in range(conversations)]
 
     def cluster(self) -> Iterator[events.Event]:
         """Members and what they hold. Streams: nodes, HBM sources, instances, then one gateway."""
         stream = 0
-        for n in range(NODES):
+        for n in range(self.nodes):
             stream += 1
             yield events.SourceAttached(stream, f"node-{n}", 1, Tier.DRAM, f"10.0.0.{n}:1", f"host-{n}", "", 1 << 40)
-            held = self.system + b"".join(p[len(self.system) :] for p in self.prompts[n::NODES])
+            held = self.system + b"".join(p[len(self.system) :] for p in self.prompts[n :: self.nodes])
             yield events.SnapshotReceived(stream, 0, 0, True, held, Fidelity.EXACT)
-        for i in range(INSTANCES):
+        for i in range(self.instances):
             stream += 1
-            host = f"host-{i % NODES}"
-            yield events.SourceAttached(stream, f"w{i:02}-hbm", 1, Tier.HBM, "", host, f"w{i:02}", 1 << 37)
-            held = self.system + b"".join(p[len(self.system) :] for p in self.prompts[i::INSTANCES])
+            host = f"host-{i % self.nodes}"
+            yield events.SourceAttached(stream, f"w{i:04}-hbm", 1, Tier.HBM, "", host, f"w{i:04}", 1 << 37)
+            held = self.system + b"".join(p[len(self.system) :] for p in self.prompts[i :: self.instances])
             yield events.SnapshotReceived(stream, 0, 0, True, held, Fidelity.EXACT)
-        for i in range(INSTANCES):
+        for i in range(self.instances):
             stream += 1
             yield events.InstanceJoined(stream, self.info(i))
             yield self.report(stream)
         self.gateway = stream + 1
         yield events.GatewayOpened(self.gateway, "gw")
 
-    @staticmethod
-    def info(i: int) -> events.InstanceInfo:
+    def info(self, i: int) -> events.InstanceInfo:
         return events.InstanceInfo(
-            instance_id=f"w{i:02}",
+            instance_id=f"w{i:04}",
             epoch=1,
             role=Role.PREFILL if i % 4 == 0 else Role.DECODE,
             model="bench",
@@ -96,10 +104,10 @@ class Workload:
             kv_tokens_total=1 << 20,
             batch_max=256,
             address=f"10.0.1.{i}:1",
-            host_id=f"host-{i % NODES}",
-            hbm_source_id=f"w{i:02}-hbm",
-            node_source_id=f"node-{i % NODES}",
-            node_address=f"10.0.0.{i % NODES}:1",
+            host_id=f"host-{i % self.nodes}",
+            hbm_source_id=f"w{i:04}-hbm",
+            node_source_id=f"node-{i % self.nodes}",
+            node_address=f"10.0.0.{i % self.nodes}:1",
         )
 
     def report(self, stream: int) -> events.InstanceReported:
@@ -112,13 +120,13 @@ class Workload:
             kv_tokens_free=1 << 20,
             prefill=(events.PrefillSample(new, 0, 5_000 + 40 * new),),
             decode=(events.DecodeSample(batch, batch * 3000, 9_000 + 100 * batch),),
-            links=(events.LinkSample(f"node-{self.rng.randrange(NODES)}", 1 << 24, 3_000, False, 1),),
+            links=(events.LinkSample(f"node-{self.rng.randrange(self.nodes)}", 1 << 24, 3_000, False, 1),),
             finished_prefills=(),
             draining=False,
         )
 
     def request(self, number: int, policy: str) -> events.PlaceRequested:
-        conversation = self.rng.randrange(CONVERSATIONS)
+        conversation = self.rng.randrange(self.conversations)
         return events.PlaceRequested(
             request_id=f"r{number}",
             gateway_id="gw",
@@ -183,6 +191,35 @@ def measure_core(policy: str, count: int, journal: Journal | None = None) -> dic
     if journal is not None:
         journal.close()
     return summary(times, sum(times))
+
+
+def measure_growth(instances: int, blocks: int, count: int) -> dict[str, float]:
+    """Decisions of kvpool's policy among so many instances and blocks; the least figures of several runs."""
+    runs = []
+    for seed in range(GROWTH_RUNS):
+        conversations = max(blocks // (PROMPT_BLOCKS - SYSTEM_BLOCKS), 1)
+        workload = Workload(seed, instances, max(instances // 8, 1), conversations)
+        core, now_us, times = SchedulerCore(DECIDE_NOW), 0, []
+        for event in workload.cluster():
+            now_us += 20
+            core.handle(event, now_us)
+        active = min(4 * instances, 1500)
+        gc.collect()
+        gc.freeze()  # as a process that has started
+        for number in range(count + active):
+            now_us += 250
+            event = workload.request(number, "kvpool")
+            began = time.perf_counter()
+            commands = core.handle(event, now_us)
+            took = time.perf_counter() - began
+            assert isinstance(commands[-1], Placed), commands
+            core.book.finish_prefill(("gw", f"r{number - 40}"), now_us)
+            if number >= active:
+                times.append(took)
+                core.handle(workload.outcome(number - active), now_us)
+        gc.unfreeze()
+        runs.append(summary(times, sum(times)))
+    return {name: (max if name == "per_s" else min)(run[name] for run in runs) for name in runs[0]}
 
 
 def measure_nothing(count: int) -> dict[str, float]:
@@ -279,11 +316,19 @@ def over_grpc(count: int) -> dict[str, dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=2000, help="placements a row")
+    parser.add_argument("--growth", action="store_true", help="how a placement's time grows, and nothing else")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
         asyncio.run(serve())
+        return
+    if options.growth:
+        grown = {
+            f"{instances} instances, {blocks} blocks": measure_growth(instances, blocks, options.count)
+            for instances, blocks in GROWTH
+        }
+        show(grown, options.json, f"prompts of {PROMPT_BLOCKS} blocks, hashing excluded, least of {GROWTH_RUNS} runs")
         return
     rows: dict[str, dict[str, float]] = {"core: an event that decides nothing": measure_nothing(options.count)}
     for policy in POLICIES:
@@ -291,10 +336,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows["core and journal: kvpool"] = measure_core("kvpool", options.count, Journal(Path(folder), 1 << 28))
     rows |= {f"gRPC: {name}": row for name, row in over_grpc(options.count).items()}
-    if options.json:
-        print(json.dumps({"instances": INSTANCES, "prompt_blocks": PROMPT_BLOCKS, "rows": rows}, indent=2))
+    what = f"{INSTANCES} instances, {NODES} nodes, prompts of {PROMPT_BLOCKS} blocks, {ACTIVE} placements under way"
+    show(rows, options.json, what)
+
+
+def show(rows: dict[str, dict[str, float]], as_json: bool, what: str) -> None:
+    load = os.getloadavg()
+    if as_json:
+        print(json.dumps({"what": what, "load": load, "cores": os.cpu_count(), "rows": rows}, indent=2))
         return
-    print(f"{INSTANCES} instances, {NODES} nodes, prompts of {PROMPT_BLOCKS} blocks, {ACTIVE} placements under way")
+    print(f"{what}; load {load[0]:.1f} on {os.cpu_count()} cores")
     print(f"{'':40} {'a second':>10} {'p50 us':>10} {'p99 us':>10}")
     for name, row in rows.items():
         print(f"{name:40} {row['per_s']:10.0f} {row['p50_us']:10.0f} {row['p99_us']:10.0f}")

@@ -219,7 +219,7 @@ def measure_hand_offs(args: argparse.Namespace, report: Report, folder: Path, no
     asked: dict[str, Mapping[str, Any]] = {"kvpool": {"kvpool_handoff": True}}
     with ExitStack() as stack:
         pairs = {
-            "kvpool": (server(args, folder, kvpool(node)), server(args, folder, kvpool(node, handoff_wait_s=10.0)))
+            "kvpool": (server(args, folder, kvpool(node)), server(args, folder, kvpool(node, handoff_wait_s=60.0)))
         }
         if args.nixl:
             pairs["NIXL"] = (nixl(args, folder, "kv_producer"), nixl(args, folder, "kv_consumer"))
