@@ -12,10 +12,11 @@ from scheduler.core.fit import LinearFit
 #: Before any sample: Mooncake's LLaMA3-70B on 8xA800 for the shape of prefill (FAST'25 Fig. 14).
 PREFILL_PRIOR = (10_000.0, 116.0, 0.00154)
 DECODE_PRIOR = (20_000.0, 200.0, 0.02)
-#: Latency in microseconds, microseconds a byte; by link class.
+#: Latency in microseconds, microseconds a byte; by link class. Between hosts a good guess, so that it is tried: the
+#: first transfers tell what it is worth, and until one has, there is one at a time over a link.
 LINK_PRIORS: dict[str, tuple[float, ...]] = {
     "local": (2_000.0, 0.0005),
-    "remote": (3_000.0, 0.001),
+    "remote": (3_000.0, 0.00008),
     "local-ssd": (3_000.0, 0.001),
     "remote-ssd": (4_000.0, 0.0015),
     "local-hbm": (2_000.0, 0.0005),

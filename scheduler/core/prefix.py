@@ -278,6 +278,8 @@ class Prefix:
             known = costs.link_costs(instance.id, source.id, kind, now_us)
             if costs.on_trial(instance.id, source.id) and self._book.pulls_between(instance.id, source.id):
                 return None
+        elif self._book.pulls_between(instance.id, source.id):
+            return None
         else:
             known = self._unmeasured.get(kind)
             if known is None:

@@ -35,7 +35,6 @@ def test_after_a_fault_it_is_as_before_within_seconds(name: str) -> None:
     assert later[0] <= 1.5 * later[1] + 0.1, later
 
 
-@pytest.mark.xfail(reason="links that nobody has measured are taken for slow, so the first forks compute", strict=False)
 def test_forks_of_a_prefix_do_not_compute_it_each() -> None:
     incident = _incident("43_forks")
     result = simulate(incident.trace, incident.config)
