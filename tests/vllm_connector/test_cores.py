@@ -19,7 +19,7 @@ from engines.vllm.quiet_log import QuietLog
         ({"OMP_PLACES": "{4},{5}"}, {0, 1, 2, 3}),
         ({"GOMP_CPU_AFFINITY": "0 2 4"}, {1, 3, 5}),
         ({"KMP_AFFINITY": "granularity=fine,explicit,proclist=[0,1,2],verbose"}, {3, 4, 5}),
-        ({"OMP_PLACES": "{0,1,2,3,4,5}"}, set()),
+        ({"OMP_PLACES": "{0,1,2,3,4,5}"}, {0, 1, 2, 3, 4, 5}),
         ({"OMP_PLACES": "cores"}, set()),
     ],
 )
