@@ -72,7 +72,7 @@ def test_memory_that_a_hung_read_may_write_into_is_not_kept(
             if hangs:
                 monkeypatch.setattr(SsdStore, "read", slow_read)
             assert client.get(SPEC.id(), keys, out, promote_s=0.1 if hangs else 60.0).found.all() is np.bool_(not hangs)
-            assert reading.wait(60.0 if hangs else 0.0) == hangs  # by then, or soon: a promotion goes on without its reader
+            assert reading.wait(60.0 if hangs else 0.0) == hangs  # a promotion outlives its reader
 
         client = PoolClient(node.address, timeout_s=60)
         try:
