@@ -418,33 +418,6 @@ def test_a_removal_lost_at_the_end_of_a_segment_is_noticed_too():
     check_all(again, range(10, 13))
 
 
-@pytest.mark.parametrize("sealed_by", ["the next segment", "closing"])
-def test_a_footer_that_rots_brings_nothing_back_that_it_called_lost(sealed_by):
-    """A read of object 1 failed once; since a restart its name may have been put again, without a word on the disk."""
-    files = CrashFiles()
-    store = open_on(files)
-    assert store.append(batch_of([(1, 0, 3000), (2, 0, 3000)])).all()
-    files.faults["read"] = [errno.EIO]
-    assert read_all(store, [1]) == {1: None}
-    if sealed_by == "the next segment":
-        assert fill(store, range(10, 13)) == list(range(10, 13))
-        assert len(store._log.core.segments) == 2
-    store.close()
-    second = open_on(files.copy())
-    assert not second.undead(keys_of([1])).present.any(), "so nothing would be written before it is put"
-    assert read_all(second, [1, 2]) == {1: None, 2: small(2)}
-    for close in (False, True):
-        if close:
-            second.close()
-        rotten = second._log.files.copy()
-        rotten.inodes[segment_name(1)].current[-PAGE_BYTES + 20] ^= 1
-        third = open_on(rotten)
-        assert third.stats().counters.recovery_damaged == 1
-        assert read_all(third, [1]) == {1: None}
-        assert third.audit() == ()
-        third.close()
-
-
 def test_a_footer_that_a_crash_cut_off_costs_nothing():
     files = CrashFiles()
     store = open_on(files)

@@ -166,11 +166,6 @@ class LogCore:
         lost &= (rows.name_bytes > 0) & (rows.namespaces == number)
         return rows.key_bytes(np.flatnonzero(lost).astype(np.int32))
 
-    def calls_objects_lost(self, number: int) -> bool:
-        """Whether the footer of a segment says of objects that they are lost: records that may verify all the same."""
-        rows = self.rows.in_segment(number)
-        return bool(((self.rows.kinds[rows] == RecordKind.LOST) & (self.rows.name_bytes[rows] > 0)).any())
-
     def space(self) -> Space:
         size = self.config.segment_bytes
         total = max(self.config.segments_max, len(self.segments)) * size

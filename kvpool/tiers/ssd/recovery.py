@@ -257,10 +257,6 @@ def _try_segment(log: OpenLog, number: int, arena: Arena, *, newest: bool) -> Fo
             found = Found(number, file, entries, used_bytes, first, after, 0, False)
         else:
             found = _scan(log, number, file, fetch, first, newest=newest)
-            last_page = fetch.pages(log.core.config.segment_bytes - PAGE_BYTES, PAGE_BYTES)
-            if not newest and any(last_page):
-                # It had a footer, which may have called records lost that now verify; nothing else says so.
-                found.suspect_sequence = _EVERYTHING
     except BaseException as error:
         file.close()
         if not isinstance(error, OSError):

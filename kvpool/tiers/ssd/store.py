@@ -148,11 +148,6 @@ class SsdStore:
                 )
         remove_files(self._log.files, damage.files)
         seal_scanned(self._log)
-        newest = max(self._log.core.segments, default=None)
-        if newest is not None and self._log.core.calls_objects_lost(newest):
-            # A later segment shows that this one was complete: should its footer rot, that is seen as damage, and not
-            # taken for a crash that cut it off. Names that it calls lost may be put again from here on.
-            self._appender.open_segment()
 
     @property
     def unsure(self) -> str:
