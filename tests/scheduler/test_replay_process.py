@@ -53,8 +53,10 @@ def test_the_journal_of_a_process(tmp_path: Path) -> None:
     assert other.exit_code == 0, other.output
     data = json.loads(other.stdout)
     assert data["requests"] == 42 and data["changed"] > 0
-    assert data["then"]["refused_by_reason"] == {"context_too_long": 1, "unknown_model": 1}
-    assert data["then"]["placed"] == 40 and data["now"]["placed"] == 40
+    then, now = data["then"], data["now"]
+    assert then["refused_by_reason"] == now["refused_by_reason"] == {"context_too_long": 1, "unknown_model": 1}
+    # Slower answers keep their instances longer, so how many still wait when the record ends is a matter of its pace.
+    assert then["placed"] == 40 and now["placed"] + now["unanswered"] == 40 and now["placed"] >= 20
 
 
 async def _use(address: str) -> None:
