@@ -23,6 +23,7 @@ from kvpool.core.hashing import object_keys
 from kvpool.core.ids import Fidelity, NamespaceId
 from kvpool.core.namespace import NamespaceSpec
 from kvpool.service.client_lossy import LossyBlocks, LossyRead
+from kvpool.service.client_objects import ObjectMemory
 from kvpool.service.client_reads import RELEASES_MAX, ReadRequest, as_rows, rows_of
 from kvpool.service.client_sections import SectionCalls
 from kvpool.service.client_types import (
@@ -224,24 +225,10 @@ class PoolClient(SectionCalls):
         Raises: Unavailable, ChannelError: nothing was read. BadArgument: an array of `out` is too short.
         """
         begin_s = time.monotonic()
-        if out is not None and len(out) != len(names):
-            raise BadArgument(f"{len(out)} arrays are not one for each of {len(names)} names")
-        values: list[NDArray[np.uint8] | None] = [None] * len(names)
-
-        def provide(chosen: NDArray[np.int64], sizes: NDArray[np.uint64]) -> tuple[Memory, None]:
-            memory: list[NDArray[np.uint8]] = []
-            for index, size in zip(chosen.tolist(), sizes.tolist(), strict=True):
-                array = np.empty(size, dtype=np.uint8) if out is None else out[index]
-                if len(array) < size:
-                    raise BadArgument(f"{names[index]!r} has {size} bytes, its array only {len(array)}")
-                values[index] = array[:size]
-                memory.append(values[index])
-            return memory, None
-
+        memory = ObjectMemory(names, out)
         request = ReadRequest(namespace, object_keys(namespace, names), names=names, ttl_s=ttl_s, promote_s=promote_s)
-        outcome = self._read(request, provide)
-        for index in np.flatnonzero(~outcome.found).tolist():
-            values[index] = None
+        outcome = self._read(request, memory.provide)
+        values = memory.values(outcome.found)
         return ObjectsResult(values, outcome.corrupt, outcome.bytes, time.monotonic() - begin_s, outcome.kind)
 
     def remove_objects(self, namespace: NamespaceId, names: Sequence[str] = (), *, prefix: str = "") -> int:

@@ -14,7 +14,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -27,10 +26,11 @@ from kvpool.channels.base import addresses
 from kvpool.channels.sections import copy_blocks_in
 from kvpool.core.arrays import Descriptors
 from kvpool.core.errors import DeadlineExceeded, KvpoolError, Unsupported
-from kvpool.core.ids import KeyArray, LeaseId, Tier
+from kvpool.core.ids import KeyArray, Tier
 from kvpool.core.index import split_keys
 from kvpool.core.namespace import NamespaceSpec
 from kvpool.service.lower_tier import Promoted
+from kvpool.service.promotions import Promotion, Promotions
 from kvpool.service.source_driver import SourceDriver
 from kvpool.service.threads import in_thread
 from kvpool.tiers.hbm import BlockMemory
@@ -67,16 +67,6 @@ class CachedBlocks(Protocol):
         ...
 
 
-@dataclass(eq=False)
-class _Promotion:
-    """Blocks on their way up; what arrives is leased until all who asked for it have it in their own hands."""
-
-    task: asyncio.Task[None] = field(init=False)
-    leases: list[LeaseId] = field(default_factory=list)
-    users: int = 0
-    ended: bool = False
-
-
 class HbmTier:
     """A `LowerTier`. Runs in the event loop of its source; `changed` may be called from any thread."""
 
@@ -97,14 +87,13 @@ class HbmTier:
         self._cached, self._memory, self._counters = cached, memory, counters
         # A mirror of the engine's table, which belongs to another thread. Single operations on it are atomic.
         self._keys: dict[bytes, None] = {}
-        self._promoting: dict[bytes, _Promotion] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
         self._copying = asyncio.Semaphore(COPIES_MAX)
         self._closing = threading.Event()
         with driver.turn() as now:
             self._core.register_namespace(spec)
             self._session = self._core.open_session("hbm tier", now)
             self._core.set_lower_tier(True)
+        self._promoting = Promotions(driver, self._session)
 
     def changed(self, changes: Iterable[tuple[bool, bytes]]) -> None:
         """(stored or removed, key) of the engine's prefix cache, in order."""
@@ -117,9 +106,10 @@ class HbmTier:
     async def close(self) -> None:
         """Ends all work; what was lent is given back."""
         self._closing.set()
-        for task in list(self._tasks):
+        tasks = list(self._promoting.tasks)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     # ------------------------------------------------------------ what the source asks
 
@@ -134,24 +124,12 @@ class HbmTier:
         if not below.any() or self._closing.is_set():
             return Promoted(below)
         packed = split_keys(keys[below])
-        fresh = [key for key in dict.fromkeys(packed) if key not in self._promoting]
-        self._begin(fresh[: PROMOTING_MAX - len(self._promoting)])
-        mine = list(dict.fromkeys(self._promoting[key] for key in packed if key in self._promoting))
-        for promotion in mine:
-            promotion.users += 1
-
-        def release() -> None:
-            for promotion in mine:
-                promotion.users -= 1
-                self._let_go(promotion)
-
-        try:
-            if mine:
-                await asyncio.wait([promotion.task for promotion in mine], timeout=timeout_s)
-        except BaseException:
-            release()
-            raise
-        return Promoted(below, release)
+        fresh = self._promoting.missing(packed)[: max(0, PROMOTING_MAX - len(self._promoting))]
+        # A reader waits for those batches only that have blocks of its own.
+        step = min(BATCH_BLOCKS, self._memory.batch_blocks_max)
+        for start in range(0, len(fresh), step):
+            self._promoting.begin(fresh[start : start + step], self._promote)
+        return await self._promoting.join(packed, below, timeout_s)
 
     async def remove(
         self, namespace_id: bytes, keys: KeyArray | None, name_prefix: bytes, remove_above: Callable[[], int]
@@ -162,17 +140,7 @@ class HbmTier:
 
     # ------------------------------------------------------------ up
 
-    def _begin(self, fresh: list[bytes]) -> None:
-        """One task for each batch: a reader waits for those with its own blocks only."""
-        step = min(BATCH_BLOCKS, self._memory.batch_blocks_max)
-        for start in range(0, len(fresh), step):
-            batch, promotion = fresh[start : start + step], _Promotion()
-            promotion.task = asyncio.get_running_loop().create_task(self._promote(batch, promotion))
-            self._promoting.update(dict.fromkeys(batch, promotion))
-            self._tasks.add(promotion.task)
-            promotion.task.add_done_callback(self._tasks.discard)
-
-    async def _promote(self, packed: list[bytes], promotion: _Promotion) -> None:
+    async def _promote(self, packed: list[bytes], promotion: Promotion) -> None:
         promoted = 0
         try:
             async with self._copying:
@@ -184,18 +152,8 @@ class HbmTier:
         finally:
             self._counters.add("hbm_blocks_promoted", promoted)
             self._counters.add("hbm_blocks_not_promoted", len(packed) - promoted)
-            for key in packed:
-                del self._promoting[key]
-            promotion.ended = True
-            self._let_go(promotion)
 
-    def _let_go(self, promotion: _Promotion) -> None:
-        if promotion.ended and promotion.users == 0 and promotion.leases:
-            leases, promotion.leases = promotion.leases, []
-            with contextlib.suppress(KvpoolError), self._driver.turn() as now:
-                self._core.release(self._session, leases, now)
-
-    async def _promote_batch(self, packed: list[bytes], promotion: _Promotion) -> int:
+    async def _promote_batch(self, packed: list[bytes], promotion: Promotion) -> int:
         """Returns how many blocks are readable now."""
         lent = await self._lend(packed)
         try:
@@ -232,7 +190,7 @@ class HbmTier:
                 raise DeadlineExceeded("the engine is busy with a long step") from None
             raise
 
-    async def _copy(self, lent: BlockSet, promotion: _Promotion) -> int:
+    async def _copy(self, lent: BlockSet, promotion: Promotion) -> int:
         with self._driver.turn() as now:
             reserved = self._core.reserve(
                 self._session, self._namespace, self._group, lent.keys, RESERVATION_US, now, parent=lent.parent

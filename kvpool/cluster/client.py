@@ -26,6 +26,7 @@ from kvpool.core.errors import BadArgument, NoSpace, UnknownNamespace
 from kvpool.core.hashing import object_keys
 from kvpool.core.ids import KeyArray, NamespaceId, Tier
 from kvpool.core.namespace import NamespaceSpec
+from kvpool.service.client_objects import ObjectMemory
 from kvpool.service.client_reads import Provider, as_rows, rows_of
 from kvpool.service.client_types import BEING_WRITTEN, EXISTS, Bools, Reservation
 from kvpool.service.cluster_types import (
@@ -240,25 +241,12 @@ class ClusterClient:
     ) -> ClusterObjectsResult:
         """Reads objects from whichever nodes have them; `out` as in `PoolClient.get_objects`."""
         begin_s = time.monotonic()
-        if out is not None and len(out) != len(names):
-            raise BadArgument(f"{len(out)} arrays are not one for each of {len(names)} names")
-        values: list[NDArray[np.uint8] | None] = [None] * len(names)
-
-        def provide(chosen: NDArray[np.int64], sizes: NDArray[np.uint64]) -> tuple[Memory, None]:
-            memory: list[NDArray[np.uint8]] = []
-            for index, size in zip(chosen.tolist(), sizes.tolist(), strict=True):
-                array = np.empty(size, dtype=np.uint8) if out is None else out[index]
-                if len(array) < size:
-                    raise BadArgument(f"{names[index]!r} has {size} bytes, its array only {len(array)}")
-                memory.append(array[:size])
-                values[index] = memory[-1]
-            return memory, None
-
+        memory = ObjectMemory(names, out)
         keys = object_keys(namespace, names)
         request = ClaimedRequest(namespace, keys, names=names, ttl_s=ttl_s, promote_s=min(promote_s, ttl_s))
-        found = self._get(request, provide, begin_s)
-        kept = [value if there else None for value, there in zip(values, found.found.tolist(), strict=True)]
-        return ClusterObjectsResult(kept, found.corrupt, found.sources, found.bytes, time.monotonic() - begin_s)
+        found = self._get(request, memory.provide, begin_s)
+        values = memory.values(found.found)
+        return ClusterObjectsResult(values, found.corrupt, found.sources, found.bytes, time.monotonic() - begin_s)
 
     def _get(self, request: ClaimedRequest, provide: Provider, begin_s: float) -> Found:
         """Reads from this host's nodes what they have, and the rest from those that say that they have it."""

@@ -8,6 +8,7 @@ import dataclasses
 import logging
 from collections.abc import AsyncIterator
 from concurrent.futures import Executor
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from kvpool.core.index import split_keys
 from kvpool.core.namespace import OBJECTS_GROUP
 from kvpool.core.results import ReserveStatus
 from kvpool.service.lower_tier import Promoted
+from kvpool.service.promotions import Promotion, Promotions
 from kvpool.service.source_driver import SourceDriver
 from kvpool.service.ssd_marks import SsdMarks
 from kvpool.service.threads import in_thread
@@ -31,16 +33,6 @@ SLOT_US = 120_000_000
 PROMOTED_US = 5_000_000
 #: Promotions under way, in blocks; beyond it blocks count as absent.
 PROMOTING_MAX = 65_536
-
-
-class _Promotion:
-    """Blocks on their way up, and then held for those who asked for them. Known by identity."""
-
-    def __init__(self) -> None:
-        self.task: asyncio.Task[None]
-        self.users = 0
-        self.leases: list[int] = []
-        self.ended = False
 
 
 class SsdPromotion:
@@ -63,8 +55,7 @@ class SsdPromotion:
         self._store, self._driver, self._core, self._data = store, driver, driver.core, data
         self._session, self._marks, self._threads = session, marks, threads
         self.blocks = 0
-        self.tasks: set[asyncio.Task[None]] = set()
-        self._under_way: dict[bytes, _Promotion] = {}
+        self._under_way = Promotions(driver, session)
         self._allowed = asyncio.Event()
         self._allowed.set()
 
@@ -82,26 +73,15 @@ class SsdPromotion:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._allowed.wait(), end_s - loop.time())
         packed = split_keys(keys[below])
-        fresh = [key for key in dict.fromkeys(packed) if key not in self._under_way]
+        fresh = self._under_way.missing(packed)
         if fresh and len(self._under_way) + len(fresh) <= PROMOTING_MAX:
-            self._begin(namespace_id, fresh)
-        mine = list(dict.fromkeys(self._under_way[key] for key in packed if key in self._under_way))
-        for promotion in mine:
-            promotion.users += 1
+            self._under_way.begin(fresh, partial(self._promote, namespace_id))
+        return await self._under_way.join(packed, below, end_s - loop.time())
 
-        def release() -> None:
-            for promotion in mine:
-                promotion.users -= 1
-                self._let_go(promotion)
-
-        try:
-            if mine:
-                left_s = max(0.0, end_s - loop.time())
-                await asyncio.wait([promotion.task for promotion in mine], timeout=left_s)
-        except BaseException:
-            release()
-            raise
-        return Promoted(below, release)
+    @property
+    def tasks(self) -> set[asyncio.Task[None]]:
+        """What is under way."""
+        return self._under_way.tasks
 
     @contextlib.asynccontextmanager
     async def kept_out(self, timeout_s: float) -> AsyncIterator[None]:
@@ -111,11 +91,8 @@ class SsdPromotion:
         """
         self._allowed.clear()
         try:
-            if self._under_way:
-                tasks = dict.fromkeys(promotion.task for promotion in self._under_way.values())
-                _, late = await asyncio.wait(tasks, timeout=timeout_s)
-                if late:
-                    raise NoSsd(f"reads of the SSD do not end within {timeout_s:.0f} s", hint="its disk hangs")
+            if not await self._under_way.quiet(timeout_s):
+                raise NoSsd(f"reads of the SSD do not end within {timeout_s:.0f} s", hint="its disk hangs")
             yield
         finally:
             self._allowed.set()
@@ -137,15 +114,7 @@ class SsdPromotion:
         below[asked] = mine & (~here[asked] | (facts.fidelities < worst[asked]))
         return below
 
-    def _begin(self, namespace_id: bytes, fresh: list[bytes]) -> None:
-        promotion = _Promotion()
-        promotion.task = asyncio.get_running_loop().create_task(self._promote(namespace_id, fresh, promotion))
-        for key in fresh:
-            self._under_way[key] = promotion
-        self.tasks.add(promotion.task)
-        promotion.task.add_done_callback(self.tasks.discard)
-
-    async def _promote(self, namespace_id: bytes, packed: list[bytes], promotion: _Promotion) -> None:
+    async def _promote(self, namespace_id: bytes, packed: list[bytes], promotion: Promotion) -> None:
         try:
             keys = np.frombuffer(b"".join(packed), dtype=np.uint8).reshape(-1, 16)
             stored = await in_thread(self._store.describe_stored, keys, threads=self._threads)
@@ -158,18 +127,6 @@ class SsdPromotion:
                     )
         except KvpoolError as error:
             log.info("blocks stay on the SSD: %s", error)
-        finally:
-            for key in packed:
-                del self._under_way[key]
-            promotion.ended = True
-            self._let_go(promotion)
-
-    def _let_go(self, promotion: _Promotion) -> None:
-        """Ends the hold on what was brought up, once everybody who asked for it has it in his own hands."""
-        if promotion.ended and promotion.users == 0 and promotion.leases:
-            leases, promotion.leases = promotion.leases, []
-            with contextlib.suppress(KvpoolError), self._driver.turn() as now:
-                self._core.release(self._session, leases, now)
 
     async def _promote_alike(
         self,
@@ -179,7 +136,7 @@ class SsdPromotion:
         rows: NDArray[np.int64],
         sections: int,
         fidelity: int,
-        promotion: _Promotion,
+        promotion: Promotion,
     ) -> None:
         """Promotes blocks of one section count and fidelity: one reservation, one read, one commit."""
         if not len(rows):
