@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -13,6 +12,8 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.attached.quiet_log import QuietLog
+from engines.attached.rest import Rest
 from engines.mooncake.codes import NAMES, Code, code_of
 from engines.mooncake.memory import HostMemory, RegisteredMemory
 from engines.mooncake.pool import Codes, ObjectPool
@@ -48,8 +49,7 @@ class StoreConnection:
         self._hostname = ""
         self._memory = RegisteredMemory()
         self._host_memory = HostMemory()
-        self._complaints: dict[int, float] = {}
-        self._rests_until_s = 0.0
+        self._quiet, self._rest = QuietLog(log, COMPLAINT_S), Rest(REST_S)
         self._lock = threading.Lock()
 
     # ------------------------------------------------------------ connecting
@@ -175,7 +175,7 @@ class StoreConnection:
         pool = self._pool
         if pool is None:
             raise NotSetUp("call setup first")
-        if time.monotonic() < self._rests_until_s:
+        if self._rest.now:
             raise Resting("the pool did not answer in time a moment ago")
         return pool
 
@@ -184,16 +184,12 @@ class StoreConnection:
         code = Code.INTERNAL_ERROR
         if isinstance(error, KvpoolError):
             code = Code.INVALID_PARAMS if isinstance(error, NotSetUp) else code_of(error)
-        now_s = time.monotonic()
         if isinstance(error, DeadlineExceeded) and not isinstance(error, Resting):
-            self._rests_until_s = now_s + REST_S
-        with self._lock:
-            due = now_s - self._complaints.get(code, -COMPLAINT_S) >= COMPLAINT_S
-            if due:
-                self._complaints[code] = now_s
-        if due:
-            trace = error if code == Code.INTERNAL_ERROR else None
-            log.warning("mooncake.store on kvpool: %s, returned as %d (%s)", error, code, NAMES[code], exc_info=trace)
+            self._rest.begin()
+        trace = error if code == Code.INTERNAL_ERROR else None
+        self._quiet.warning(
+            NAMES[code], "mooncake.store on kvpool: %s, returned as %d (%s)", error, code, NAMES[code], trace=trace
+        )
         return code
 
 
@@ -214,6 +210,8 @@ def texts(keys: Sequence[str | bytes]) -> list[str]:
     """Keys as text. Raises: TypeError for what are no keys, as Mooncake's binding does."""
     if isinstance(keys, str | bytes) or not isinstance(keys, Sequence | np.ndarray):
         raise TypeError("expected a list of keys")
+    if set(map(type, keys)) == {str}:
+        return list(keys)  # type: ignore[arg-type]
     return [text(key) for key in keys]
 
 
@@ -228,6 +226,9 @@ def text(key: str | bytes) -> str:
 
 def usable(names: Sequence[str]) -> NDArray[np.bool_]:
     """Which names the pool can keep: 1 to KEY_BYTES_MAX bytes of UTF-8."""
+    lengths = np.fromiter(map(len, names), dtype=np.int64, count=len(names))
+    if "".join(names).isascii():
+        return (lengths >= 1) & (lengths <= KEY_BYTES_MAX)
     return np.fromiter((_is_usable(name) for name in names), dtype=np.bool_, count=len(names))
 
 

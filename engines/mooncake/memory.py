@@ -58,6 +58,27 @@ class _Runs:
         inside = (index >= 0) & (sizes <= room) & (offsets <= room - np.minimum(sizes, room))
         return np.where(inside, index, -1)
 
+    def with_one(self, pointer: int, size_bytes: int, view: Bytes) -> _Runs | None:
+        """These and one more; None if that overlaps another."""
+        place = int(np.searchsorted(self.begins, np.uint64(pointer), side="right"))
+        if place and int(self.begins[place - 1]) + int(self.sizes[place - 1]) > pointer:
+            return None
+        if place < len(self.begins) and int(self.begins[place]) < pointer + size_bytes:
+            return None
+        return _Runs(
+            np.insert(self.begins, place, np.uint64(pointer)),
+            np.insert(self.sizes, place, np.uint64(size_bytes)),
+            (*self.views[:place], view, *self.views[place:]),
+        )
+
+    def without(self, pointer: int) -> tuple[_Runs, Bytes] | None:
+        """These but the one that begins there, and that one; None if there is none."""
+        place = int(np.searchsorted(self.begins, np.uint64(max(pointer, 0))))
+        if place == len(self.begins) or int(self.begins[place]) != pointer:
+            return None
+        others = (*self.views[:place], *self.views[place + 1 :])
+        return _Runs(np.delete(self.begins, place), np.delete(self.sizes, place), others), self.views[place]
+
 
 class RegisteredMemory:
     """Memory that the caller has registered. For any thread; a look takes no lock."""
@@ -90,38 +111,30 @@ class RegisteredMemory:
         access = host_access(pointer, pointer + size_bytes, Path("/proc/self/maps").read_text())
         if "r" not in access:
             return Code.INVALID_PARAMS
+        view = memory_at(pointer, size_bytes, writable="w" in access)
         with self._lock:
-            runs = self._runs
-            place = int(np.searchsorted(runs.begins, np.uint64(pointer), side="right"))
-            if place and int(runs.begins[place - 1]) + int(runs.sizes[place - 1]) > pointer:
+            more = self._runs.with_one(pointer, size_bytes, view)
+            if more is None:
                 return Code.INVALID_PARAMS
-            if place < len(runs.begins) and int(runs.begins[place]) < pointer + size_bytes:
-                return Code.INVALID_PARAMS
-            view = memory_at(pointer, size_bytes, writable="w" in access)
-            self._runs = _Runs(
-                np.insert(runs.begins, place, np.uint64(pointer)),
-                np.insert(runs.sizes, place, np.uint64(size_bytes)),
-                (*runs.views[:place], view, *runs.views[place:]),
-            )
+            self._runs = more
         return Code.OK
 
     def unregister(self, pointer: int, timeout_s: float = UNREGISTER_S) -> int:
-        """OK once no call touches it any more; RPC_TIMEOUT, and registered as before, if one still does by then."""
+        """OK once no call touches it any more; RPC_TIMEOUT, and registered as before, if one still does by then.
+
+        Others may register and unregister meanwhile. What they register in its place stays instead of it.
+        """
         with self._lock:
-            runs = self._runs
-            place = int(np.searchsorted(runs.begins, np.uint64(max(pointer, 0))))
-            if place == len(runs.begins) or int(runs.begins[place]) != pointer:
+            fewer = self._runs.without(pointer)
+            if fewer is None:
                 return Code.INVALID_PARAMS
-            self._runs = _Runs(
-                np.delete(runs.begins, place),
-                np.delete(runs.sizes, place),
-                (*runs.views[:place], *runs.views[place + 1 :]),
-            )
-            with self._ended:
-                before = self._calls_begun
-                if self._ended.wait_for(lambda: all(call > before for call in self._calls), timeout_s):
-                    return Code.OK
-            self._runs = runs  # nobody else has changed it: the lock is held
+            self._runs, view = fewer
+        with self._ended:
+            before = self._calls_begun
+            if self._ended.wait_for(lambda: all(call > before for call in self._calls), timeout_s):
+                return Code.OK
+        with self._lock:
+            self._runs = self._runs.with_one(pointer, len(view), view) or self._runs
         return Code.RPC_TIMEOUT
 
     def contains(self, pointers: U64, sizes: U64, *, to_write: bool = False) -> NDArray[np.bool_]:

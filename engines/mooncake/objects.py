@@ -169,10 +169,8 @@ class ObjectCalls(StoreConnection):
         return found.tolist()
 
     def get_size(self, key: Key) -> int:
-        name = text(key)
-        if not usable([name])[0]:
-            return Code.OBJECT_NOT_FOUND
-        return self._code(lambda pool: int(pool.sizes([name])[0]))
+        """Bytes, or OBJECT_NOT_FOUND. Nothing is read."""
+        return int(self._sizes([text(key)])[0])
 
     def get_replica_desc(self, key: Key) -> list[ReplicaDescriptor]:
         name = text(key)
@@ -183,7 +181,7 @@ class ObjectCalls(StoreConnection):
         names = [name for name in texts(keys) if usable([name])[0]]
 
         def describe(pool: ObjectPool) -> dict[str, list[ReplicaDescriptor]]:
-            sizes, in_memory = pool.known_sizes(names).tolist(), pool.in_memory(names).tolist()
+            sizes, in_memory = pool.sizes(names).tolist(), pool.in_memory(names).tolist()
             return {
                 name: [ReplicaDescriptor(size, self._hostname, memory)]
                 for name, size, memory in zip(names, sizes, in_memory, strict=True)
@@ -310,11 +308,17 @@ class ObjectCalls(StoreConnection):
         )  # fmt: skip
         return list(codes.tolist())
 
+    def _sizes(self, names: Sequence[str]) -> Codes:
+        """Bytes of each object, or why they are not known."""
+        sizes: Codes = np.full(len(names), Code.OBJECT_NOT_FOUND, dtype=np.int64)
+        self._by_calls(sizes, names, np.flatnonzero(usable(names)), lambda pool, some, _: pool.sizes(some))
+        return sizes
+
     def _by_calls(self, codes: Codes, names: Sequence[str], rows: Rows, call: Call) -> None:
         """Fills in the codes of these rows, by as many calls to the pool as they need."""
         for first in range(0, len(rows), CALL_KEYS_MAX):
             part = rows[first : first + CALL_KEYS_MAX]
-            some = [names[row] for row in part.tolist()]
+            some = names if len(part) == len(names) else [names[row] for row in part.tolist()]
             codes[part] = self._codes(len(part), bound(call, some, part))
 
     def _read(self, names: Sequence[str]) -> list[Bytes | None]:

@@ -20,9 +20,10 @@ from engines.mooncake.values import Values
 from kvpool.client import BEING_WRITTEN, EXISTS, NO_SPACE, OVER_QUOTA, RESERVED, PoolClient, Reservation
 from kvpool.cluster import ClusterClient
 from kvpool.core.errors import BadArgument, KvpoolError, NoSpace, Unavailable
-from kvpool.core.hashing import object_key
-from kvpool.core.ids import KeyArray, NamespaceId
-from kvpool.service.cluster_types import ClusterRemoveResult
+from kvpool.core.hashing import object_keys
+from kvpool.core.ids import NamespaceId
+from kvpool.service.client_types import ObjectsResult
+from kvpool.service.cluster_types import ClusterObjectsResult, ClusterRemoveResult
 from kvpool.v1 import block_source_pb2 as pb
 
 Codes = NDArray[np.int64]
@@ -65,10 +66,6 @@ class ObjectPool(Protocol):
         """Bytes of each object, or OBJECT_NOT_FOUND."""
         ...
 
-    def known_sizes(self, names: Sequence[str]) -> Codes:
-        """As `sizes`, but 0 for an object whose size is not known without reading it."""
-        ...
-
     def in_memory(self, names: Sequence[str]) -> Bools:
         """Which of the objects that exist are in memory; the others are on an SSD."""
         ...
@@ -88,13 +85,48 @@ class ObjectPool(Protocol):
     def close(self) -> None: ...
 
 
-class NodePool:
+class ObjectReader(Protocol):
+    """What looking and reading need of a client: `PoolClient` and `ClusterClient` both have it."""
+
+    def get_objects(
+        self, namespace: NamespaceId, names: Sequence[str], out: Sequence[Bytes] | None = None, *, ttl_s: float
+    ) -> ObjectsResult | ClusterObjectsResult: ...
+
+    def lookup_objects(self, namespace: NamespaceId, names: Sequence[str]) -> Bools: ...
+
+    def object_sizes(self, namespace: NamespaceId, names: Sequence[str]) -> NDArray[np.uint64]: ...
+
+
+class Reads:
+    """Looking and reading, on one node or several."""
+
+    def __init__(self, reader: ObjectReader, namespace: NamespaceId) -> None:
+        self._reader, self.namespace = reader, namespace
+
+    def get(self, names: Sequence[str], values: Values) -> Codes:
+        return read_into(names, values, self._read)
+
+    def read(self, names: Sequence[str]) -> list[Bytes | None]:
+        return self._read(names, None)
+
+    def _read(self, names: Sequence[str], out: Sequence[Bytes] | None) -> list[Bytes | None]:
+        return self._reader.get_objects(self.namespace, names, out, ttl_s=TRANSFER_S).values
+
+    def exists(self, names: Sequence[str]) -> Bools:
+        return self._reader.lookup_objects(self.namespace, names)
+
+    def sizes(self, names: Sequence[str]) -> Codes:
+        sizes = self._reader.object_sizes(self.namespace, names).astype(np.int64)
+        return np.where(sizes > 0, sizes, Code.OBJECT_NOT_FOUND)
+
+
+class NodePool(Reads):
     """Objects on one node."""
 
     def __init__(self, client: PoolClient, domain: str, tenant: str) -> None:
         """Raises: KvpoolError if the node can't be reached."""
+        super().__init__(client, client.register_objects(domain))
         self._client, self._tenant = client, tenant
-        self.namespace: NamespaceId = client.register_objects(domain)
         self._bytes_total = int(client.stats().bytes_total)
 
     def put(self, names: Sequence[str], values: Values, copies: int) -> Codes:
@@ -105,7 +137,7 @@ class NodePool:
         return codes
 
     def _put(self, names: Sequence[str], values: Values, rows: NDArray[np.int64]) -> Codes:
-        keys = keys_of(self.namespace, names)
+        keys = object_keys(self.namespace, names)
         try:
             reservation = self._client.reserve(
                 self.namespace, keys, ttl_s=TRANSFER_S, tenant=self._tenant, sizes=values.sizes[rows], names=names
@@ -136,33 +168,14 @@ class NodePool:
                 self._client.abort(reservation)
             raise
 
-    def get(self, names: Sequence[str], values: Values) -> Codes:
-        return read_into(
-            names, values,
-            lambda some, out: self._client.get_objects(self.namespace, some, out, ttl_s=TRANSFER_S).values,
-        )  # fmt: skip
-
-    def read(self, names: Sequence[str]) -> list[Bytes | None]:
-        return self._client.get_objects(self.namespace, names, ttl_s=TRANSFER_S).values
-
-    def exists(self, names: Sequence[str]) -> Bools:
-        return self._client.lookup_objects(self.namespace, names)
-
-    def sizes(self, names: Sequence[str]) -> Codes:
-        sizes = self._client.object_sizes(self.namespace, names).astype(np.int64)
-        return np.where(sizes > 0, sizes, Code.OBJECT_NOT_FOUND)
-
-    def known_sizes(self, names: Sequence[str]) -> Codes:
-        return self.sizes(names)
-
     def in_memory(self, names: Sequence[str]) -> Bools:
-        keys = keys_of(self.namespace, names)
+        keys = object_keys(self.namespace, names)
         blocks = self._client.list_blocks(namespace=self.namespace, keys=keys)
         there = {block.name for block in blocks if block.state == "readable"}
         return np.fromiter((name in there for name in names), dtype=np.bool_, count=len(names))
 
     def remove(self, names: Sequence[str]) -> int:
-        keys = keys_of(self.namespace, names)
+        keys = object_keys(self.namespace, names)
         pinned = pin_owners(self._client.list_blocks(namespace=self.namespace, keys=keys))
         removed = self._client.remove_objects(self.namespace, names)
         self._unpin(pinned)
@@ -186,20 +199,20 @@ class NodePool:
         return self.remove(found) if found else 0
 
     def pin(self, names: Sequence[str], ttl_s: float) -> None:
-        for key in keys_of(self.namespace, names):
+        for key in object_keys(self.namespace, names):
             self._client.pin(self.namespace, key.reshape(1, -1), ttl_s=ttl_s, owner=pin_owner(key.tobytes()))
 
     def close(self) -> None:
         self._client.close()
 
 
-class ClusterPool:
+class ClusterPool(Reads):
     """Objects on all nodes of a cluster, in as many copies as asked for."""
 
     def __init__(self, client: ClusterClient, domain: str, tenant: str) -> None:
         """Raises: KvpoolError if the directory can't be reached."""
+        super().__init__(client, client.register_objects(domain))
         self._client, self._tenant = client, tenant
-        self.namespace: NamespaceId = client.register_objects(domain)
         client.refresh()
 
     def put(self, names: Sequence[str], values: Values, copies: int) -> Codes:
@@ -212,25 +225,6 @@ class ClusterPool:
             codes[rows[result.existed]] = Code.OBJECT_ALREADY_EXISTS
             codes[rows[result.stored]] = Code.OK
         return codes
-
-    def get(self, names: Sequence[str], values: Values) -> Codes:
-        return read_into(
-            names, values,
-            lambda some, out: self._client.get_objects(self.namespace, some, out, ttl_s=TRANSFER_S).values,
-        )  # fmt: skip
-
-    def read(self, names: Sequence[str]) -> list[Bytes | None]:
-        return self._client.get_objects(self.namespace, names, ttl_s=TRANSFER_S).values
-
-    def exists(self, names: Sequence[str]) -> Bools:
-        return self._client.lookup_objects(self.namespace, names)
-
-    def sizes(self, names: Sequence[str]) -> Codes:
-        values = self.read(names)
-        return np.array([Code.OBJECT_NOT_FOUND if value is None else len(value) for value in values], dtype=np.int64)
-
-    def known_sizes(self, names: Sequence[str]) -> Codes:
-        return np.where(self.exists(names), 0, Code.OBJECT_NOT_FOUND)
 
     def in_memory(self, names: Sequence[str]) -> Bools:
         return self.exists(names)
@@ -268,12 +262,6 @@ def pin_owner(key: bytes) -> str:
 def pin_owners(blocks: Iterable[pb.BlockInfo]) -> list[str]:
     """Owners of the pins of those objects that have any."""
     return [pin_owner(block.key) for block in blocks if block.pins]
-
-
-def keys_of(namespace: NamespaceId, names: Sequence[str]) -> KeyArray:
-    """Keys of objects: uint8 (names, 16)."""
-    packed = b"".join(object_key(namespace, name) for name in names)
-    return np.frombuffer(packed, dtype=np.uint8).reshape(-1, 16)
 
 
 class _Reader(Protocol):

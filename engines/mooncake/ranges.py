@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,11 +13,12 @@ from engines.mooncake.configuration import DEFAULT_CONFIG, ReplicateConfig
 from engines.mooncake.connection import texts, uses_memory
 from engines.mooncake.memory import Bytes, addresses
 from engines.mooncake.objects import Key, ObjectCalls
+from engines.mooncake.pool import Codes
 from engines.mooncake.sessions import Session, Sessions
 from kvpool.core.kernels.copying import copy_blocks
 
-#: Objects that are read at a time when sessions start.
-READ_KEYS = 64
+#: Objects, and bytes unless it is one object, that are read at a time when sessions start.
+READ_KEYS, READ_BYTES = 64, 64 << 20
 
 
 class RangeCalls(ObjectCalls):
@@ -88,21 +89,27 @@ class RangeCalls(ObjectCalls):
     # ------------------------------------------------------------ getting
 
     def batch_get_session_start(self, keys: Sequence[Key]) -> list[int]:
-        """Reads and checks objects, for ranges of them to be taken. Returns 0, or why not, of each."""
+        """Reads and checks objects, for ranges of them to be taken.
+
+        Returns for each: 0, or why not; NO_AVAILABLE_HANDLE, and not read, beyond the bytes of all sessions.
+        """
         names, now_s = texts(keys), time.monotonic()
-        codes = [code if code < 0 else Code.OBJECT_NOT_FOUND for code in self.batch_is_exist(names)]
-        for first in range(0, len(names), READ_KEYS):
-            some = names[first : first + READ_KEYS]
-            for row, value in enumerate(self._read(some), first):
-                if value is None:
-                    continue
-                opened = self._gets.open(names[row], len(value), now_s)
-                if isinstance(opened, int):
-                    codes[row] = opened
-                else:
-                    opened.data = value
-                    codes[row] = Code.OK
+        sizes = self._sizes(names)
+        room = self._gets.room(names, now_s)
+        codes: list[int] = sizes.tolist()
+        for row in np.flatnonzero(sizes > 0).tolist():
+            if codes[row] > room:
+                codes[row] = sizes[row] = Code.NO_AVAILABLE_HANDLE
+            else:
+                room -= codes[row]
+        for lot in lots(sizes):
+            for row, value in zip(lot, self._read([names[row] for row in lot]), strict=True):
+                codes[row] = Code.OBJECT_NOT_FOUND if value is None else self._open_read(names[row], value, now_s)
         return codes
+
+    def _open_read(self, name: str, value: Bytes, now_s: float) -> int:
+        opened = self._gets.open(name, len(value), now_s, value)
+        return opened if isinstance(opened, int) else Code.OK
 
     def batch_get_into_multi_buffer_ranges(
         self, keys: Sequence[Key], all_buffer_ptrs: Sequence[Sequence[int]], all_sizes: Sequence[Sequence[int]],
@@ -187,3 +194,18 @@ class RangeCalls(ObjectCalls):
         else:
             copy_blocks(outside, inside, counts)
         return True
+
+
+def lots(sizes: Codes) -> Iterator[list[int]]:
+    """The rows of objects to read, READ_KEYS and READ_BYTES at a time. Args: sizes: those not above 0 are left out."""
+    lot: list[int] = []
+    lot_bytes = 0
+    for row in np.flatnonzero(sizes > 0).tolist():
+        size = int(sizes[row])
+        if lot and (len(lot) == READ_KEYS or lot_bytes + size > READ_BYTES):
+            yield lot
+            lot, lot_bytes = [], 0
+        lot.append(row)
+        lot_bytes += size
+    if lot:
+        yield lot

@@ -7,7 +7,7 @@ read and checked as a whole when its session starts. So a range is never of an o
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -54,8 +54,11 @@ class Sessions:
         self._sessions: dict[str, Session] = {}
         self._bytes = 0
 
-    def open(self, name: str, size_bytes: int, now_s: float) -> Session | int:
-        """A new session with room for so many bytes. Of a name that has one already: that one ends, unfinished."""
+    def open(self, name: str, size_bytes: int, now_s: float, data: Bytes | None = None) -> Session | int:
+        """A new session with room for so many bytes, or with `data`, which others may read from now on.
+
+        Of a name that has one already: that one ends, unfinished.
+        """
         with self._lock:
             self._drop(name)
             if self._bytes + size_bytes > self._bytes_max:
@@ -63,10 +66,21 @@ class Sessions:
                     self._drop(idle)
             if self._bytes + size_bytes > self._bytes_max:
                 return Code.NO_AVAILABLE_HANDLE
-            session = Session(np.empty(size_bytes, dtype=np.uint8), now_s)
+            session = Session(np.empty(size_bytes, dtype=np.uint8) if data is None else data, now_s)
             self._sessions[name] = session
             self._bytes += size_bytes
             return session
+
+    def room(self, names: Sequence[str], now_s: float) -> int:
+        """Bytes that sessions of these names may have, if nobody else opens any meanwhile."""
+        with self._lock:
+            replaced = set(names)
+            kept = sum(
+                len(session.data)
+                for name, session in self._sessions.items()
+                if name not in replaced and now_s - session.used_s <= self._idle_s
+            )
+            return self._bytes_max - kept
 
     def find(self, name: str, now_s: float) -> Session | None:
         with self._lock:

@@ -25,10 +25,10 @@ from sglang.srt.mem_cache.hicache_storage import (
     PoolTransferResult,
 )
 
+from engines.attached.line import NodeLine, told
 from engines.sglang import hits, host_pools, identity
 from engines.sglang.page_store import PageStore
-from engines.sglang.pool_link import PoolLink
-from engines.sglang.settings import BackendSettings
+from engines.sglang.settings import settings_of
 from engines.sglang.stats import TransferStats
 from kvpool.core.errors import BadArgument, KvpoolError, Unsupported
 
@@ -53,9 +53,9 @@ class KVPoolHiCacheStorage(HiCacheStorage):
     def __init__(self, storage_config: HiCacheStorageConfig, kwargs: dict[str, Any] | None = None) -> None:
         """Raises: BadArgument for settings that are none."""
         self._config = storage_config
-        self._settings = BackendSettings.of(storage_config.extra_config)
+        self._settings = settings_of(storage_config.extra_config)
         rank = f"tp{storage_config.tp_rank}pp{storage_config.pp_rank}dp{storage_config.dp_rank}"
-        self._link = PoolLink(self._settings, f"sglang-{rank}")
+        self._line = NodeLine(self._settings, f"sglang-{rank}", engine="SGLang", log=log)
         self._attached: dict[str, _Attached] = {}
         self._weights = identity.weights_version()
         self._stats = TransferStats()
@@ -80,7 +80,7 @@ class KVPoolHiCacheStorage(HiCacheStorage):
         spec = identity.namespace_of(self._config, name, pool, pages, place, self._settings)
         log.info("kvpool keeps pages of %s as %s", name, dict(identity.describe(spec)))
         memory = host_pools.buffers(pool)
-        store = PageStore(self._link, self._link.use(spec), pages, place.first_shard)
+        store = PageStore(self._line, self._settings, self._line.use(spec), pages, place.first_shard)
         self._attached[name] = _Attached(pool, store, memory, len(memory) == 1 and place.shards == 1)
 
     def _of(self, name: str) -> _Attached:
@@ -250,22 +250,20 @@ class KVPoolHiCacheStorage(HiCacheStorage):
 
     def clear(self) -> bool:
         """Removes this model's pages from the node, those that other engines of the same kind stored among them."""
-        removed = [self._link.clear(at.store.namespace) for at in self._attached.values()]
+        removed = [self._line.clear(at.store.namespace) for at in self._attached.values()]
         return all(count is not None for count in removed)
 
     def get_stats(self) -> Any:
         return self._stats.take() if self._config.enable_storage_metrics else None
 
     def close(self) -> None:
-        self._link.close()
+        self._line.close()
 
     def _or(self, default: Result, call: Callable[[], Result]) -> Result:
         """What `call` returns, or `default` and a line in the log: SGLang's threads do not expect exceptions."""
         try:
             return call()
-        except KvpoolError as error:
-            hint = f" ({error.hint})" if error.hint else ""
-            self._link.say(type(error).__name__, "kvpool: taken for a miss: %s%s", error, hint)
         except Exception as error:
-            self._link.say(type(error).__name__, "kvpool: taken for a miss, which is not meant to happen", trace=True)
+            trace = None if isinstance(error, KvpoolError) else error
+            self._line.quiet.warning(type(error).__name__, "kvpool: taken for a miss: %s", told(error), trace=trace)
         return default

@@ -18,9 +18,9 @@ from huggingface_hub import try_to_load_from_cache
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig, PoolName
 from sglang.srt.runtime_context import get_server_args, get_serving
 
+from engines.attached.fingerprint import folder_digest
 from engines.sglang.pages import Pages
 from engines.sglang.settings import BackendSettings
-from engines.vllm.fingerprint import folder_digest
 from kvpool.core.errors import Unsupported
 from kvpool.core.namespace import GroupKind, GroupSpec, NamespaceSpec
 

@@ -11,28 +11,32 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
+from engines.attached.line import NodeLine
+from engines.attached.planes import Int64s, Rows
 from engines.sglang.hits import Bools, Keys, leading, page_keys
-from engines.sglang.pages import Pages, Rows
-from engines.sglang.pool_link import PoolLink
+from engines.sglang.pages import Pages
+from engines.sglang.settings import BackendSettings
+from kvpool.channels.base import Memory
 from kvpool.core.ids import NamespaceId
-
-Int64s = NDArray[np.int64]
 
 #: Pages are moved in batches of about this size, so that each call ends in time and a miss costs one batch at most.
 BATCH_BYTES = 64 << 20
 #: Pages of many planes are put together in a buffer of this size: large enough that the calls of a store, two for each
 #: batch, weigh little.
 STAGED_BATCH_BYTES = 16 << 20
+#: How long a page that another engine is storing right now is waited for.
+WRITER_WAIT_S = 1.0
 
 
 class PageStore:
     """Reads and stores pages. For any thread; calls that need the buffer of one direction take turns."""
 
-    def __init__(self, link: PoolLink, namespace: NamespaceId, pages: Pages, first_shard: int) -> None:
+    def __init__(
+        self, line: NodeLine, settings: BackendSettings, namespace: NamespaceId, pages: Pages, first_shard: int
+    ) -> None:
         """Args: first_shard: number in the namespace of the first shard of `pages`."""
-        self._link, self.namespace, self.pages = link, namespace, pages
+        self._line, self._settings, self.namespace, self.pages = line, settings, namespace, pages
         self._shards = range(first_shard, first_shard + len(pages.shards))
         self._groups = range(len(pages.group_bytes))
         self._views = [[pages.view(shard, group) for group in self._groups] if pages.direct else [] for shard in
@@ -53,12 +57,12 @@ class PageStore:
 
     def there(self, hashes: Sequence[str], *, prefix_only: bool = False) -> Bools:
         """Which pages are there, whole. prefix_only: nothing after the first gap is asked for, nor counted."""
-        keys = self.keys(hashes)
+        keys, timeout_s = self.keys(hashes), self._settings.lookup_timeout_ms / 1e3
         found = np.ones(len(keys), dtype=np.bool_)
         for shard in self._shards:
             for group in self._groups:
                 end = leading(found) if prefix_only else len(keys)
-                found[:end] &= self._link.lookup(self.namespace, group, shard, keys[:end])
+                found[:end] &= self._line.lookup(self.namespace, group, (shard,), keys[:end], timeout_s)
         if prefix_only:
             found[leading(found) :] = False
         return found
@@ -88,15 +92,13 @@ class PageStore:
             with self._loading:
                 for place, shard in enumerate(self._shards):
                     rows = self._load_buffer[:good]
-                    good = leading(self._link.get(self.namespace, 0, shard, keys[:good], rows, None, end_s))
+                    good = leading(self._get(0, shard, keys[:good], rows, None, end_s))
                     self.pages.scatter(place, rows, numbers[:good])
             return good
         for place, shard in enumerate(self._shards):
             for group in self._groups:
-                found = self._link.get(
-                    self.namespace, group, shard, keys[:good], self._views[place][group], numbers[:good], end_s
-                )
-                good = leading(found)
+                view = self._views[place][group]
+                good = leading(self._get(group, shard, keys[:good], view, numbers[:good], end_s))
         return good
 
     def store(self, hashes: Sequence[str], numbers: Int64s, timeout_s: float, parent: str = "") -> Bools:
@@ -121,15 +123,14 @@ class PageStore:
                 for place, shard in enumerate(self._shards):
                     rows = self._store_buffer[: len(keys)]
                     self.pages.gather(place, numbers, rows)
-                    there &= self._link.put(self.namespace, 0, shard, keys, rows, None, parent, end_s)
+                    there &= self._put(0, shard, keys, rows, None, parent, end_s)
             return there
         for place, shard in enumerate(self._shards):
             for group in self._groups:
                 # What is not there in one part need not be stored in the next.
                 left = np.flatnonzero(there)
-                there[left] = self._link.put(
-                    self.namespace, group, shard, keys[left], self._views[place][group], numbers[left], parent, end_s
-                )
+                view = self._views[place][group]
+                there[left] = self._put(group, shard, keys[left], view, numbers[left], parent, end_s)
         return there
 
     # ------------------------------------------------------------ flat pages
@@ -140,7 +141,7 @@ class PageStore:
         found = np.ones(len(keys), dtype=np.bool_)
         for group, begin, end in self._parts():
             memory = [page[begin:end] for page in pages]
-            found &= self._link.get(self.namespace, group, self._shards[0], keys, memory, None, end_s)
+            found &= self._get(group, self._shards[0], keys, memory, None, end_s)
         return found
 
     def store_flat(self, hashes: Sequence[str], pages: Sequence[Rows], timeout_s: float) -> Bools:
@@ -149,7 +150,7 @@ class PageStore:
         there = np.ones(len(keys), dtype=np.bool_)
         for group, begin, end in self._parts():
             memory = [page[begin:end] for page in pages]
-            there &= self._link.put(self.namespace, group, self._shards[0], keys, memory, None, b"", end_s)
+            there &= self._put(group, self._shards[0], keys, memory, None, b"", end_s)
         return there
 
     def _parts(self) -> list[tuple[int, int, int]]:
@@ -157,3 +158,18 @@ class PageStore:
         ends = np.cumsum(self.pages.group_bytes).tolist()
         return [(group, end - size, end) for group, (size, end) in
                 enumerate(zip(self.pages.group_bytes, ends, strict=True))]  # fmt: skip
+
+    # ------------------------------------------------------------ one group of one shard, until a time
+
+    def _get(self, group: int, shard: int, keys: Keys, out: Memory, rows: Int64s | None, end_s: float) -> Bools:
+        fair_s = self._settings.load_timeout_s / 2
+        left_s = end_s - time.monotonic()
+        return self._line.get(self.namespace, group, shard, keys, out, left_s, rows=rows, fair_s=fair_s)
+
+    def _put(
+        self, group: int, shard: int, keys: Keys, pages: Memory, rows: Int64s | None, parent: bytes, end_s: float
+    ) -> Bools:
+        return self._line.put(
+            self.namespace, group, shard, keys, pages, end_s - time.monotonic(), rows=rows, parent=parent,
+            tenant=self._settings.tenant, others_s=WRITER_WAIT_S,
+        )  # fmt: skip

@@ -14,29 +14,16 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
-from numpy.typing import NDArray
 
+from engines.attached import planes
+from engines.attached.planes import Int64s, Plane, Rows
 from kvpool.core.errors import BadArgument, Unsupported
-from kvpool.core.kernels.copying import copy_blocks
-
-Int64s = NDArray[np.int64]
-U64s = NDArray[np.uint64]
-Rows = NDArray[np.uint8]
 
 #: Pages of up to so many planes are moved directly; the rest by way of a buffer.
 DIRECT_PLANES_MAX = 4
 
 #: Number of a page -> addresses and sizes in bytes of its runs, shard by shard.
 RunsOfPage = Callable[[int], tuple[Sequence[int], Sequence[int]]]
-
-
-@dataclass(frozen=True, slots=True)
-class Plane:
-    """One run of every page: page p has `run_bytes` at `address + p * stride_bytes`."""
-
-    address: int
-    stride_bytes: int
-    run_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +39,7 @@ class Pages:
     @property
     def shard_bytes(self) -> int:
         """Of one shard of one page."""
-        return sum(plane.run_bytes for plane in self.shards[0])
+        return planes.row_bytes(self.shards[0])
 
     @property
     def direct(self) -> bool:
@@ -79,26 +66,11 @@ class Pages:
 
     def gather(self, shard: int, numbers: Int64s, rows: Rows) -> None:
         """Copies pages into `rows`, uint8 (>= pages, shard_bytes)."""
-        sources, targets, sizes = self._copies(shard, numbers, rows)
-        copy_blocks(sources, targets, sizes)
+        planes.gather(self.shards[shard], numbers, rows)
 
     def scatter(self, shard: int, rows: Rows, numbers: Int64s) -> None:
         """Copies `rows`, uint8 (>= pages, shard_bytes), into pages."""
-        targets, sources, sizes = self._copies(shard, numbers, rows)
-        copy_blocks(sources, targets, sizes)
-
-    def _copies(self, shard: int, numbers: Int64s, rows: Rows) -> tuple[U64s, U64s, U64s]:
-        """Addresses in the host pool and in `rows`, and sizes, of all runs."""
-        assert rows.flags.c_contiguous and rows.shape[1] == self.shard_bytes and len(rows) >= len(numbers)
-        pool, buffer, sizes = [], [], []
-        begin = rows.ctypes.data
-        lines = np.arange(len(numbers), dtype=np.int64) * self.shard_bytes
-        for plane in self.shards[shard]:
-            pool.append(numbers * plane.stride_bytes + plane.address)
-            buffer.append(lines + begin)
-            sizes.append(np.full(len(numbers), plane.run_bytes, dtype=np.uint64))
-            begin += plane.run_bytes
-        return np.concatenate(pool).astype(np.uint64), np.concatenate(buffer).astype(np.uint64), np.concatenate(sizes)
+        planes.scatter(self.shards[shard], rows, numbers)
 
 
 def pages_of(runs: RunsOfPage, page_count: int, shard_count: int = 1, *, one_buffer: bool) -> Pages:
@@ -127,8 +99,8 @@ def pages_of(runs: RunsOfPage, page_count: int, shard_count: int = 1, *, one_buf
     for begin in range(0, len(first), per_shard):
         mine = slice(begin, begin + per_shard)
         order = begin + (np.argsort(first[mine], kind="stable") if one_buffer else np.arange(per_shard))
-        planes = [Plane(int(first[i]), int(strides[i]), int(sizes[i])) for i in order]
-        shards.append(_merged(planes) if one_buffer else tuple(planes))
+        runs_here = [Plane(int(first[i]), int(strides[i]), int(sizes[i])) for i in order]
+        shards.append(planes.merged(runs_here) if one_buffer else tuple(runs_here))
     if any([plane.run_bytes for plane in shard] != [plane.run_bytes for plane in shards[0]] for shard in shards):
         raise Unsupported("the shards of a page differ in size")
     return Pages(page_count, tuple(shards))
@@ -137,20 +109,3 @@ def pages_of(runs: RunsOfPage, page_count: int, shard_count: int = 1, *, one_buf
 def _runs(runs: RunsOfPage, page: int) -> tuple[Int64s, Int64s]:
     addresses, sizes = runs(page)
     return np.array(addresses, dtype=np.int64), np.array(sizes, dtype=np.int64)
-
-
-def _merged(planes: Sequence[Plane]) -> tuple[Plane, ...]:
-    """Neighbours in every page become one."""
-    merged: list[Plane] = []
-    for plane in planes:
-        last = merged[-1] if merged else None
-        if (
-            last is not None
-            and last.stride_bytes == plane.stride_bytes
-            and last.address + last.run_bytes == plane.address
-            and last.run_bytes + plane.run_bytes <= plane.stride_bytes
-        ):
-            merged[-1] = Plane(last.address, last.stride_bytes, last.run_bytes + plane.run_bytes)
-        else:
-            merged.append(plane)
-    return tuple(merged)

@@ -17,7 +17,7 @@ import numpy as np
 from kvpool.channels.tls import TlsConfig
 from kvpool.core.changes import BlockChange, ChangeKind
 from kvpool.core.errors import KvpoolError
-from kvpool.core.ids import KEY_BYTES, Fidelity
+from kvpool.core.ids import KEY_BYTES, Fidelity, Role
 from kvpool.service.announcer import Announcer, Snapshot, SourceFacts
 from kvpool.service.rpc import from_rpc_error, make_channel
 from kvpool.service.scheduler_list import Rotation
@@ -40,6 +40,7 @@ class SchedulerLink:
     Args:
         info: asked at each (re)connection.
         report: asked for each report; what it returns counts as delivered.
+        on_role: told, from a thread of the life line, which role the scheduler wants the instance to have.
     """
 
     def __init__(
@@ -48,11 +49,12 @@ class SchedulerLink:
         *,
         info: Callable[[], engine_pb2.EngineInfo],
         report: Callable[[], scheduler_pb2.InstanceReport],
+        on_role: Callable[[Role], None] = lambda role: None,
         credential: str = "",
         tls: TlsConfig | None = None,
     ) -> None:
         self._schedulers, self._credential, self._tls = Rotation(address), credential, tls
-        self._info, self._report = info, report
+        self._info, self._report, self._on_role = info, report, on_role
         self._interval_s = INTERVAL_DEFAULT_S
         self._heard_s, self._beats = 0.0, False
         self._rejoining = False
@@ -131,6 +133,8 @@ class SchedulerLink:
                     self._interval_s = message.report_interval_ms / 1000
                 else:
                     self._beats = True  # it only shows that it is there
+                if message.role in Role.__members__.values():
+                    self._on_role(Role(message.role))
         finally:
             ended.set()
             self._news.set()

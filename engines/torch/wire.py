@@ -10,7 +10,7 @@ from engines.torch.request import Finish, Phase, Request, Samples, Sampling, Ste
 from kvpool.client import Hold
 from kvpool.core.errors import BadArgument, NamespaceMismatch
 from kvpool.core.hashing import block_keys, tail_key
-from kvpool.core.ids import KeyArray
+from kvpool.core.ids import KeyArray, Role
 from kvpool.core.namespace import NamespaceSpec
 from kvpool.v1 import engine_pb2, scheduler_pb2
 
@@ -123,7 +123,14 @@ def failure(request_id: str, message: str) -> engine_pb2.RequestEvent:
 
 
 def report(
-    samples: Samples, links: list[LinkSample], *, running: int, waiting: int, kv_tokens_free: int, draining: bool
+    samples: Samples,
+    links: list[LinkSample],
+    *,
+    running: int,
+    waiting: int,
+    kv_tokens_free: int,
+    draining: bool,
+    role: Role | None = None,
 ) -> scheduler_pb2.InstanceReport:
     return scheduler_pb2.InstanceReport(
         running=running,
@@ -151,4 +158,5 @@ def report(
         ],
         finished_prefills=samples.finished_prefills,
         draining=draining,
+        role=None if role is None else int(role),  # type: ignore[arg-type]
     )

@@ -76,7 +76,7 @@ class WorkerConfig:
     gpu: str = ""  # hardware, for plans and costs; empty = not said
     tp: int = 1  # GPUs that serve this copy of the model
     price_per_hour: float = 0.0  # of all of them, for plans
-    role_changeable: bool = False  # another role may be given to it when a plan says so
+    role_changeable: bool = False  # the scheduler may give it another role
     segment_dir: str = "/dev/shm"  # where that memory lies; where there is no room the HBM is no source
 
     def engine(self) -> EngineConfig:
@@ -113,6 +113,8 @@ class EngineWorker:
         self.config = config
         self.model = model or _load(config)
         self.epoch = time.time_ns()
+        #: What it announces: new requests come by it. Requests of another phase that were placed before are served.
+        self.role = ROLES[config.role]
         self.engine = Engine(self.model, config.engine())
         self._memory = memory(self.engine.cache)
         self._counters = Counters()
@@ -169,8 +171,8 @@ class EngineWorker:
             )
             self._hbm.start()
             self._link = SchedulerLink(
-                self.config.scheduler, info=self.info, report=self._report, credential=self.config.credential,
-                tls=self.config.tls,
+                self.config.scheduler, info=self.info, report=self._report, on_role=self._on_role,
+                credential=self.config.credential, tls=self.config.tls,
             )  # fmt: skip
             self._link.start()
         log.info("%s serves %s on %s", self.config.instance_id, self.model.name, self.address)
@@ -231,7 +233,7 @@ class EngineWorker:
         return engine_pb2.EngineInfo(
             instance_id=config.instance_id,
             epoch=self.epoch,
-            role=int(ROLES[config.role]),  # type: ignore[arg-type]
+            role=int(self.role),  # type: ignore[arg-type]
             model=config.served_name or self.model.name,
             namespace=namespace_to_proto(self.engine.namespace),
             context_tokens_max=self.model.context_tokens_max,
@@ -289,7 +291,18 @@ class EngineWorker:
             waiting=load.waiting,
             kv_tokens_free=load.kv_tokens_free,
             draining=self._draining.is_set(),
+            role=self.role,
         )
+
+    def _on_role(self, role: Role) -> None:
+        """The scheduler wants another role. Nothing that runs is touched: the role says what is placed here next."""
+        if not self.config.role_changeable:
+            log.warning("%s keeps its role: it was not started with --role-changeable", self.config.instance_id)
+            return
+        if role is not self.role:
+            log.info("%s takes role %s, and had %s", self.config.instance_id, role.name.lower(), self.role.name.lower())
+            self.role = role
+        self._on_news()
 
     # ------------------------------------------------------------ what the service asks for
 

@@ -28,7 +28,7 @@ from vllm.v1.kv_cache_interface import (
     UniformTypeKVCacheSpecs,
 )
 
-from engines.vllm.fingerprint import folder_digest
+from engines.attached.fingerprint import folder_digest
 from engines.vllm.prefixes import GroupShape
 from engines.vllm.settings import ConnectorSettings
 from kvpool.core.errors import Unsupported

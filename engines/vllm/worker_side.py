@@ -14,12 +14,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from engines.attached.quiet_log import QuietLog
 from engines.vllm.cache_memory import GroupMemory
 from engines.vllm.cores import leave_kernel_cores
 from engines.vllm.plans import Counts, GroupBlocks, StepPlan, Transfer
 from engines.vllm.pool_link import PoolLink
 from engines.vllm.prefixes import KEY_BYTES
-from engines.vllm.quiet_log import QuietLog
 
 #: Below vLLM's own logger, whose settings it shares.
 log = logging.getLogger("vllm.kvpool")

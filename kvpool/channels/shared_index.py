@@ -22,6 +22,7 @@ from kvpool.core.arrays import FLAG_LOWER_TIER, FLAGS, SourceArrays
 from kvpool.core.errors import BadArgument, Unavailable
 from kvpool.core.ids import KEY_BYTES, KeyArray
 from kvpool.core.kernels import probing
+from kvpool.core.kernels.names import keep_equal
 from kvpool.tiers.dram import Segment
 
 Bools = NDArray[np.bool_]
@@ -68,15 +69,11 @@ class _View:
         except BadArgument as error:
             raise Unavailable(str(error), hint=error.hint) from error
         self.sections, self.header, self.touches = arrays.sections, arrays.header, arrays.touches
-        self.data_address, self.data_bytes, self._data = segment.data.ctypes.data, len(segment.data), segment.data
+        self.data_address, self.data_bytes = segment.data.ctypes.data, len(segment.data)
+        self.data = probing.read_only(segment.data)
         self.searched = probing.searched_arrays(arrays)
         self.described = probing.described_arrays(arrays)
         self.generations = probing.read_only(arrays.generations)
-
-    def name_of(self, found: Found, row: int) -> bytes:
-        """The name that lies behind an object."""
-        begin = int(found.offsets[row]) + int(found.sizes[row])
-        return self._data[begin : begin + int(found.name_bytes[row])].tobytes()
 
 
 class SharedIndex:
@@ -140,8 +137,9 @@ class SharedIndex:
         found = Found(hit, miss, words, entries, generations, *extents[:3], digests, extents[3])
         if names is not None:
             # Of an entry that changes meanwhile anything may be read here; `read` finds that out afterwards.
-            for row in np.flatnonzero(hit).tolist():
-                hit[row] = view.name_of(found, row) == names[row]
+            wanted = np.frombuffer(b"".join(names) or b"\0", dtype=np.uint8)
+            ends = np.cumsum(np.fromiter(map(len, names), dtype=np.uint64, count=count), dtype=np.uint64)
+            keep_equal(view.data, found.offsets + found.sizes, found.name_bytes, wanted, ends, hit)
         return found
 
     def read(

@@ -6,6 +6,7 @@ left for what no node can help: bad arguments, a bad credential, a directory tha
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -253,7 +254,7 @@ class ClusterClient:
         spec, end_s = self._spec(request.namespace), begin_s + request.ttl_s
         known = self._members.current()
         members = known if not request.names else self._nodes(known)
-        members = sorted(members, key=lambda m: (not m.local, m.cost_us(), self._turn(m)))
+        members = self._nearest_first(members)
         state = Found(len(request.keys))
         for member in [m for m in members if m.local]:
             if len(state.missing):
@@ -337,6 +338,25 @@ class ClusterClient:
         """Which names are there, on some node; holds nothing."""
         return self._lookup(namespace, object_keys(namespace, names), self._nodes(self._members.current()))
 
+    def object_sizes(self, namespace: NamespaceId, names: Sequence[str]) -> NDArray[np.uint64]:
+        """Bytes of each object, as the node has it that would be read first; uint64 (names,).
+
+        0 = on no node that answers. Reads and holds nothing.
+        """
+        spec = self._spec(namespace)
+
+        def ask(member: Member) -> NDArray[np.uint64]:
+            member.know(namespace, spec)
+            return member.object_sizes(namespace, names)
+
+        members = self._nearest_first(self._nodes(self._members.current()))
+        answers = self._each(ask, members, LOOKUP_S_MAX)
+        sizes = np.zeros(len(names), dtype=np.uint64)
+        for member in members:
+            if (told := answers.get(member.place.source_id)) is not None:
+                sizes = np.where(sizes > 0, sizes, told)
+        return sizes
+
     def remove(self, namespace: NamespaceId, keys: KeyArray, *, group: int = 0, shard: int = 0) -> ClusterRemoveResult:
         """Drops all copies of blocks."""
         return self._remove(namespace, lambda member: member.remove(namespace, keys, group=group, shard=shard))
@@ -372,14 +392,17 @@ class ClusterClient:
         """Those that store what they are given, and not an engine's cache."""
         return [member for member in members if member.tier == Tier.DRAM]
 
-    def _each(self, call: Callable[[Member], Any], members: Sequence[Member]) -> dict[str, Any]:
-        """Answers of those that answer."""
+    def _each(
+        self, call: Callable[[Member], Any], members: Sequence[Member], time_s_max: float = math.inf
+    ) -> dict[str, Any]:
+        """Answers of those that answer in time."""
         answers: dict[str, Any] = {}
+        end_s = time.monotonic() + min(self._timeout_s, time_s_max)
 
         def ask(member: Member) -> None:
             answers[member.place.source_id] = call(member)
 
-        self._calls.run([(m, lambda m=m: ask(m)) for m in members], time.monotonic() + self._timeout_s)  # type: ignore[misc]
+        self._calls.run([(m, lambda m=m: ask(m)) for m in members], end_s)  # type: ignore[misc]
         # A late one may still add its answer: what is returned does not change any more.
         return dict(sorted(answers.copy().items()))
 
@@ -390,6 +413,10 @@ class ClusterClient:
         if spec is None:
             raise UnknownNamespace("this client does not know the namespace", hint="call register first")
         return spec
+
+    def _nearest_first(self, members: Sequence[Member]) -> list[Member]:
+        """In the order in which they are read from."""
+        return sorted(members, key=lambda m: (not m.local, m.cost_us(), self._turn(m)))
 
     def _turn(self, member: Member) -> int:
         """An order of equally good nodes that differs from client to client."""

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
@@ -40,17 +39,3 @@ def connected() -> Iterator[Callable[..., MooncakeDistributedStore]]:
     yield make
     for store in stores:
         store.close()
-
-
-@pytest.fixture
-def start_node(tmp_path: Path) -> Iterator[Callable[..., NodeProcess]]:
-    nodes: list[NodeProcess] = []
-
-    def start(**options: object) -> NodeProcess:
-        nodes.append(NodeProcess(tmp_path, **options))
-        return nodes[-1]
-
-    yield start
-    for one in nodes:
-        if one.process.poll() is None:
-            one.kill()

@@ -127,3 +127,36 @@ def test_memory_is_unregistered_when_calls_that_use_it_have_ended() -> None:
     thread.join(60)
     waiting.join(60)
     assert not memory.contains(addresses([BASE]), addresses([256])).any()
+
+
+def test_nobody_waits_for_an_unregister_that_waits() -> None:
+    """The thread that registers here would otherwise wait for the one that waits for it."""
+    memory, other = RegisteredMemory(), np.zeros(16, dtype=np.uint8)
+    codes: list[int] = []
+    assert memory.register(BASE, 256) == Code.OK
+    with memory.in_use():
+        thread = threading.Thread(target=lambda: codes.append(memory.unregister(BASE, timeout_s=60)))
+        thread.start()
+        while memory.contains(addresses([BASE]), addresses([256])).any():
+            assert thread.is_alive()
+        assert memory.register(other.ctypes.data, 16) == Code.OK
+        assert memory.register(BASE, 8) == Code.OK  # in its place
+        assert memory.unregister(BASE + 1) == Code.INVALID_PARAMS
+    thread.join(60)
+    assert codes == [Code.OK]
+    there = memory.contains(addresses([BASE, other.ctypes.data, BASE]), addresses([8, 16, 9]))
+    assert there.tolist() == [True, True, False]
+
+
+def test_what_others_registered_meanwhile_stays_when_an_unregister_gives_up() -> None:
+    memory = RegisteredMemory()
+    assert memory.register(BASE, 256) == Code.OK
+    with memory.in_use():
+        thread = threading.Thread(target=memory.unregister, args=(BASE, 0.2))
+        thread.start()
+        while memory.contains(addresses([BASE]), addresses([256])).any():
+            pass
+        assert memory.register(BASE + 128, 8) == Code.OK or not thread.is_alive()
+        thread.join(60)
+        whole, part = memory.contains(addresses([BASE, BASE + 128]), addresses([256, 8])).tolist()
+    assert part and not (whole and len(memory._runs.views) > 1)

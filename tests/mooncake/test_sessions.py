@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engines.mooncake.codes import Code
+from engines.mooncake.ranges import READ_BYTES, READ_KEYS, lots
 from engines.mooncake.sessions import Session, Sessions
 
 
@@ -42,6 +44,8 @@ def test_the_bytes_of_all_sessions_are_bounded(calls: list[tuple[str, str, int]]
             assert (None if closed is None else len(closed.data)) == plain.pop(name, None)
         else:
             assert (sessions.find(name, 0.0) is not None) == (name in plain)
+            others = sum(size for other, size in plain.items() if other != name)
+            assert sessions.room([name], 0.0) == 100 - others
         sessions.check_invariants()
 
 
@@ -51,5 +55,15 @@ def test_sessions_that_nobody_uses_make_room() -> None:
     sessions.open("in use", 30, 0.0)
     assert sessions.open("new", 50, 5.0) == Code.NO_AVAILABLE_HANDLE
     assert sessions.find("in use", 9.0) is not None
+    assert (sessions.room(["new"], 5.0), sessions.room(["new"], 11.0)) == (10, 70)
     assert isinstance(sessions.open("new", 50, 11.0), Session)
     assert sessions.find("left behind", 11.0) is None and sessions.find("in use", 11.0) is not None
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(-3, 80 << 20) | st.integers(1, 5)))
+def test_what_sessions_read_at_a_time_is_bounded(sizes: list[int]) -> None:
+    found = list(lots(np.array(sizes, dtype=np.int64)))
+    assert [row for lot in found for row in lot] == [row for row, size in enumerate(sizes) if size > 0]
+    for lot in found:
+        assert 1 <= len(lot) <= READ_KEYS and (len(lot) == 1 or sum(sizes[row] for row in lot) <= READ_BYTES)

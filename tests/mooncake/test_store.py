@@ -13,6 +13,7 @@ import pytest
 
 from engines.mooncake.codes import Code
 from engines.mooncake.connection import REST_S
+from engines.mooncake.sessions import Sessions
 from engines.mooncake.store import (
     MooncakeDistributedStore,
     MooncakeHostMemAllocator,
@@ -24,7 +25,7 @@ from kvpool.cluster import ClusterClient
 from kvpool.core.errors import DeadlineExceeded
 from tests.mooncake.stores import At, Ours
 from tests.pool.node_process import NodeProcess
-from tests.pool.pool_made import running_pool
+from tests.pool.pool_made import Pool, running_pool
 
 Connect = Callable[..., MooncakeDistributedStore]
 Start = Callable[..., NodeProcess]
@@ -258,6 +259,20 @@ def test_ranges_of_an_object_are_of_one_version_of_it(ours: Ours) -> None:
     assert ours.call("batch_get_into_multi_buffer_ranges", ["a"], [[At(0)]], [[1]], [[0]]) == [Code.INVALID_PARAMS]
 
 
+def test_what_has_no_room_in_the_sessions_is_not_read(ours: Ours, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ours.store.put_batch(["a", "b", "c"], [b"x" * 40, b"y" * 70, b"z" * 50]) == 0
+    monkeypatch.setattr(ours.store, "_gets", Sessions(bytes_max=100))
+    pool, read = ours.store._pool, []
+    assert pool is not None
+    monkeypatch.setattr(pool, "read", lambda names, plain=pool.read: (read.extend(names), plain(names))[1])
+    start = ours.store.batch_get_session_start
+    assert start(["a", "b", "none", "c"]) == [0, Code.NO_AVAILABLE_HANDLE, Code.OBJECT_NOT_FOUND, 0]
+    assert read == ["a", "c"]
+    assert start(["a", "c"]) == [0, 0]  # in place of those before
+    assert start(["b"]) == [Code.NO_AVAILABLE_HANDLE]
+    assert ours.store.batch_get_session_end(["a", "c"]) == 0 and start(["b"]) == [0]
+
+
 def test_scattered_reads_of_several_objects(ours: Ours) -> None:
     assert ours.store.put("a", bytes(range(10))) == 0
     codes = ours.call(
@@ -355,6 +370,12 @@ def test_no_error_leaves_a_call_as_an_exception(error: Exception) -> None:
     assert (store.get("a"), store.get_buffer("a"), store.get_replica_desc("a")) == (b"", None, [])
 
 
+def _leased(pool: Pool) -> list[tuple[int, int]]:
+    """What readers have asked each node for: blocks that were there, and blocks that were not."""
+    with ClusterClient(pool.address) as client:
+        return [(stats.hits, stats.misses) for stats in client.stats().values()]
+
+
 def test_copies_lie_on_several_nodes_of_a_cluster(tmp_path: Path, connected: Connect) -> None:
     with running_pool(tmp_path, ["host-a", "host-b"]) as pool:
         with ClusterClient(pool.address) as client:
@@ -366,7 +387,12 @@ def test_copies_lie_on_several_nodes_of_a_cluster(tmp_path: Path, connected: Con
         twice = ReplicateConfig(replica_num=2)
         assert store.put("a", b"both", twice) == 0
         assert store.batch_put_from_multi_buffers(["b"], [[pointer, pointer + 50]], [[20, 30]], twice) == [0]
-        assert store.put("b", b"other") == 0 and store.get_size("b") == 50
+        assert store.put("b", b"other") == 0
+        asked = _leased(pool)
+        assert (store.get_size("a"), store.get_size("b"), store.get_size("c")) == (4, 50, Code.OBJECT_NOT_FOUND)
+        (described,) = store.get_replica_desc("b")
+        assert described.get_memory_descriptor().buffer_descriptor.size == 50
+        assert _leased(pool) == asked  # sizes are asked for, nothing is read
         next(iter(pool.nodes.values())).kill()
         assert store.get("a") == b"both"
         assert store.get_into("b", pointer + 100, 100) == 50

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,21 +8,6 @@ import pytest
 from tests.pool.node_process import NodeProcess
 from tests.sglang import real_sglang
 from tests.sglang.real_pools import config
-
-
-@pytest.fixture
-def start_node(tmp_path: Path) -> Iterator[Callable[..., NodeProcess]]:
-    """Starts nodes; all are ended with the test."""
-    nodes: list[NodeProcess] = []
-
-    def start(**options: object) -> NodeProcess:
-        nodes.append(NodeProcess(tmp_path, **options))
-        return nodes[-1]
-
-    yield start
-    for node in nodes:
-        if node.process.poll() is None:
-            node.kill()
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from engines.sglang.settings import NODE_DEFAULT
+from engines.attached.options import NODE_DEFAULT
 from tests.pool.node_process import NodeProcess, eventually
 from tests.sglang.made_pools import hashes
 from tests.sglang.real_pools import EXTRA, LAYERS, TOKENS, fill, flats, mha_pool, places, pool_of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
@@ -11,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engines.attached.line import NodeLine
 from engines.sglang import page_store
 from engines.sglang.page_store import PageStore
-from engines.sglang.pool_link import PoolLink
 from kvpool.channels.base import ChannelError
 from kvpool.client import PoolClient
 from kvpool.core.errors import DeadlineExceeded
@@ -35,9 +36,10 @@ class Engine:
         self.pool = MadePool.of(layout, *shape)
         # A crowded machine may take long; the test that measures it says how long.
         others.setdefault("lookup_timeout_ms", 20_000)
-        self.link = PoolLink(made_pools.settings(address, **others), "test")
+        settings = made_pools.settings(address, **others)
+        self.line = NodeLine(settings, "test", engine="SGLang", log=logging.getLogger("sglang.kvpool"))
         pages = self.pool.pages()
-        self.store = PageStore(self.link, self.link.use(made_spec(pages, model)), pages, 0)
+        self.store = PageStore(self.line, settings, self.line.use(made_spec(pages, model)), pages, 0)
 
     def flats(self, numbers: range) -> list[bytes]:
         return [self.pool.flat(number).tobytes() for number in numbers]
@@ -60,7 +62,7 @@ def engine_on() -> Iterator[Callable[..., Engine]]:
 
     yield make
     for engine in engines:
-        engine.link.close()
+        engine.line.close()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -199,7 +201,7 @@ def test_a_node_that_is_away_costs_hits_and_no_time(
     assert one.store.store(names, all_numbers(range(PAGES)), TIME_S).all()
     node.kill()
     # It is a call that notices.
-    assert eventually(lambda: not one.store.there(names).any() and not one.link.is_up)
+    assert eventually(lambda: not one.store.there(names).any() and not one.line.is_up)
     for call in (
         lambda: one.store.there(names),
         lambda: one.store.load(names, all_numbers(range(PAGES)), TIME_S),
@@ -208,7 +210,7 @@ def test_a_node_that_is_away_costs_hits_and_no_time(
         assert not call().any()
     again = start_node(listen=node.address)
     assert again.address == node.address
-    assert eventually(lambda: one.link.is_up)
+    assert eventually(lambda: one.line.is_up)
     assert one.store.store(names, all_numbers(range(PAGES)), TIME_S).all()
     assert one.store.load(names, all_numbers(range(PAGES)), TIME_S).all()
 
@@ -220,9 +222,9 @@ def test_a_node_that_comes_later_is_used(
     address = first.address
     first.kill()
     one = engine_on(address)
-    assert not one.link.is_up and not one.store.there(hashes(3, "late")).any()
+    assert not one.line.is_up and not one.store.there(hashes(3, "late")).any()
     start_node(listen=address)
-    assert eventually(lambda: one.link.is_up)
+    assert eventually(lambda: one.line.is_up)
     one.pool.fill(7)
     assert one.store.store(hashes(3, "late"), all_numbers(range(3)), TIME_S).all()
 
@@ -245,7 +247,7 @@ def _stores_and_loads(address: str, seed: int, rounds: int, wrong: multiprocessi
                     wrong.put(f"seed {seed} turn {turn}: page {page} of {number} has other bytes")
             engine.store.store(names, all_numbers(range(4)), TIME_S)
     finally:
-        engine.link.close()
+        engine.line.close()
     wrong.put("")
 
 
@@ -290,7 +292,7 @@ def test_trouble_of_one_kind_silences_nothing_else(
     one.pool.fill(9)
     names = hashes(2, "one kind")
     assert one.store.store(names, all_numbers(range(2)), TIME_S).all()
-    client = one.link._client
+    client = one.line._client
 
     def fails(error: Exception) -> Callable[..., None]:
         def call(*arguments: object, **named: object) -> None:
@@ -302,9 +304,9 @@ def test_trouble_of_one_kind_silences_nothing_else(
         with monkeypatch.context() as patched:
             patched.setattr(client, "put", fails(error))
             assert not one.store.store(hashes(1, error), all_numbers([3]), TIME_S).any()
-        assert one.link.is_up and one.store.there(names).all()
+        assert one.line.is_up and one.store.there(names).all()
         assert one.store.load(names, all_numbers(range(4, 6)), TIME_S).all()
     with monkeypatch.context() as patched:
         patched.setattr(client, "register", fails(ValueError("unforeseen")))
-        one.link.use(made_spec(one.store.pages, "another"))
-    assert one.link._thread.is_alive()
+        one.line.use(made_spec(one.store.pages, "another"))
+    assert one.line._thread.is_alive()

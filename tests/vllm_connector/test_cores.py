@@ -6,8 +6,8 @@ import logging
 
 import pytest
 
+from engines.attached.quiet_log import QuietLog
 from engines.vllm.cores import spare_cores
-from engines.vllm.quiet_log import QuietLog
 
 
 @pytest.mark.parametrize(

@@ -121,14 +121,14 @@ def test_a_node_that_hangs_is_not_asked_all_the_time(
     try:
         link = connect(node.address, lookup_timeout_ms=50, load_timeout_s=0.2)
         link.put(0, 0, keys(1, 4), content(1, 4))
-        look = link._client.lookup
+        look = link._line._client.lookup
 
         def counted(*arguments: object, ask: bool, **named: object) -> Bools:
             nonlocal asked
             asked += ask
             return look(*arguments, ask=ask, **named)  # type: ignore[arg-type]
 
-        link._client.lookup = counted  # type: ignore[method-assign]
+        link._line._client.lookup = counted  # type: ignore[method-assign]
         node.process.popen.send_signal(signal.SIGSTOP)
         found = [link.lookup(0, range(1), np.concatenate([keys(1, 4), keys(9, 3)])).tolist() for _ in range(20)]
         assert found == [[True] * 4 + [False] * 3] * 20
@@ -197,7 +197,7 @@ def test_a_bug_of_ours_does_not_end_vllm(
         raise RuntimeError("unforeseen")
 
     for name in ("lookup", "get", "put"):
-        monkeypatch.setattr(link._client, name, broken)
+        monkeypatch.setattr(link._line._client, name, broken)
     for _ in range(3):
         assert not link.lookup(0, range(1), keys(1, 2)).any() and not read(link, keys(1, 2))[0].any()
         assert link.put(0, 0, keys(1, 2), content(1, 2)) == 0 and not link.shows(0, 0, keys(1, 2)).any()

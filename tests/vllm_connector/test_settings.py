@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from engines.vllm.fingerprint import folder_digest
-from engines.vllm.settings import NODE_DEFAULT, ConnectorSettings
+from engines.attached.fingerprint import folder_digest
+from engines.attached.options import NODE_DEFAULT
+from engines.vllm.settings import ConnectorSettings
 from kvpool.core.errors import BadArgument
 
 
