@@ -1,11 +1,45 @@
-"""At the end of a run: how long each part of the suite took (docs/testing.md has a table of it)."""
+"""Nodes for any test, and at the end of a run how long each part of the suite took (docs/testing.md has a table)."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from kvpool.core.kernels import copying, probing
+from tests.pool.node_process import NodeProcess
+
+
+@pytest.fixture
+def start_node(tmp_path: Path) -> Iterator[Callable[..., NodeProcess]]:
+    """Starts nodes; all are ended with the test."""
+    nodes: list[NodeProcess] = []
+
+    def start(**options: object) -> NodeProcess:
+        nodes.append(NodeProcess(tmp_path, **options))
+        return nodes[-1]
+
+    yield start
+    for node in nodes:
+        if node.process.poll() is None:
+            node.kill()
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
+    """One for all tests of a file that leave it alone, each of which has names of its own, or empties it."""
+    made = NodeProcess(tmp_path_factory.mktemp("node"), memory_bytes=64 << 20)
+    yield made
+    made.kill()
+
+
+@pytest.fixture(scope="session")
+def kernels() -> None:
+    """Compiles what connectors load when they begin: they go on without it after a while, and a test would not."""
+    copying.warm_up()
+    probing.warm_up()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

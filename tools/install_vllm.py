@@ -1,4 +1,4 @@
-"""Install vLLM's CPU build, and SGLang's interfaces, into an environment of their own for `make test-engines`.
+"""Install vLLM's CPU build, SGLang's interfaces and NIXL into an environment of their own for `make test-engines`.
 
     python tools/install_vllm.py .venv-vllm
 
@@ -21,6 +21,8 @@ LEFT_OUT = re.compile(r"^torch(audio|vision|codec)?([=> ;]|$)")
 #: SGLang's storage interface runs without a GPU, and with these two of its requirements; the rest would bring other
 #: versions of what vLLM has.
 SGLANG, SGLANG_NEEDS = "sglang==0.5.23", ["orjson==3.13.0", "ipython==9.18.1"]
+#: For vLLM's own NixlConnector; what they ask for themselves would bring torch's CUDA build.
+NIXL = ["nixl==1.5.1", "nixl-cu12==1.5.1"]
 #: What the tests and the node need beside vLLM.
 OURS = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100"]
 
@@ -56,7 +58,12 @@ def main(folder: Path, root: Path) -> None:
     say(f"{SGLANG} without what it asks for, but {' and '.join(SGLANG_NEEDS)}")
     subprocess.run([*pip, "install", *SGLANG_NEEDS], check=True)
     subprocess.run([*pip, "install", "--no-deps", SGLANG], check=True)
+    say(f"{' and '.join(NIXL)} without what they ask for")
+    if subprocess.run([*pip, "install", "--no-deps", *NIXL]).returncode:
+        say("they can't be installed here: the tests of NixlConnector are skipped")
+    say("kvpool's kernels, compiled")
+    subprocess.run([str(folder / "bin" / "python"), "-m", "kvpool.core.kernels"], cwd=root, check=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(__file__).resolve().parent.parent)
+    main(Path(sys.argv[1]).absolute(), Path(__file__).resolve().parent.parent)

@@ -56,6 +56,7 @@ class NodeLine:
         )  # fmt: skip
         self.quiet = QuietLog(log)
         self._reported = ""
+        self._said: frozenset[NamespaceId] = frozenset()  # namespaces that the log knows to be in use
         self._asks, self._loads, self._stores = Rest(ASK_REST_S), Rest(MOVE_REST_S), Rest(MOVE_REST_S)
         self._up = threading.Event()
         self._turn = threading.Condition()  # guards what follows
@@ -216,6 +217,7 @@ class NodeLine:
                 self._log.warning(
                     "kvpool node %s is away, %s computes by itself meanwhile: %s", self._node, self._engine, error
                 )
+            self._said = frozenset()
             self._up.clear()
             return
         self.quiet.warning(type(error).__name__, "kvpool: %s", told(error))
@@ -237,7 +239,8 @@ class NodeLine:
             return False
         self._reported = ""
         self._up.set()
-        for spec in specs:
+        said, self._said = self._said, frozenset(spec.id() for spec in specs)
+        for spec in (spec for spec in specs if spec.id() not in said):
             self._log.info("kvpool node %s is used, namespace %s: %s", self._node, spec.id().hex(), contents(spec))
         return True
 

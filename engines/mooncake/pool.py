@@ -222,6 +222,7 @@ class ClusterPool(Reads):
                 self.namespace, [names[row] for row in rows.tolist()], lot, replicas=copies, tenant=self._tenant,
                 ttl_s=TRANSFER_S,
             )  # fmt: skip
+            codes[rows[result.being_written]] = Code.REPLICA_IS_NOT_READY
             codes[rows[result.existed]] = Code.OBJECT_ALREADY_EXISTS
             codes[rows[result.stored]] = Code.OK
         return codes

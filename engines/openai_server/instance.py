@@ -123,6 +123,7 @@ class ServerInstance:
         #: A server that is busy answers late: its load is looked at meanwhile.
         self._asking = ThreadPoolExecutor(1, thread_name_prefix="server-mask")
         self._asked: Future[bytes] | None = None
+        self._role = _ROLES[settings.role]
         self._joined = threading.Event()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"server-{settings.instance_id}", daemon=True)
@@ -257,8 +258,9 @@ class ServerInstance:
             # to a node to a server, and this is the node of one that hands over by itself. Nothing is pulled from it.
             self._side = self._source("nixl", address=settings.address)
         self._link = SchedulerLink(
-            context.scheduler, info=self._info, report=self._report, credential=context.credential, tls=context.tls
-        )
+            context.scheduler, info=self._info, report=self._report, on_role=self._on_role,
+            credential=context.credential, tls=context.tls,
+        )  # fmt: skip
         self._link.start()
         self._joined.set()
 
@@ -330,7 +332,8 @@ class ServerInstance:
         return engine_pb2.EngineInfo(
             instance_id=settings.instance_id,
             epoch=self._epoch,
-            role=int(_ROLES[settings.role]),  # type: ignore[arg-type]
+            role=int(self._role),  # type: ignore[arg-type]
+            role_changeable=settings.role_changeable,
             model=facts.model,
             namespace=namespace_to_proto(self._namespace(facts)),
             context_tokens_max=facts.context_tokens,
@@ -366,7 +369,17 @@ class ServerInstance:
                 scheduler_pb2.DecodeSample(batch=s.batch, kv_tokens=s.kv_tokens, duration_us=s.duration_us)
                 for s in steps
             ],
+            role=int(self._role),  # type: ignore[arg-type]
         )
+
+    def _on_role(self, role: Role) -> None:
+        """What runs on the server goes on: the role says what is placed there next."""
+        if not self.settings.role_changeable:
+            log.warning("%s keeps its role: role_changeable is not set", self.settings.instance_id)
+            return
+        self._role = role
+        if self._link is not None:
+            self._link.wake()
 
     # ------------------------------------------------------------ the node
 

@@ -30,6 +30,7 @@ class ServerSettings:
     block_bytes: KV of one block of its cache over all ranks, for predictions; equal for servers that hand over.
     tokenizer: folder or hub id, where the gateway can't use the server's own path.
     host_id: equal for processes that share memory; empty = this agent's host.
+    role_changeable: the scheduler may give it another role. It says what is placed there; the server takes no part.
     """
 
     url: str
@@ -45,6 +46,7 @@ class ServerSettings:
     block_bytes: int = 2 << 20
     tokenizer: str = ""
     host_id: str = ""
+    role_changeable: bool = False
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
@@ -77,9 +79,15 @@ def server_of_flag(text: str) -> ServerSettings:
         name, equals, value = pair.partition("=")
         if not equals:
             raise BadArgument(f"{pair!r} is not name=value", hint="URL,role=prefill,events=tcp://host:5557")
-        number = name.strip() in ("batch_max", "block_bytes") and value.isdecimal()
-        values[name.strip()] = int(value) if number else value
+        values[name.strip()] = _value(name.strip(), value)
     return _server(values)
+
+
+def _value(name: str, text: str) -> str | int | bool:
+    """A setting's value from a flag; what is none stays text, and is refused by its type."""
+    if name in ("batch_max", "block_bytes") and text.isdecimal():
+        return int(text)
+    return text == "true" if name == "role_changeable" and text in ("true", "false") else text
 
 
 def servers_of_file(path: Path) -> list[ServerSettings]:

@@ -163,6 +163,11 @@ class RequestTracker:
         ids = block_ids()
         if ids is None:
             return None
+        # Never beyond the blocks that there are: what is left out now would count as stored.
+        here = min(len(own) * shape.block_tokens for shape, own in zip(self._groups, ids, strict=True))
+        reach = min(reach, here // step * step)
+        if reach <= tracked.stored_tokens:
+            return None
         begin, tracked.stored_tokens = tracked.stored_tokens, reach
         blocks = self._parts(hashes, ids, begin, reach, needed_only=False)
         return Transfer(request_id, blocks, begin) if blocks else None

@@ -11,6 +11,7 @@ The channel contract (tests/channels runs it over every implementation):
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from ctypes import addressof, c_char
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -131,4 +132,11 @@ def addresses(memory: Memory, rows: Rows) -> NDArray[np.uint64]:
     """Where rows begin in this process's memory; valid as long as the caller keeps `memory`."""
     if isinstance(memory, np.ndarray):
         return (memory.ctypes.data + rows * memory.strides[0]).astype(np.uint64)
-    return np.fromiter((memory[row].ctypes.data for row in rows.tolist()), dtype=np.uint64, count=len(rows))
+    return np.fromiter((_address(memory[row]) for row in rows.tolist()), dtype=np.uint64, count=len(rows))
+
+
+def _address(array: NDArray[np.uint8]) -> int:
+    """Of the first byte of a contiguous array."""
+    if array.flags.writeable and len(array):
+        return addressof(c_char.from_buffer(array))  # a quarter of the time of `ctypes.data`
+    return int(array.ctypes.data)

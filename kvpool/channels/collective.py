@@ -46,10 +46,10 @@ def available() -> bool:
 
 
 def load_group() -> Any:
-    """The module `collective_group`, which needs torch. Raises: Unsupported without it."""
+    """The module `collective_group`, which needs torch. Raises: Unsupported without it, or without its groups."""
     try:
         from kvpool.channels import collective_group
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:
         raise Unsupported(f"collective: {error}", hint="pip install 'kvpool[torch]'") from error
     return collective_group
 
@@ -78,9 +78,8 @@ class CollectiveChannel:
     capabilities = Capabilities(same_host=False, through_source=True, threads_useful=1)
 
     def __init__(self, host: str, port: int, token: bytes, backend: str) -> None:
-        """Raises: Unsupported without torch; BadArgument for a backend that does not exist."""
-        if backend not in load_group().BACKENDS:
-            raise BadArgument(f"a bad collective offer: no backend {backend!r}")
+        """Raises: Unsupported without torch, or what it needs; BadArgument for a backend that does not exist."""
+        load_group().require(backend)
         self._address, self._token, self._backend = (host, port), token, backend
         self._turn = threading.Lock()
         self._closed = False

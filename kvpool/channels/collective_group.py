@@ -23,7 +23,7 @@ from kvpool.channels.base import ChannelError
 from kvpool.channels.collective_wire import MESSAGE_BYTES, STORE, STORE_BYTES_MAX
 from kvpool.channels.control import Control
 from kvpool.channels.pieces import Chunk
-from kvpool.core.errors import Reason, Unsupported
+from kvpool.core.errors import BadArgument, Reason, Unsupported
 
 #: Messages on their way at the same time, at most.
 CREDITS = 4
@@ -32,6 +32,34 @@ MESSAGE_TIMEOUT_S = 5.0
 _NAP_MIN_S, _NAP_MAX_S = 0.00002, 0.0005
 
 BACKENDS = ("gloo", "nccl")
+
+
+def require(backend: str) -> None:
+    """Raises: BadArgument for a backend that does not exist; Unsupported for one that this process can't use."""
+    if backend not in BACKENDS:
+        raise BadArgument(f"no collective backend {backend!r}", hint=f"one of {', '.join(BACKENDS)}")
+    if backend == "gloo" and not dist.is_gloo_available():
+        raise Unsupported("collective: this build of torch has no Gloo", hint="install another build of torch")
+    if backend == "nccl":
+        _require_nccl()
+
+
+def _require_nccl() -> None:
+    if not dist.is_nccl_available():
+        raise Unsupported(
+            f"collective: torch {torch.__version__} has no NCCL",
+            hint="install a build of torch with CUDA, or use the gloo backend",
+        )
+    if not torch.cuda.is_available():
+        raise Unsupported(
+            "collective: NCCL needs a GPU, and torch sees none",
+            hint="check CUDA_VISIBLE_DEVICES and the driver, or use the gloo backend",
+        )
+    if os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING") not in ("0", "2"):
+        raise Unsupported(
+            "collective: NCCL would end this process when the other side is lost",
+            hint="set TORCH_NCCL_ASYNC_ERROR_HANDLING=2 where kvpool shall use NCCL",
+        )
 
 
 class ControlStore(dist.Store):  # type: ignore[name-defined, misc]
@@ -93,8 +121,8 @@ class Group:
     """Two ranks: 0 is the source, 1 the client. Used by one thread; of no more use after an error."""
 
     def __init__(self, backend: str, rank: int, control: Control, end_s: float) -> None:
-        """Made by both sides at the same time. Raises: ChannelError."""
-        assert backend in BACKENDS
+        """Made by both sides at the same time. Raises: ChannelError; as `require`."""
+        require(backend)
         self._peer, self._tag = 1 - rank, 0
         self._device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
         store = ControlStore(control, end_s)
@@ -218,11 +246,6 @@ def _gloo(store: Any, rank: int, host: str) -> Any:
 
 
 def _nccl(store: Any, rank: int, host: str) -> Any:
-    if os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING") not in ("0", "2"):
-        raise Unsupported(
-            "collective: NCCL would end this process when the other side is lost",
-            hint="set TORCH_NCCL_ASYNC_ERROR_HANDLING=2 where kvpool shall use NCCL",
-        )
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timedelta(seconds=MESSAGE_TIMEOUT_S)
     return dist.ProcessGroupNCCL(store, rank, 2, options)

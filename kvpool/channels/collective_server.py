@@ -24,7 +24,7 @@ from kvpool.channels.collective import load_group
 from kvpool.channels.control import Control
 from kvpool.channels.pieces import Chunk, cut, gather, scatter
 from kvpool.channels.tcp_server import Gate
-from kvpool.core.errors import BadArgument, KvpoolError, Reason, Unavailable
+from kvpool.core.errors import KvpoolError, Reason, Unavailable
 
 if TYPE_CHECKING:
     from kvpool.channels.collective_group import Group
@@ -89,11 +89,12 @@ class CollectiveServer:
     ) -> None:
         """Args: data: uint8 (bytes), mapped until `close`; host: an address of this machine that clients reach.
 
-        Raises: Unsupported without torch; BadArgument; Unavailable if the port is taken.
+        Raises: Unsupported without torch, or without what it needs for the backend; BadArgument; Unavailable if the
+        port is taken.
         """
-        self._group_of = load_group().Group
-        if backend not in load_group().BACKENDS:
-            raise BadArgument(f"no collective backend {backend!r}", hint=f"one of {', '.join(load_group().BACKENDS)}")
+        groups = load_group()
+        groups.require(backend)
+        self._group_of = groups.Group
         self._data, self._gate, self._backend, self._max = data, gate, backend, pairs_max
         self._lock = threading.Lock()
         self._ended = threading.Condition(self._lock)

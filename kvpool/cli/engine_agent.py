@@ -27,7 +27,8 @@ def engine_agent(
         typer.Option(
             "--server",
             help="http://host:port[,name=value]... of a vLLM server; many times. Names: id, role, node, events, "
-            "replay, topic, handoff (pool, nixl, none), hash_seed, batch_max, block_bytes, tokenizer, host_id.",
+            "replay, topic, handoff (pool, nixl, none), hash_seed, batch_max, block_bytes, tokenizer, host_id, "
+            "role_changeable (true, false).",
         ),
     ] = None,
     servers: Annotated[

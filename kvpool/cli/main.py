@@ -158,6 +158,10 @@ def scheduler(
         ),
     ] = "",
     redis_stream: Annotated[str, typer.Option("--redis-stream", help="Key of that log in Redis.")] = "kvpool:events",
+    execute_roles: Annotated[
+        bool,
+        typer.Option(help="Carry out plans that change roles of workers with --role-changeable, or only propose them."),
+    ] = True,
     metrics_port: MetricsPort = 0,
     credential: Credential = "",
     tls_cert: TlsCert = "",
@@ -165,13 +169,14 @@ def scheduler(
     tls_ca: TlsCa = "",
 ) -> None:
     """Know who holds which block, and place requests."""
+    from scheduler.core.config import SchedulerConfig
     from scheduler.service.server import SchedulerServerConfig, run_scheduler
 
     metrics_listen = f"{listen.rpartition(':')[0]}:{metrics_port}" if metrics_port else ""
     config = SchedulerServerConfig(
         scheduler_id=id, listen=listen, policy=policy, journal_dir=journal, credential=credential,
         metrics_listen=metrics_listen, tls=tls_of(tls_cert, tls_key, tls_ca, serves=True),
-        redis=redis, redis_stream=redis_stream,
+        redis=redis, redis_stream=redis_stream, core=SchedulerConfig(execute_roles=execute_roles),
     )  # fmt: skip
     _run("scheduler", lambda ready: run_scheduler(config, on_ready=ready))
 
@@ -247,7 +252,7 @@ def worker(
         float, typer.Option("--price-per-hour", min=0, help="Of all of them, for plans and costs.")
     ] = 0.0,
     role_changeable: Annotated[
-        bool, typer.Option("--role-changeable", help="It may be given another role when a plan says so.")
+        bool, typer.Option("--role-changeable", help="The scheduler may give it another role.")
     ] = False,
     block_hash: Annotated[
         str, typer.Option("--block-hash", help="xxh3_128/1, or sha256/1 where several tenants share the cluster.")

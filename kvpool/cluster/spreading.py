@@ -93,8 +93,8 @@ class Stored:
         hosts = ({self._hosts[place] for place in places} for places in self._places)
         shared = np.fromiter((len(h) for h in hosts), dtype=np.int64, count=len(self._places)) < copies
         with self._lock:
-            stored, existed = self._stored.copy(), self._existed.copy()
-        return ClusterPutResult(copies, stored, existed, shared, self._bytes, time.monotonic() - begin_s)
+            stored, existed, elsewhere = self._stored.copy(), self._existed.copy(), self._written_elsewhere.copy()
+        return ClusterPutResult(copies, stored, existed, shared, elsewhere, self._bytes, time.monotonic() - begin_s)
 
 
 class Found:

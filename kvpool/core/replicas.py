@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,6 +11,21 @@ from kvpool.core.ids import KEY_BYTES, KeyArray
 from kvpool.core.kernels import directory as kernels
 
 ROWS_MIN = 1024
+#: Sets of holders that are remembered: a power of two, and a row to read into.
+RECENT_SETS = 64 + 1
+
+
+def warm_up() -> None:
+    """Compiles, or loads what was compiled: not while somebody waits for a place."""
+    table, keys = ReplicaTable(1 << 16), np.arange(64, dtype=np.uint8).reshape(-1, KEY_BYTES)
+    for source in range(2):
+        table.insert(keys, source, 1)
+    many = np.arange(4 * ROWS_MIN * KEY_BYTES, dtype=np.uint32).view(np.uint8).reshape(-1, KEY_BYTES)
+    table.insert(many, 0, 1)  # it grows
+    table.match(keys)
+    table.collect(0)
+    table.remove(keys, 0)
+    table.clear(1)
 
 
 def _words(keys: KeyArray) -> NDArray[np.uint64]:
@@ -24,8 +41,8 @@ class ReplicaTable:
     """Pairs of key and source number, each at most once. Sources are small numbers that the caller gives out.
 
     Heads grow to the double, rows to four times as many, of which those never used take no memory: a replica takes 46
-    bytes at most when the table has just grown. Neither ever shrinks. `replicas_max` bounds the
-    rows: beyond it pairs are refused.
+    bytes at most when the table has just grown, and 8 more where several sources hold its key. Neither ever shrinks.
+    `replicas_max` bounds the rows: beyond it pairs are refused.
     """
 
     def __init__(self, replicas_max: int) -> None:
@@ -35,11 +52,23 @@ class ReplicaTable:
         self._firsts = np.full(16, -1, np.int64)
         self._counts = np.zeros(16, np.int64)
         self._meta = np.array([0, -1, 0, 0], np.int64)
-        self._set_rows(np.empty((min(ROWS_MIN, replicas_max), kernels.ROW_WORDS), np.uint64))
+        size = min(ROWS_MIN, replicas_max)
+        self._set_rows(np.empty((size, kernels.ROW_WORDS), np.uint64), np.zeros(size, np.uint64))
+        self._forget_recent()
 
-    def _set_rows(self, rows: NDArray[np.uint64]) -> None:
-        self._rows = rows
+    def _set_rows(self, rows: NDArray[np.uint64], sets: NDArray[np.uint64]) -> None:
+        self._rows, self._sets = rows, sets
         self._links = rows.view(np.uint32)
+
+    def _forget_recent(self) -> None:
+        """Begins to remember holders anew, with room for all sources."""
+        width = kernels.RECENT_FIRST + len(self._firsts)
+        self._recent = np.zeros((RECENT_SETS, width), np.uint64)
+
+    @property
+    def _arrays(self) -> tuple[Any, ...]:
+        """What every change is about, in the order in which kernels take it."""
+        return self._rows, self._links, self._sets, self._heads, self._firsts, self._counts, self._meta
 
     @property
     def replicas(self) -> int:
@@ -52,8 +81,8 @@ class ReplicaTable:
     @property
     def bytes_allocated(self) -> int:
         """Bytes of memory in use: of rows those that were ever used."""
-        rows = int(self._meta[kernels.USED]) * self._rows.itemsize * kernels.ROW_WORDS
-        return rows + self._heads.nbytes + self._firsts.nbytes + self._counts.nbytes
+        rows = int(self._meta[kernels.USED]) * (kernels.ROW_WORDS + 1) * self._rows.itemsize
+        return rows + self._recent.nbytes + self._heads.nbytes + self._firsts.nbytes + self._counts.nbytes
 
     def count(self, source: int) -> int:
         """Keys that a source holds."""
@@ -64,13 +93,11 @@ class ReplicaTable:
         while source >= len(self._firsts):
             self._firsts = np.concatenate([self._firsts, np.full(len(self._firsts), -1, np.int64)])
             self._counts = np.concatenate([self._counts, np.zeros(len(self._counts), np.int64)])
+            self._forget_recent()
         words = _words(keys)
         done = 0
         while True:
-            done = kernels.replicas_insert(
-                self._rows, self._links, self._heads, self._firsts, self._counts, self._meta, words, done, source,
-                int(fidelity),
-            )  # fmt: skip
+            done = kernels.replicas_insert(*self._arrays, words, done, source, int(fidelity))
             if done == len(words) or not self._grow():
                 return len(words) - int(done)
 
@@ -84,29 +111,26 @@ class ReplicaTable:
             return True
         if len(self._rows) >= self._replicas_max:
             return False
+        size = min(len(self._rows) * 4, self._replicas_max)
         # Not to be filled with anything: the system gives memory to what is written.
-        rows = np.empty((min(len(self._rows) * 4, self._replicas_max), kernels.ROW_WORDS), np.uint64)
+        rows, sets = np.empty((size, kernels.ROW_WORDS), np.uint64), np.zeros(size, np.uint64)
         rows[: len(self._rows)] = self._rows
-        self._set_rows(rows)
+        shared = np.flatnonzero(self._sets)
+        sets[shared] = self._sets[shared]
+        self._set_rows(rows, sets)
         return True
 
     def remove(self, keys: KeyArray, source: int) -> int:
         """Forgets keys of a source; those it does not hold are passed over. Returns how many it held."""
         if not self.count(source):
             return 0
-        removed = kernels.replicas_remove(
-            self._rows, self._links, self._heads, self._firsts, self._counts, self._meta, _words(keys), source
-        )
-        return int(removed)
+        return int(kernels.replicas_remove(*self._arrays, _words(keys), source))
 
     def clear(self, source: int) -> int:
         """Forgets all of a source. Returns how many keys that were. Cost: O(its keys and their other replicas)."""
         if not self.count(source):
             return 0
-        removed = kernels.replicas_clear(
-            self._rows, self._links, self._heads, self._firsts, self._counts, self._meta, source
-        )
-        return int(removed)
+        return int(kernels.replicas_clear(*self._arrays, source))
 
     def collect(self, source: int) -> tuple[KeyArray, NDArray[np.uint8]]:
         """A source's keys (n, 16) and their fidelities (n), in no order that means anything."""
@@ -118,8 +142,14 @@ class ReplicaTable:
         return words.view(np.uint8).reshape(-1, KEY_BYTES), fidelities
 
     def match(self, keys: KeyArray) -> tuple[int, NDArray[np.int32]]:
-        """Leading keys that any source holds, and runs (m, 4) among them: source, first, count, fidelity."""
-        covered, runs = kernels.replicas_match(self._rows, self._links, self._heads, len(self._firsts), _words(keys))
+        """Leading keys that any source holds, and runs (m, 4) among them: source, first, count, fidelity.
+
+        Holders are read where they are others than those of the key before, and many of them only once: what is
+        remembered of them changes no answer.
+        """
+        covered, runs = kernels.replicas_match(
+            self._rows, self._links, self._sets, self._heads, len(self._firsts), self._recent, _words(keys)
+        )
         return int(covered), runs
 
     def check_invariants(self) -> None:
@@ -146,17 +176,21 @@ class ReplicaTable:
         kernels.replicas_find(self._rows, self._heads, np.ascontiguousarray(self._rows[heads, :2]), found)
         assert np.array_equal(found, heads), "a head is not found by its key"
         rows, reached = heads, 0
+        sets, places = np.zeros(distinct, np.uint64), np.arange(distinct)
         pairs: list[NDArray[np.uint64]] = []
         while len(rows):
             sources = self._links[rows, kernels.OWNER] // kernels.FIDELITIES
+            sets[places] ^= kernels.marks_of(self._links[rows, kernels.OWNER])
             pairs.append(np.column_stack([self._rows[rows, :2], sources.astype(np.uint64)]))
             reached += len(rows)
             assert reached <= replicas, "a chain does not end"
             following = self._links[rows, kernels.NEXT]
             linked = following != kernels.NIL
             assert np.array_equal(self._rows[rows[linked], :2], self._rows[following[linked], :2])
-            rows = following[linked].astype(np.int64)
+            rows, places = following[linked].astype(np.int64), places[linked]
         assert reached == replicas, "a replica is in no chain"
+        several = self._links[heads, kernels.NEXT] != kernels.NIL
+        assert np.array_equal(self._sets[heads[several]], sets[several]), "a key's holders have another number"
         if pairs:
             assert len(np.unique(np.concatenate(pairs), axis=0)) == replicas, "a source holds a key twice"
 

@@ -13,12 +13,14 @@ from kvpool.service.client_types import Bools
 @dataclass(frozen=True, eq=False)
 class ClusterPutResult:
     """`copies`: of each key, on distinct nodes, by this call or before it. `stored`, `existed`: at least one of that
-    kind. `hosts_shared`: copies of the key lie on one host, since no other one took it."""
+    kind. `hosts_shared`: copies of the key lie on one host, since no other one took it. `being_written`: by somebody
+    else, on some node; not stored a second time beside that."""
 
     copies: NDArray[np.int64]
     stored: Bools
     existed: Bools
     hosts_shared: Bools
+    being_written: Bools
     bytes: int
     seconds: float
 

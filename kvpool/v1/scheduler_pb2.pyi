@@ -17,7 +17,7 @@ class InstanceMessage(_message.Message):
     def __init__(self, info: _Optional[_Union[_engine_pb2.EngineInfo, _Mapping]] = ..., report: _Optional[_Union[InstanceReport, _Mapping]] = ...) -> None: ...
 
 class InstanceReport(_message.Message):
-    __slots__ = ("running", "waiting", "kv_tokens_free", "prefill", "decode", "links", "finished_prefills", "draining")
+    __slots__ = ("running", "waiting", "kv_tokens_free", "prefill", "decode", "links", "finished_prefills", "draining", "role")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     KV_TOKENS_FREE_FIELD_NUMBER: _ClassVar[int]
@@ -26,6 +26,7 @@ class InstanceReport(_message.Message):
     LINKS_FIELD_NUMBER: _ClassVar[int]
     FINISHED_PREFILLS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     kv_tokens_free: int
@@ -34,7 +35,8 @@ class InstanceReport(_message.Message):
     links: _containers.RepeatedCompositeFieldContainer[LinkSample]
     finished_prefills: _containers.RepeatedScalarFieldContainer[str]
     draining: bool
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_tokens_free: _Optional[int] = ..., prefill: _Optional[_Iterable[_Union[PrefillSample, _Mapping]]] = ..., decode: _Optional[_Iterable[_Union[DecodeSample, _Mapping]]] = ..., links: _Optional[_Iterable[_Union[LinkSample, _Mapping]]] = ..., finished_prefills: _Optional[_Iterable[str]] = ..., draining: bool = ...) -> None: ...
+    role: _engine_pb2.Role
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_tokens_free: _Optional[int] = ..., prefill: _Optional[_Iterable[_Union[PrefillSample, _Mapping]]] = ..., decode: _Optional[_Iterable[_Union[DecodeSample, _Mapping]]] = ..., links: _Optional[_Iterable[_Union[LinkSample, _Mapping]]] = ..., finished_prefills: _Optional[_Iterable[str]] = ..., draining: bool = ..., role: _Optional[_Union[_engine_pb2.Role, str]] = ...) -> None: ...
 
 class PrefillSample(_message.Message):
     __slots__ = ("new_tokens", "cached_tokens", "duration_us")
@@ -71,12 +73,14 @@ class LinkSample(_message.Message):
     def __init__(self, source_id: _Optional[str] = ..., bytes: _Optional[int] = ..., duration_us: _Optional[int] = ..., failed: bool = ..., channel_count: _Optional[int] = ...) -> None: ...
 
 class SchedulerMessage(_message.Message):
-    __slots__ = ("report_interval_ms", "scheduler_id")
+    __slots__ = ("report_interval_ms", "scheduler_id", "role")
     REPORT_INTERVAL_MS_FIELD_NUMBER: _ClassVar[int]
     SCHEDULER_ID_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
     report_interval_ms: int
     scheduler_id: str
-    def __init__(self, report_interval_ms: _Optional[int] = ..., scheduler_id: _Optional[str] = ...) -> None: ...
+    role: _engine_pb2.Role
+    def __init__(self, report_interval_ms: _Optional[int] = ..., scheduler_id: _Optional[str] = ..., role: _Optional[_Union[_engine_pb2.Role, str]] = ...) -> None: ...
 
 class GatewayHello(_message.Message):
     __slots__ = ("gateway_id",)
@@ -247,7 +251,7 @@ class ListInstancesRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class InstanceStatus(_message.Message):
-    __slots__ = ("info", "state", "running", "waiting", "kv_tokens_free", "kv_tokens_reserved", "queue_us", "report_age_ms", "hbm_blocks", "prefill_base_us", "prefill_per_token_us", "prefill_attention_us", "decode_base_us", "decode_per_sequence_us", "decode_per_kv_token_us", "prediction_errors", "ttft_overhead_us", "ttft_factor", "requests_waiting")
+    __slots__ = ("info", "state", "running", "waiting", "kv_tokens_free", "kv_tokens_reserved", "queue_us", "report_age_ms", "hbm_blocks", "prefill_base_us", "prefill_per_token_us", "prefill_attention_us", "decode_base_us", "decode_per_sequence_us", "decode_per_kv_token_us", "prediction_errors", "ttft_overhead_us", "ttft_factor", "requests_waiting", "role_ordered", "role_drains")
     INFO_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
@@ -267,6 +271,8 @@ class InstanceStatus(_message.Message):
     TTFT_OVERHEAD_US_FIELD_NUMBER: _ClassVar[int]
     TTFT_FACTOR_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_WAITING_FIELD_NUMBER: _ClassVar[int]
+    ROLE_ORDERED_FIELD_NUMBER: _ClassVar[int]
+    ROLE_DRAINS_FIELD_NUMBER: _ClassVar[int]
     info: _engine_pb2.EngineInfo
     state: str
     running: int
@@ -286,7 +292,9 @@ class InstanceStatus(_message.Message):
     ttft_overhead_us: float
     ttft_factor: float
     requests_waiting: int
-    def __init__(self, info: _Optional[_Union[_engine_pb2.EngineInfo, _Mapping]] = ..., state: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_tokens_free: _Optional[int] = ..., kv_tokens_reserved: _Optional[int] = ..., queue_us: _Optional[int] = ..., report_age_ms: _Optional[int] = ..., hbm_blocks: _Optional[int] = ..., prefill_base_us: _Optional[float] = ..., prefill_per_token_us: _Optional[float] = ..., prefill_attention_us: _Optional[float] = ..., decode_base_us: _Optional[float] = ..., decode_per_sequence_us: _Optional[float] = ..., decode_per_kv_token_us: _Optional[float] = ..., prediction_errors: _Optional[_Iterable[_Union[PredictionError, _Mapping]]] = ..., ttft_overhead_us: _Optional[float] = ..., ttft_factor: _Optional[float] = ..., requests_waiting: _Optional[int] = ...) -> None: ...
+    role_ordered: _engine_pb2.Role
+    role_drains: int
+    def __init__(self, info: _Optional[_Union[_engine_pb2.EngineInfo, _Mapping]] = ..., state: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_tokens_free: _Optional[int] = ..., kv_tokens_reserved: _Optional[int] = ..., queue_us: _Optional[int] = ..., report_age_ms: _Optional[int] = ..., hbm_blocks: _Optional[int] = ..., prefill_base_us: _Optional[float] = ..., prefill_per_token_us: _Optional[float] = ..., prefill_attention_us: _Optional[float] = ..., decode_base_us: _Optional[float] = ..., decode_per_sequence_us: _Optional[float] = ..., decode_per_kv_token_us: _Optional[float] = ..., prediction_errors: _Optional[_Iterable[_Union[PredictionError, _Mapping]]] = ..., ttft_overhead_us: _Optional[float] = ..., ttft_factor: _Optional[float] = ..., requests_waiting: _Optional[int] = ..., role_ordered: _Optional[_Union[_engine_pb2.Role, str]] = ..., role_drains: _Optional[int] = ...) -> None: ...
 
 class PredictionError(_message.Message):
     __slots__ = ("kind", "median", "mean", "count")
@@ -379,7 +387,7 @@ class GetPlanRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class RoleProposal(_message.Message):
-    __slots__ = ("model", "kind", "instance_id", "role", "why", "age_ms", "executable")
+    __slots__ = ("model", "kind", "instance_id", "role", "why", "age_ms", "executable", "blocked")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -387,6 +395,7 @@ class RoleProposal(_message.Message):
     WHY_FIELD_NUMBER: _ClassVar[int]
     AGE_MS_FIELD_NUMBER: _ClassVar[int]
     EXECUTABLE_FIELD_NUMBER: _ClassVar[int]
+    BLOCKED_FIELD_NUMBER: _ClassVar[int]
     model: str
     kind: str
     instance_id: str
@@ -394,7 +403,28 @@ class RoleProposal(_message.Message):
     why: str
     age_ms: int
     executable: bool
-    def __init__(self, model: _Optional[str] = ..., kind: _Optional[str] = ..., instance_id: _Optional[str] = ..., role: _Optional[_Union[_engine_pb2.Role, str]] = ..., why: _Optional[str] = ..., age_ms: _Optional[int] = ..., executable: bool = ...) -> None: ...
+    blocked: str
+    def __init__(self, model: _Optional[str] = ..., kind: _Optional[str] = ..., instance_id: _Optional[str] = ..., role: _Optional[_Union[_engine_pb2.Role, str]] = ..., why: _Optional[str] = ..., age_ms: _Optional[int] = ..., executable: bool = ..., blocked: _Optional[str] = ...) -> None: ...
+
+class RoleChange(_message.Message):
+    __slots__ = ("model", "instance_id", "was", "role", "state", "drains", "age_ms", "why")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
+    WAS_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    DRAINS_FIELD_NUMBER: _ClassVar[int]
+    AGE_MS_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    instance_id: str
+    was: _engine_pb2.Role
+    role: _engine_pb2.Role
+    state: str
+    drains: int
+    age_ms: int
+    why: str
+    def __init__(self, model: _Optional[str] = ..., instance_id: _Optional[str] = ..., was: _Optional[_Union[_engine_pb2.Role, str]] = ..., role: _Optional[_Union[_engine_pb2.Role, str]] = ..., state: _Optional[str] = ..., drains: _Optional[int] = ..., age_ms: _Optional[int] = ..., why: _Optional[str] = ...) -> None: ...
 
 class PhaseLoad(_message.Message):
     __slots__ = ("model", "prefill_instances", "decode_instances", "prefill_utilisation", "decode_utilisation", "waiting")
@@ -413,12 +443,26 @@ class PhaseLoad(_message.Message):
     def __init__(self, model: _Optional[str] = ..., prefill_instances: _Optional[int] = ..., decode_instances: _Optional[int] = ..., prefill_utilisation: _Optional[float] = ..., decode_utilisation: _Optional[float] = ..., waiting: _Optional[int] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("proposals", "loads")
+    __slots__ = ("proposals", "loads", "changes")
     PROPOSALS_FIELD_NUMBER: _ClassVar[int]
     LOADS_FIELD_NUMBER: _ClassVar[int]
+    CHANGES_FIELD_NUMBER: _ClassVar[int]
     proposals: _containers.RepeatedCompositeFieldContainer[RoleProposal]
     loads: _containers.RepeatedCompositeFieldContainer[PhaseLoad]
-    def __init__(self, proposals: _Optional[_Iterable[_Union[RoleProposal, _Mapping]]] = ..., loads: _Optional[_Iterable[_Union[PhaseLoad, _Mapping]]] = ...) -> None: ...
+    changes: _containers.RepeatedCompositeFieldContainer[RoleChange]
+    def __init__(self, proposals: _Optional[_Iterable[_Union[RoleProposal, _Mapping]]] = ..., loads: _Optional[_Iterable[_Union[PhaseLoad, _Mapping]]] = ..., changes: _Optional[_Iterable[_Union[RoleChange, _Mapping]]] = ...) -> None: ...
+
+class SetRoleRequest(_message.Message):
+    __slots__ = ("instance_id", "role")
+    INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    instance_id: str
+    role: _engine_pb2.Role
+    def __init__(self, instance_id: _Optional[str] = ..., role: _Optional[_Union[_engine_pb2.Role, str]] = ...) -> None: ...
+
+class SetRoleReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class GetStatusRequest(_message.Message):
     __slots__ = ()

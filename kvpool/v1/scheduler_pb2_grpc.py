@@ -74,6 +74,11 @@ class SchedulerStub(object):
                 request_serializer=kvpool_dot_v1_dot_scheduler__pb2.GetPlanRequest.SerializeToString,
                 response_deserializer=kvpool_dot_v1_dot_scheduler__pb2.Plan.FromString,
                 _registered_method=True)
+        self.SetRole = channel.unary_unary(
+                '/kvpool.v1.Scheduler/SetRole',
+                request_serializer=kvpool_dot_v1_dot_scheduler__pb2.SetRoleRequest.SerializeToString,
+                response_deserializer=kvpool_dot_v1_dot_scheduler__pb2.SetRoleReply.FromString,
+                _registered_method=True)
 
 
 class SchedulerServicer(object):
@@ -133,6 +138,14 @@ class SchedulerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetRole(self, request, context):
+        """Gives an instance another role. The answer comes when it has been told; `ListInstances` says when it has taken it.
+        Errors: BAD_ARGUMENT (unknown instance or role), UNSUPPORTED (with why: it can't be changed, or not now).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SchedulerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -175,6 +188,11 @@ def add_SchedulerServicer_to_server(servicer, server):
                     servicer.GetPlan,
                     request_deserializer=kvpool_dot_v1_dot_scheduler__pb2.GetPlanRequest.FromString,
                     response_serializer=kvpool_dot_v1_dot_scheduler__pb2.Plan.SerializeToString,
+            ),
+            'SetRole': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetRole,
+                    request_deserializer=kvpool_dot_v1_dot_scheduler__pb2.SetRoleRequest.FromString,
+                    response_serializer=kvpool_dot_v1_dot_scheduler__pb2.SetRoleReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -393,6 +411,33 @@ class Scheduler(object):
             '/kvpool.v1.Scheduler/GetPlan',
             kvpool_dot_v1_dot_scheduler__pb2.GetPlanRequest.SerializeToString,
             kvpool_dot_v1_dot_scheduler__pb2.Plan.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetRole(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvpool.v1.Scheduler/SetRole',
+            kvpool_dot_v1_dot_scheduler__pb2.SetRoleRequest.SerializeToString,
+            kvpool_dot_v1_dot_scheduler__pb2.SetRoleReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -270,7 +270,8 @@ def _storage(main: Hardware, count: int, links: Links | None, demand: Demand) ->
     if count > main.instances_per_node or links is not None:
         network = Network.of(main, max(-(-count // main.instances_per_node), 2))
         places["memory of another node"] = network.limited(links.slowest_bytes_s if links is not None else None)
-    places["SSD of the same node"] = Network(main.ssd_bytes_s, main.ssd_bytes_s, main.ssd_latency_us)
+    if main.ssd_bytes:
+        places["SSD of the same node"] = Network(main.ssd_bytes_s, main.ssd_bytes_s, main.ssd_latency_us)
     return tuple(_fetching(place, network, main, tokens) for place, network in places.items())
 
 

@@ -98,6 +98,9 @@ def _broken(advice: Advice, links: Links) -> str:
     )  # fmt: skip
     more = f" and {len(links.broken) - 4} more" if len(links.broken) > 4 else ""
     text = f"Broken: {named}{more}; the others carry {links.healthy_bytes_s / GB:.1f} GB/s."
+    design = advice.chosen.design if advice.chosen is not None else None
+    if design is not None and max(design.prefill.gpus_per_instance, design.decode.gpus_per_instance) > 1:
+        text += " Put no instance across a broken one: its GPUs talk to each other for every token."
     if advice.healed_gain is None:
         return text
     verdict = (

@@ -161,7 +161,8 @@ def _chance_of(
         unknown = others and option.kv_tokens_left - sum(kv_tokens for _, _, kv_tokens in promised) < 0
         return Chance(option, RETRY_DEFAULT_US, True, RETRY_DEFAULT_US) if unknown else None
     if promises is None:
-        free_us, busy_us, kept, last_us = _first_of(has_room, horizon_us), option.queue_us, 1.0, 0
+        busy_us = option.queue_us + appraiser.promised_us(option.queue_us)
+        free_us, kept, last_us = _first_of(has_room, horizon_us), 1.0, 0
     else:
         # Behind the last who was told to come: until then who is told what changes, after it there is room for good.
         last_here_us = max((due_us - now_us for due_us, _, _ in promised), default=0)
@@ -180,7 +181,7 @@ def _chance_of(
             return None
         retry_us = _first_time(lambda delay_us: in_time(delay_us, kept), begin_us)
         retry_us = max(retry_us, last_us - now_us)
-        ttft_us = appraiser.corrected_us(option.prefill.id, option.waited_us + begin_us, option.service_us)
+        ttft_us = option.waited_us + appraiser.corrected_us(option.prefill.id, begin_us, option.service_us)
         return Chance(option, free_us, ttft_us <= request.ttft_slo_us, retry_us, begin_us)
     patience_us = config.wait_us_max if request.wait_us_max is None else request.wait_us_max
     retry_us = max(begin_us - int(kept * patience_us), free_us - patience_us, 0) if promised else free_us - patience_us
@@ -201,7 +202,17 @@ def promise_of(chance: Chance, appraiser: Appraiser, retry_after_ms: int) -> Pro
         service_us=option.service_us,
         ends_us=first_token_us + option.handoff_us + option.step_us * appraiser.expected_tokens,
         kv_tokens=appraiser.kv_tokens_needed(option.decode),
+        mark=mark_of(request),
     )
+
+
+def mark_of(request: PlaceRequested) -> bytes:
+    """What a request has in common with itself when it comes again under another id: its prompt's last key, and sizes.
+
+    Keys are chained: one equal key is an equal prompt, but for a part of a block.
+    """
+    last = request.keys[0].keys[-KEY_BYTES:] if request.keys else b""
+    return last + f"{request.prompt_tokens} {request.max_tokens}".encode()
 
 
 def _has_room(option: Option, appraiser: Appraiser, delay_us: int, promised: Sequence[tuple[int, int, int]]) -> bool:

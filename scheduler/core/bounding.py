@@ -51,6 +51,7 @@ class Asked(NamedTuple):
     slack_price: float
     delay_rate: float  # weight of a delay, times requests a second that come to an instance
     tpot_slo_us: float  # 0 = none, or nothing to miss
+    typical_tokens: float  # of an answer: as many are shorter as are longer
     stall_share: float  # of the time that an objective leaves, which prefills may take
     broken_us: float  # what a missed objective costs
     window_us: float  # of rates
@@ -58,13 +59,36 @@ class Asked(NamedTuple):
 
 
 @_jit
+def pull_floor(shared: Ints, numbers: Ints, here_us: float, away_us: float, size: float) -> Floats:
+    """Microseconds a block pulled to each of some hosts, at least.
+
+    Args:
+        shared: (hosts of sources + 1), by how many at least a source there is shared; 0 where there is none to read
+            from, as the last.
+        numbers: (hosts), their places in `shared`; -1 is the last.
+        here_us, away_us: a byte from the same host and from another, at best.
+        size: bytes of a block.
+    """
+    least = 0
+    for n in shared:
+        if n > 0 and (least == 0 or n < least):
+            least = n
+    remote_us = away_us * float(max(least, 1))
+    block_us = np.empty(len(numbers))
+    for h in range(len(numbers)):
+        there = shared[numbers[h]]
+        block_us[h] = (min(here_us * there, remote_us) if there > 0 else remote_us) * size
+    return block_us
+
+
+@_jit
 def _risk_us(asked: Asked, step_us: float, stalling_per_s: float) -> float:
     """What prefills that come as of late cost a request that decodes; as `objectives.broken`."""
     if not asked.tpot_slo_us > 0:
         return 0.0
-    limit_us = asked.stall_share * asked.expected_tokens * max(asked.tpot_slo_us - step_us, 0.0)
-    share = stalling_per_s * (step_us * asked.expected_tokens / 1e6) / max(limit_us, 1.0)
-    return RISK_COUNTED * asked.broken_us * (share * share / (share * share + 1.0))
+    limit_us = asked.stall_share * asked.typical_tokens * max(asked.tpot_slo_us - step_us, 0.0)
+    share = stalling_per_s * (step_us * asked.typical_tokens / 1e6) / max(limit_us, 1.0)
+    return RISK_COUNTED * asked.broken_us * (1.0 - 1.0 / (1.0 + share + 0.5 * share * share))
 
 
 @_jit
@@ -251,3 +275,4 @@ def warm_up() -> None:
     freest(found, yes, 1)
     nearest(found, yes, none)
     calmest(found, yes)
+    pull_floor(none, none, 1.0, 1.0, 1.0)

@@ -13,8 +13,8 @@ from scheduler.core.membership import source_record
 
 #: Attributes of the core that decisions depend on, besides the directory.
 _ATTRIBUTES = (
-    "cluster", "costs", "book", "expiries", "room", "pending", "promises", "arrivals", "calibrations", "roles",
-    "policies", "output_shares", "counts", "now_us",
+    "cluster", "costs", "book", "expiries", "room", "pending", "promises", "arrivals", "calibrations", "corrections",
+    "roles", "policies", "outputs", "counts", "now_us",
 )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from kvpool.core.ids import Role
@@ -30,20 +30,20 @@ class Instance:
     kv_tokens_free: int = 0  # as reported
     kv_tokens_foreign: int = 0  # used by requests that no placement accounts for; see `fit_foreign`
     peer: str = ""  # scheduler that has its life line; empty = this one
+    #: Of `info`, kept since they are asked for a hundred times a placement.
+    id: str = field(init=False)
+    block_tokens: int = field(init=False)
+    tokens_max: int = field(init=False)  # prompt and generated tokens that one request may have
 
-    @property
-    def id(self) -> str:
-        return self.info.instance_id
+    def __post_init__(self) -> None:
+        self.take_info(self.info)
 
-    @property
-    def block_tokens(self) -> int:
-        return self.info.namespace.groups[0].block_tokens
-
-    @property
-    def tokens_max(self) -> int:
-        """Prompt and generated tokens that one request may have."""
-        whole = self.info.kv_tokens_total // self.block_tokens * self.block_tokens
-        return min(self.info.context_tokens_max, whole)
+    def take_info(self, info: InstanceInfo) -> None:
+        """What the instance says of itself; its id never changes."""
+        self.info, self.id = info, info.instance_id
+        self.block_tokens = info.namespace.groups[0].block_tokens
+        whole = info.kv_tokens_total // self.block_tokens * self.block_tokens
+        self.tokens_max = min(info.context_tokens_max, whole)
 
     def prefills(self) -> bool:
         return self.info.role != Role.DECODE
@@ -81,10 +81,10 @@ class Source:
     seq: int = 0
     gaps: int = 0
     awaits_snapshot: bool = True
+    id: str = field(init=False)
 
-    @property
-    def id(self) -> str:
-        return self.attached.source_id
+    def __post_init__(self) -> None:
+        self.id = self.attached.source_id
 
     @property
     def readable(self) -> bool:
@@ -147,7 +147,9 @@ class Cluster:
         self.version += 1
         instance = self.instances[event.info.instance_id]
         del self.streams[instance.stream]
-        instance.info, instance.stream, instance.peer = event.info, event.stream, event.peer
+        assert event.info.instance_id == instance.id
+        instance.take_info(event.info)
+        instance.stream, instance.peer = event.stream, event.peer
         self.streams[event.stream] = ("instance", instance.id)
 
     def add_source(self, event: SourceAttached, now_us: int) -> bool:
@@ -283,4 +285,5 @@ class Cluster:
         assert listed == len(self.instances)
         for instance in self.instances.values():
             assert 0 <= instance.kv_tokens_foreign <= instance.info.kv_tokens_total
+            assert instance == replace(instance), "what is kept of its description is not what that says"
         self.deadlines.check_invariants()

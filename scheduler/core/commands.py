@@ -97,7 +97,7 @@ class StateChanged:
 
 @dataclass(frozen=True, slots=True)
 class RoleProposed:
-    """What would serve the load of late better; see `roles.Proposal`. Nothing is done about it by the core."""
+    """What would serve the load of late better; see `roles.Proposal`. For logs: `ChangeRole` does it."""
 
     model: str
     kind: str  # "flip", "add", "remove"
@@ -106,4 +106,52 @@ class RoleProposed:
     why: str
 
 
-Command: TypeAlias = Placed | Refused | PlacementEnded | AcknowledgeSource | CloseStream | StateChanged | RoleProposed
+@dataclass(frozen=True, slots=True)
+class ChangeRole:
+    """Tell an instance on its life line to take a role."""
+
+    stream: int
+    instance_id: str
+    role: Role
+
+
+@dataclass(frozen=True, slots=True)
+class RoleChanged:
+    """An instance has said that it has another role. For logs."""
+
+    instance_id: str
+    role: Role
+    was: Role
+
+
+@dataclass(frozen=True, slots=True)
+class RoleChangeEnded:
+    """For logs. `how`: done; unanswered: not taken in time; undrained: what it forbids goes on still; gone, moved."""
+
+    instance_id: str
+    role: Role
+    how: str
+
+
+@dataclass(frozen=True, slots=True)
+class RoleRefused:
+    """Answer to `RoleOrdered`: why it can't be done."""
+
+    instance_id: str
+    role: Role
+    why: str
+
+
+Command: TypeAlias = (
+    Placed
+    | Refused
+    | PlacementEnded
+    | AcknowledgeSource
+    | CloseStream
+    | StateChanged
+    | RoleProposed
+    | ChangeRole
+    | RoleChanged
+    | RoleChangeEnded
+    | RoleRefused
+)

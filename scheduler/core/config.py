@@ -25,6 +25,8 @@ class SchedulerConfig:
     log_down_us_max: int = 120 * SECOND_US
     report_interval_us: int = SECOND_US // 2
     heartbeat_interval_us: int = SECOND_US
+    #: Whether plans are carried out by changing roles, of instances that say that theirs may be changed.
+    execute_roles: bool = True
 
     #: One instance more is turned away: its stream is closed.
     instances_max: int = 1024
@@ -86,9 +88,8 @@ class SchedulerConfig:
     pending_max: int = 4096
     #: A TPOT objective is for the mean of this share of a request's intervals, the longest: a tenth, as in FAST'25.
     tpot_tail: float = 0.1
-    #: Share of what that leaves for being held up that is given away: answers may be shorter than expected, and a
-    #: prefill comes in steps that are longer than its own work.
-    stall_margin: float = 0.5
+    #: Share of what that leaves an answer of median length for being held up that is given away.
+    stall_margin: float = 1.0
     #: What an objective that is expected to be broken costs, TTFT in microseconds: a request served too late is lost.
     broken_us: int = 80 * SECOND_US
     #: A request that is expected to break more than so many waits or is refused: nothing is gained by serving it.

@@ -6,28 +6,26 @@ from collections.abc import Callable
 from typing import Any
 
 from kvpool.core.directory import Directory, DirectoryConfig
-from scheduler.core import looking, membership, placing, replication, roles
+from scheduler.core import looking, membership, placing, replication, role_changes, roles
 from scheduler.core.arrivals import ArrivalRate
-from scheduler.core.calibration import Calibration
+from scheduler.core.calibration import Calibration, TtftParts, model_correction
 from scheduler.core.cluster import Cluster
 from scheduler.core.commands import Command, PlacementEnded
 from scheduler.core.config import SchedulerConfig
 from scheduler.core.cost import CostBook
 from scheduler.core.deadlines import Deadlines
-from scheduler.core.events import Event, OutcomeReported, PlaceCancelled, PlaceRequested, TimePassed
+from scheduler.core.events import Event, OutcomeReported, PlaceCancelled, PlaceRequested, RoleOrdered, TimePassed
 from scheduler.core.fleet import Fleet
 from scheduler.core.holders import Sources
 from scheduler.core.ledger import Ledger
 from scheduler.core.options import Appraiser
+from scheduler.core.outputs import OutputLengths
 from scheduler.core.pending import PendingBook
 from scheduler.core.placements import Owner, Placement, PlacementBook
 from scheduler.core.policies import POLICIES, Policy
 from scheduler.core.promises import PromiseBook
+from scheduler.core.robust import RobustFit
 from scheduler.core.waiting import WaitingRoom
-
-#: Share of the old estimate that survives one more observed output length.
-OUTPUT_SHARE_KEPT = 0.98
-OUTPUT_SHARE_MIN = 0.01
 
 
 class SchedulerCore:
@@ -50,6 +48,8 @@ class SchedulerCore:
         self.arrivals: dict[str, ArrivalRate] = {}
         #: Instance -> what predictions for it were worth.
         self.calibrations: dict[str, Calibration] = {}
+        #: Model -> what predictions of TTFT were off by on all its instances.
+        self.corrections: dict[str, RobustFit] = {}
         self.roles = roles.RoleBook()
         #: Columns over sources, and over the instances of each model; made anew where they are stale.
         self._sources: Sources | None = None
@@ -59,7 +59,7 @@ class SchedulerCore:
         if config.policy not in self.policies:
             raise ValueError(f"policy {config.policy!r} is not one of {', '.join(self.policies)}")
         #: Model -> expected generated tokens as a share of max_tokens.
-        self.output_shares: dict[str, float] = {}
+        self.outputs: dict[str, OutputLengths] = {}
         #: Since the core was made: "placements", "refusals", "splits", one "refused_*" a reason, one "ended_*" a cause.
         self.counts: dict[str, int] = {"placements": 0, "refusals": 0, "splits": 0}
         self.now_us = 0
@@ -169,17 +169,22 @@ class SchedulerCore:
             return
         placement.compared = True
         known = self.calibrations.setdefault(placement.prefill_id, Calibration())
-        service_us = placement.pull_us + placement.prefill_us
-        queue_us = placement.parts_us - service_us
-        known.observe_ttft(placement.announced_us, queue_us, service_us, event.ttft_us, self.now_us)
+        of_model = self.corrections.setdefault(placement.model, model_correction())
+        parts = TtftParts(placement.waited_us, placement.queue_us, placement.pull_us + placement.prefill_us)
+        known.observe_ttft(placement.announced_us, parts, self._drift(placement), event.ttft_us, self.now_us, of_model)
         known.prefill.observe(placement.prefill_us, event.prefill.prefill_us)
         if placement.pull_us:
             known.pull.observe(placement.pull_us, event.prefill.pull_us)
 
+    def _drift(self, placement: Placement) -> float:
+        """What a prefill is predicted to take by now, over what it was when it was placed."""
+        new_tokens = placement.prompt_tokens - placement.cached_tokens
+        prefill_us = self.costs.prefill_us(placement.prefill_id, new_tokens, placement.cached_tokens)
+        return max(prefill_us, 1) / max(placement.prefill_us, 1)
+
     def _learn_output(self, placement: Placement, tokens: int) -> None:
-        share = min(max(tokens / placement.max_tokens, OUTPUT_SHARE_MIN), 1.0)
-        before = self.output_shares.get(placement.model, self.config.output_share)
-        self.output_shares[placement.model] = OUTPUT_SHARE_KEPT * before + (1 - OUTPUT_SHARE_KEPT) * share
+        known = self.outputs.setdefault(placement.model, OutputLengths(self.config.output_share))
+        known.ended(tokens, placement.max_tokens)
 
     def _time_passed(self, event: TimePassed, commands: list[Command]) -> None:
         """Deadlines have been run; nothing else happens."""
@@ -198,8 +203,9 @@ class SchedulerCore:
         self.room.check_invariants()
         self.pending.check_invariants()
         self.promises.check_invariants()
+        role_changes.check_invariants(self)
         assert not self.book.freed and not self.book.finished
-        assert all(model in self.cluster.models_seen for model in self.arrivals)
+        assert all(model in self.cluster.models_seen for model in (*self.arrivals, *self.corrections))
         assert all(instance_id in self.cluster.instances for instance_id in self.calibrations)
         assert not any(owner in self.book.placements for owner in self.room.entries), "placed and waiting"
         assert all(p.instance_id in self.cluster.instances for p in self.pending.prompts.values())
@@ -231,5 +237,6 @@ HANDLERS: dict[type, Handler] = {
     PlaceRequested: placing.place,
     PlaceCancelled: placing.cancelled,
     OutcomeReported: SchedulerCore._outcome,
+    RoleOrdered: role_changes.ordered,
     TimePassed: SchedulerCore._time_passed,
 }

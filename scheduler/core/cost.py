@@ -224,8 +224,12 @@ class CostBook:
 
     def known(self, kind: str) -> bool:
         """Whether links of a class have been measured often enough to tell what one that never was will cost."""
+        return self.samples(kind) >= POOLED_SAMPLES_MIN
+
+    def samples(self, kind: str) -> int:
+        """How often links of a class have been measured."""
         pooled = self.pooled_links.get(kind)
-        return pooled is not None and pooled.samples >= POOLED_SAMPLES_MIN
+        return pooled.samples if pooled is not None else 0
 
     def unmeasured_costs(self, kind: str) -> tuple[float, float]:
         """Latency and microseconds a byte of a link that nothing is known of but its class."""

@@ -19,7 +19,6 @@ _jit = numba.njit(cache=True, nogil=True)
 NUMBER, FIRST, COUNT, FIDELITY = range(4)
 #: int() of a narrow word may stay narrow in a kernel.
 _wide: Any = np.int64
-ANYWHERE = -1
 
 
 @_jit
@@ -51,33 +50,6 @@ def sort_out(rows: Runs, readable: Bools, fidelity_max: int, lead: Ints) -> tupl
 
 
 @_jit
-def furthest(rows: Runs, rank: Ints, hosts: Ints, host: int, count: int) -> Runs:
-    """At most `count` runs, those that reach furthest first, then by rank of the source, then by first block.
-
-    Args:
-        host: only of sources there; ANYWHERE = of all.
-    """
-    best = np.empty((count, 4), np.int32)
-    keys = np.empty((count, 3), np.int64)
-    n = 0
-    for i in range(len(rows)):
-        number = rows[i, NUMBER]
-        if host != ANYWHERE and hosts[number] != host:
-            continue
-        key = (-(_wide(rows[i, FIRST]) + _wide(rows[i, COUNT])), rank[number], _wide(rows[i, FIRST]))
-        if n == count and not _before(key, keys, n - 1):
-            continue
-        at = n if n < count else count - 1
-        while at > 0 and _before(key, keys, at - 1):
-            keys[at], best[at] = keys[at - 1], best[at - 1]
-            at -= 1
-        keys[at, 0], keys[at, 1], keys[at, 2] = key
-        best[at] = rows[i]
-        n = min(n + 1, count)
-    return best[:n]
-
-
-@_jit
 def _before(key: tuple[int, int, int], keys: Ints, at: int) -> bool:
     for i in range(3):
         if key[i] != keys[at, i]:
@@ -86,15 +58,53 @@ def _before(key: tuple[int, int, int], keys: Ints, at: int) -> bool:
 
 
 @_jit
-def mark(rows: Runs, marks: Bools) -> None:
-    """Sets marks (sources) of those that have a run."""
+def furthest_by_host(rows: Runs, rank: Ints, hosts: Ints, host_count: int, count: int) -> tuple[Runs, Ints]:
+    """For each host what `furthest` finds there: (host_count * count, 4), and how many it finds: (host_count)."""
+    best = np.empty((host_count * count, 4), np.int32)
+    keys = np.empty((host_count * count, 3), np.int64)
+    found = np.zeros(host_count, np.int64)
     for i in range(len(rows)):
-        marks[rows[i, NUMBER]] = True
+        number = rows[i, NUMBER]
+        begin, n = hosts[number] * count, found[hosts[number]]
+        key = (-(_wide(rows[i, FIRST]) + _wide(rows[i, COUNT])), rank[number], _wide(rows[i, FIRST]))
+        if n == count and not _before(key, keys, begin + n - 1):
+            continue
+        at = begin + (n if n < count else count - 1)
+        while at > begin and _before(key, keys, at - 1):
+            keys[at], best[at] = keys[at - 1], best[at - 1]
+            at -= 1
+        keys[at, 0], keys[at, 1], keys[at, 2] = key
+        best[at] = rows[i]
+        found[hosts[number]] = min(n + 1, count)
+    return best, found
+
+
+@_jit
+def furthest(rows: Runs, rank: Ints, count: int) -> Runs:
+    """At most `count` runs, those that reach furthest first, then by rank of the source, then by first block."""
+    everywhere = np.zeros(len(rank), np.int64)
+    best, found = furthest_by_host(rows, rank, everywhere, 1, count)
+    return best[: found[0]]
+
+
+@_jit
+def least_crowded(rows: Runs, hosts: Ints, crowds: Ints, shared: Ints) -> None:
+    """Lowers shared (hosts) to the least crowd of those who have a run there; 0 is nobody yet.
+
+    Args:
+        crowds: (sources), by how many each would be shared, at least 1.
+    """
+    for i in range(len(rows)):
+        number = rows[i, NUMBER]
+        host = hosts[number]
+        if shared[host] == 0 or crowds[number] < shared[host]:
+            shared[host] = crowds[number]
 
 
 def warm_up() -> None:
     """Compiles, or loads what was compiled: not while somebody waits for a place."""
     rows, none, yes = np.zeros((1, 4), np.int32), np.zeros(1, np.int64), np.ones(1, bool)
     sort_out(rows, yes, 0, none)
-    furthest(rows, none, none, ANYWHERE, 1)
-    mark(rows, yes)
+    furthest(rows, none, 1)
+    furthest_by_host(rows, none, none, 1, 1)
+    least_crowded(rows, none, none, none)

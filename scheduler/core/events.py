@@ -135,11 +135,20 @@ class InstanceReported:
     links: tuple[LinkSample, ...]
     finished_prefills: tuple[str, ...]
     draining: bool
+    role: Role | None = None  # that it has now; None = it does not say
 
 
 @dataclass(frozen=True, slots=True)
 class InstanceLeft:
     stream: int
+
+
+@dataclass(frozen=True, slots=True)
+class RoleOrdered:
+    """An operator wants an instance to have a role."""
+
+    instance_id: str
+    role: Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,6 +303,7 @@ Event: TypeAlias = (
     | InstanceJoined
     | InstanceReported
     | InstanceLeft
+    | RoleOrdered
     | GatewayOpened
     | GatewayHeartbeat
     | GatewayClosed

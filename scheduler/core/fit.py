@@ -94,28 +94,39 @@ class LinearFit:
         return self.coefficients
 
     def _solve(self) -> None:
-        """Best non-negative solution: each choice of zero coefficients is tried, unless the best of all needs none."""
         n = len(self.prior)
         scale = self.ratio / self.weight
         gram = [self.gram[k] + (RIDGE if k % (n + 1) == 0 else 0.0) for k in range(n * n)]
         moment = [m + RIDGE * scale for m in self.moment]
-        best: list[float] | None = None
-        best_gain = 0.0
-        for chosen in range((1 << n) - 1, 0, -1):
-            free = [i for i in range(n) if chosen >> i & 1]
-            solution = _solve_symmetric(gram, moment, free, n)
-            if solution is None or any(c < 0 for c in solution):
-                continue
-            gain = 0.0  # at a restricted minimum the objective is constant - gain
-            for c, m in zip(solution, moment, strict=True):
-                gain += c * m
-            if best is None or gain > best_gain:
-                best, best_gain = solution, gain
-            if len(free) == n:
-                break  # convex: nothing with fewer coefficients is better
+        best = solve_non_negative(gram, moment, n)
         if best is not None:
             self.coefficients = tuple(c * p for c, p in zip(best, self.prior, strict=True))
         self.stale = False
+
+
+def solve_non_negative(gram: list[float], moment: list[float], n: int) -> list[float] | None:
+    """Least squares with no coefficient below zero; None if nothing can be solved.
+
+    Each choice of zero coefficients is tried, unless the best of all needs none.
+
+    Args:
+        gram, moment: z z^T row by row, and z * y, summed up; n by n and n numbers.
+    """
+    best: list[float] | None = None
+    best_gain = 0.0
+    for chosen in range((1 << n) - 1, 0, -1):
+        free = [i for i in range(n) if chosen >> i & 1]
+        solution = _solve_symmetric(gram, moment, free, n)
+        if solution is None or any(c < 0 for c in solution):
+            continue
+        gain = 0.0  # at a restricted minimum the objective is constant - gain
+        for c, m in zip(solution, moment, strict=True):
+            gain += c * m
+        if best is None or gain > best_gain:
+            best, best_gain = solution, gain
+        if len(free) == n:
+            break  # convex: nothing with fewer coefficients is better
+    return best
 
 
 def _solve_symmetric(gram: list[float], moment: list[float], free: list[int], n: int) -> list[float] | None:

@@ -8,9 +8,13 @@ from kvpool.core.directory import Directory, Run
 from kvpool.core.ids import Fidelity, KeyArray
 from scheduler.core import covering
 from scheduler.core.cluster import Cluster, Source
-from scheduler.core.covering import ANYWHERE, Ints, Runs
+from scheduler.core.covering import Ints, Runs
 
 _ANY_FIDELITY = 255
+#: Runs that are kept as objects; beyond it all are made anew.
+RUNS_KEPT_MAX = 4096
+#: To look one up takes a third of calling the enumeration.
+_FIDELITIES = {int(fidelity): fidelity for fidelity in Fidelity}
 
 
 class Sources:
@@ -35,7 +39,7 @@ class Sources:
             self.rank[number] = rank
             self.hosts[number] = hosts.setdefault(source.attached.host_id, len(hosts))
         self.host_numbers = hosts
-        self.host_names = list(hosts)
+        self._runs: dict[tuple[int, ...], tuple[Source, Run]] = {}
 
     def match(self, keys: KeyArray, exact: bool) -> tuple[int, Ints, Runs]:
         """Leading keys that any source holds, those that each holds from the first on, and runs that may be read.
@@ -50,17 +54,32 @@ class Sources:
             _join(rows[rows[:, covering.FIDELITY] <= fidelity_max], lead[:-1])
         return covered, lead, readable
 
-    def furthest(self, rows: Runs, count: int, host: int = ANYWHERE) -> list[tuple[Source, Run]]:
-        """Runs that reach furthest, of sources on one host or of all; ids break ties."""
-        return self.runs(covering.furthest(rows, self.rank, self.hosts, host, count))
+    def furthest(self, rows: Runs, count: int) -> list[tuple[Source, Run]]:
+        """Runs that reach furthest; ids break ties."""
+        return self.runs(covering.furthest(rows, self.rank, count))
+
+    def furthest_by_host(self, rows: Runs, count: int) -> tuple[Runs, list[int]]:
+        """The same of the sources of each host, by its number: of host h from row h * count on, and how many."""
+        best, found = covering.furthest_by_host(rows, self.rank, self.hosts, len(self.host_numbers), count)
+        return best, found.tolist()
 
     def runs(self, rows: Runs) -> list[tuple[Source, Run]]:
         found = []
-        for number, first, count, fidelity in rows.tolist():
-            source = self.by_number[number]
-            assert source is not None
-            found.append((source, Run(source.id, source.attached.tier, first, count, Fidelity(fidelity))))
+        for row in map(tuple, rows.tolist()):
+            known = self._runs.get(row)
+            found.append(self._made(row) if known is None else known)
         return found
+
+    def _made(self, row: tuple[int, ...]) -> tuple[Source, Run]:
+        """Makes and keeps a run: the same few of a shared prefix come with each request."""
+        number, first, count, fidelity = row
+        source = self.by_number[number]
+        assert source is not None
+        if len(self._runs) >= RUNS_KEPT_MAX:
+            self._runs.clear()
+        run = Run(source.id, source.attached.tier, first, count, _FIDELITIES[fidelity])
+        self._runs[row] = source, run
+        return source, run
 
 
 def _join(rows: Runs, lead: Ints) -> None:

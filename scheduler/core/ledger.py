@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from scheduler.core.commands import Placed, Refused
 from scheduler.core.events import OutcomeReported
 from scheduler.core.options import Option
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(NamedTuple):
     """An option that was looked at, as the ledger keeps it."""
 
     prefill_instance: str

@@ -138,7 +138,14 @@ def interval_us(
 
 
 def broken(
-    instance: Instance, book: PlacementBook, work: tuple[int, int], prefill_ends_us: int, begin_us: int, now_us: int
+    instance: Instance,
+    book: PlacementBook,
+    work: tuple[int, int],
+    prefill_ends_us: int,
+    begin_us: int,
+    now_us: int,
+    step_us: int,
+    stall_share: float,
 ) -> float:
     """How many TPOT objectives a prefill on an instance is expected to break of those who decode there.
 
@@ -146,6 +153,8 @@ def broken(
         work: of the prefill, and the longest interval that it makes.
         prefill_ends_us: when it is predicted to end.
         begin_us: when it could be placed: who has ended by then is not asked.
+        step_us: a decode step there, as it is now.
+        stall_share: of the time that objectives leave, which prefills may take.
     """
     total = 0.0
     for placement in book.stalled_by(instance.id, prefill_ends_us):
@@ -153,11 +162,20 @@ def broken(
         stalled_us = placement.stalled_us(*work) if limit_us is not None else 0
         if limit_us is None or not stalled_us or ends_us(placement, now_us) <= begin_us:
             continue
-        total += risk(placement.stall_us + stalled_us, limit_us) - risk(placement.stall_us, limit_us)
+        unearned_us = placement.stall_us - placement.earned_us(prefill_ends_us - work[0], step_us, stall_share)
+        total += risk(unearned_us + stalled_us, limit_us) - risk(unearned_us, limit_us)
     return total
 
 
 def risk(stalled_us: float, limit_us: int) -> float:
-    """How likely a TPOT objective is missed by a request that is held up for so long; a half at the limit."""
-    share = stalled_us / max(limit_us, 1)
-    return share * share / (share * share + 1.0)
+    """How likely a TPOT objective is missed by a request that is held up for so long; 0.6 at the limit.
+
+    The limit is that of an answer of median length. Lengths spread widely, so short answers are missed by little, and
+    the risk grows from the first microsecond on, nearly as the share of shorter answers: 1 - exp(-x), in arithmetic
+    that is the same everywhere.
+
+    Args:
+        stalled_us: beyond what the answer has earned by coming for as long as it does. Below zero is no risk.
+    """
+    share = max(stalled_us, 0.0) / max(limit_us, 1)
+    return 1.0 - 1.0 / (1.0 + share + 0.5 * share * share)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvpool.core.directory import SourceRecord
 from kvpool.core.errors import Reason
-from scheduler.core import looking, placing
+from scheduler.core import looking, placing, role_changes
 from scheduler.core.cluster import Gateway, State
 from scheduler.core.commands import AcknowledgeSource, CloseStream, Command, StateChanged
 from scheduler.core.cost import link_class
@@ -87,6 +87,7 @@ def _gone(core: SchedulerCore, kind: str, member_id: str, commands: list[Command
         core.calibrations.pop(member_id, None)
         core.pending.drop_instance(member_id)
         core.promises.drop_instance(member_id)
+        role_changes.gone(core, member_id, commands)
         core.book.freed[member_id] = None  # those who planned to go there need another plan
 
 
@@ -202,9 +203,7 @@ def sources_heard(core: SchedulerCore, event: SourcesHeard, commands: list[Comma
 
 def _same_process(old: InstanceInfo, new: InstanceInfo) -> bool:
     """Whether an instance only comes by another life line: what is placed there then goes on."""
-    return (old.epoch, old.model, old.role, old.kv_tokens_total) == (
-        new.epoch, new.model, new.role, new.kv_tokens_total,
-    )  # fmt: skip
+    return (old.epoch, old.model, old.kv_tokens_total) == (new.epoch, new.model, new.kv_tokens_total)
 
 
 def instance_joined(core: SchedulerCore, event: InstanceJoined, commands: list[Command]) -> None:
@@ -212,7 +211,9 @@ def instance_joined(core: SchedulerCore, event: InstanceJoined, commands: list[C
     old = core.cluster.instances.get(info.instance_id)
     if old is not None and _same_process(old.info, info):
         commands.append(CloseStream(old.stream, REPLACED))
+        role_changes.took(core, old, info.role, commands)
         core.cluster.instance_moved(event)
+        role_changes.rejoined(core, old, commands)
         core.cluster.seen(old, ("instance", old.id), core.now_us)
         commands.append(StateChanged("instance", old.id, State.ALIVE.value))
         core.book.freed[old.id] = None
@@ -226,8 +227,9 @@ def instance_joined(core: SchedulerCore, event: InstanceJoined, commands: list[C
     core.costs.instance_joined(info.instance_id, info.model)
     for model in core.cluster.forgotten_models():
         core.costs.forget_model(model)
-        core.output_shares.pop(model, None)
+        core.outputs.pop(model, None)
         core.arrivals.pop(model, None)
+        core.corrections.pop(model, None)
         core.room.forget_model(model)
     commands.append(StateChanged("instance", info.instance_id, State.ALIVE.value))
     core.book.freed[info.instance_id] = None
@@ -242,6 +244,8 @@ def instance_reported(core: SchedulerCore, event: InstanceReported, commands: li
         core.book.freed[instance.id] = None
     was_draining, foreign, waited = instance.draining, instance.kv_tokens_foreign, instance.waiting
     core.cluster.take_report(instance, event)
+    if event.role is not None:
+        role_changes.took(core, instance, event.role, commands)
     core.book.touched[instance.id] = None
     if instance.draining != was_draining:
         state = "draining" if instance.draining else State.ALIVE.value

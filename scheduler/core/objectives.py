@@ -15,6 +15,9 @@ from scheduler.core.cluster import Instance
 if TYPE_CHECKING:
     from scheduler.core.options import Appraiser, Option
 
+#: A hand-off that is above a TPOT objective by this share of it is counted in full.
+GAP_COUNTED = 0.5
+
 
 def peak_step_us(appraiser: Appraiser, option: Option, begin_us: int) -> int:
     """The longest decode step while this request decodes, if it begins to at `begin_us`."""
@@ -41,15 +44,22 @@ def stall_us_max(appraiser: Appraiser, option: Option) -> int | None:
     if not request.tpot_slo_us or request.max_tokens <= 1:
         return None  # one token has no intervals
     slack_us = max(request.tpot_slo_us - option.step_us, 0)
-    return int(config.tpot_tail * config.stall_margin * appraiser.expected_tokens * slack_us)
+    return int(config.tpot_tail * config.stall_margin * appraiser.typical_tokens * slack_us)
 
 
 def stall_us(appraiser: Appraiser, option: Option, begin_us: int) -> int:
-    """Prefill work left on the decode instance of a split when this request begins to decode there."""
+    """By how much a split holds up its own decode: prefill work left there when it begins, and the hand-off.
+
+    The hand-off lies between the first token and the second. What of that is within the objective does no harm; what is
+    little above counts for less, since hand-offs are predicted roughly and one long interval seldom breaks it.
+    """
     if not option.split:
         return 0
     left_us = appraiser.book.on(option.decode.id).queue_left_us(appraiser.now_us)
-    return max(left_us - (begin_us - appraiser.now_us), 0)
+    objective_us = appraiser.request.tpot_slo_us
+    excess_us = max(option.handoff_us + option.step_us - objective_us, 0)
+    gap_us = excess_us * min(excess_us / max(GAP_COUNTED * objective_us, 1.0), 1.0)
+    return max(left_us - (begin_us - appraiser.now_us), 0) + int(gap_us)
 
 
 def stalling_per_s(appraiser: Appraiser, instance: Instance) -> float:
@@ -61,15 +71,19 @@ def stalling_per_s(appraiser: Appraiser, instance: Instance) -> float:
 def broken(appraiser: Appraiser, option: Option, delay_us: int) -> float:
     """How many objectives an option is expected to break: of those who decode where it prefills, and its own.
 
-    Its own by prefills that wait where it decodes, and by as many as came there of late.
+    Its own by the hand-off, by prefills that wait where it decodes, and by as many as came there of late.
     """
     begin_us = appraiser.now_us + max(option.queue_us, delay_us) + option.service_us
     total, limit_us = 0.0, stall_us_max(appraiser, option)
     if limit_us is not None:
-        decodes_s = option.step_us * appraiser.expected_tokens / 1e6
+        decodes_s = option.step_us * appraiser.typical_tokens / 1e6
         taken_us = stalling_per_s(appraiser, option.decode) * decodes_s
         total += loads.risk(stall_us(appraiser, option, begin_us) + taken_us, limit_us)
     if option.prefill.decodes():
         work, placed_us = (option.prefill_us, option.interval_us), appraiser.now_us + delay_us
-        total += loads.broken(option.prefill, appraiser.book, work, begin_us, placed_us, appraiser.now_us)
+        stall_share = appraiser.config.tpot_tail * appraiser.config.stall_margin
+        total += loads.broken(
+            option.prefill, appraiser.book, work, begin_us, placed_us, appraiser.now_us,
+            appraiser.load(option.prefill).step_us, stall_share,
+        )  # fmt: skip
     return total

@@ -13,9 +13,11 @@ from scheduler.core.cost import CostBook, link_class
 from scheduler.core.events import PlaceRequested
 from scheduler.core.fleet import Fleet
 from scheduler.core.loads import Load
+from scheduler.core.outputs import OutputLengths
 from scheduler.core.pending import PendingPrompt
 from scheduler.core.placements import Owner, PlacementBook
 from scheduler.core.prefix import Prefix, Pull
+from scheduler.core.promises import Ahead
 from scheduler.core.waiting import Line, Order
 
 #: Why an option can't be taken; the start of its `reason`. The order is that of refusals: the last met is the closest.
@@ -62,11 +64,6 @@ class Option:
         return self.queue_us + self.pull_us + self.prefill_us
 
     @property
-    def parts_us(self) -> int:
-        """Predicted TTFT from arrival before its correction."""
-        return self.waited_us + self.ttft_us
-
-    @property
     def order(self) -> tuple[int, str, str]:
         """Cheapest first; ids break ties."""
         return self.cost_us, self.prefill.id, self.decode.id
@@ -97,6 +94,8 @@ class Standing:
     pending: Sequence[tuple[PendingPrompt, int]] = ()
     #: Requests a second and instance that are expected to come.
     arrivals_per_s: float = 0.0
+    #: What others were told to come back for, who go before it.
+    promised: Ahead | None = None
 
 
 class Appraiser:
@@ -110,7 +109,7 @@ class Appraiser:
         book: PlacementBook,
         costs: CostBook,
         config: SchedulerConfig,
-        output_share: float,
+        outputs: OutputLengths,
         now_us: int,
         standing: Standing | None = None,
         calibrations: dict[str, Calibration] | None = None,
@@ -121,7 +120,8 @@ class Appraiser:
         self.standing = standing or Standing(now_us, (0, 0), None)
         self._calibrations = calibrations or {}
         self.fleet = fleet
-        self.expected_tokens = max(int(request.max_tokens * output_share), 1)
+        self.expected_tokens = outputs.expected(request.max_tokens)
+        self.typical_tokens = outputs.typical(request.max_tokens)
         self.context_tokens = request.prompt_tokens + self.expected_tokens // 2
         self.covered = prefix.covered()
         for _, shared in self.standing.pending:
@@ -169,10 +169,12 @@ class Appraiser:
                 with_pull_us = self.prefill_us(instance, pull.reach)
                 if pull.duration_us + with_pull_us < best_us:
                     best, best_us, best_prefill_us = pull, pull.duration_us + with_pull_us, with_pull_us
-            if best is None and (tried := self.prefix.trial(pulls, instance, own, self.costs, self.now_us)) is not None:
+            trials = self.prefix.trials(pulls, instance, own, self.costs, self.now_us) if best is None else ()
+            for tried in trials:
                 with_pull_us = self.prefill_us(instance, tried.reach)
                 if tried.duration_us + with_pull_us < (1 + TRIAL_SHARE) * prefill_us + TRIAL_US:
                     best, best_prefill_us = tried, with_pull_us
+                    break
         now = self._prospect(instance, own, best, best_prefill_us)
         return sharing.with_pending(self, instance, now) if self.standing.pending else now
 
@@ -359,8 +361,8 @@ class Appraiser:
         """Adds up the cost and finds out whether the option is feasible."""
         request = self.request
         option.waited_us = self.now_us - self.standing.arrived_us
-        before_us = option.waited_us + option.queue_us
-        option.announced_us = self.corrected_us(option.prefill.id, before_us, option.service_us)
+        left_us = self.corrected_us(option.prefill.id, option.queue_us, option.service_us)
+        option.announced_us = option.waited_us + left_us
         option.cost_us = int(priced_us(option.ttft_us, request.ttft_slo_us, self.config.slack_price))
         option.cost_us += option.handoff_us + int(self.config.harm_weight * option.harm_us)
         option.cost_us += self.delay_us(option.queue_us, option.prefill_us)
@@ -384,14 +386,31 @@ class Appraiser:
             option.reason = f"{NO_CAPACITY}: {-self.prefill_room(option)} KV tokens too few on {option.prefill.id}"
         elif request.ttft_slo_us and option.announced_us > request.ttft_slo_us:
             option.reason = f"{SLOW}: TTFT {option.announced_us} us, the limit is {request.ttft_slo_us}"
+        elif (ttft_us := self._behind_promised_us(option)) > request.ttft_slo_us:
+            option.reason = (
+                f"{SLOW}: TTFT {ttft_us} us behind those who were told to come back, the limit is {request.ttft_slo_us}"
+            )
         elif request.tpot_slo_us and (step_us := objectives.peak_step_us(self, option, begin_us)) > request.tpot_slo_us:
             option.reason = f"{SLOW}: TPOT {step_us} us, the limit is {request.tpot_slo_us}"
         elif broken > self.config.broken_max:
             option.reason = f"{SLOW}: TPOT of requests that {option.prefill.id} or {option.decode.id} decode already"
         return option
 
+    def _behind_promised_us(self, option: Option) -> int:
+        """TTFT of an option if all who were told to come, and go before it, come. Zero if there are none."""
+        promised_us = self.promised_us(option.queue_us)
+        if not promised_us:
+            return 0
+        left_us = self.corrected_us(option.prefill.id, option.queue_us + promised_us, option.service_us)
+        return option.waited_us + left_us
+
+    def promised_us(self, queue_us: int) -> int:
+        """Prefill work on each instance of those who were told to come, and go before this request."""
+        promised = self.standing.promised
+        return promised.work_before_us(queue_us) // max(self.prefill_count(), 1) if promised is not None else 0
+
     def corrected_us(self, instance_id: str, queue_us: int, service_us: int) -> int:
-        """TTFT by what predictions for the instance have been worth."""
+        """TTFT from now by what predictions for the instance have been worth."""
         known = self._calibrations.get(instance_id)
         return queue_us + service_us if known is None else known.ttft_us(queue_us, service_us, self.now_us)
 

@@ -43,7 +43,11 @@ class Placement:
     pulls: tuple[str, ...] = ()  # sources that blocks are pulled from
     pull_ends_us: int = 0  # predicted
     pull_us: int = 0  # predicted
-    parts_us: int = 0  # predicted TTFT before its correction, and as it was announced
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # predicted
+    #: Predicted TTFT before its correction, in parts, and all of it as it was announced.
+    waited_us: int = 0
+    queue_us: int = 0
     announced_us: int = 0
     compared: bool = False  # whether the prediction was compared with what happened
     peer: str = ""  # scheduler that made it; empty = this one
@@ -56,6 +60,18 @@ class Placement:
         """
         share = (interval_us / max(self.tpot_slo_us, 1) - HARMLESS) / (1.0 - HARMLESS)
         return int(prefill_us * min(max(share, 0.0), 1.0))
+
+    def earned_us(self, at_us: int, step_us: int, stall_share: float) -> float:
+        """By how much an answer that still comes then may have been held up, if that was its last token.
+
+        Args:
+            step_us: a decode step there, as it is now.
+            stall_share: of the time that an objective leaves, which prefills may take.
+        """
+        if not self.prefill_done or step_us <= 0:
+            return 0.0
+        decoded_us = max(at_us - self.prefill_ends_us - self.stall_us, 0)
+        return stall_share * max(self.tpot_slo_us - step_us, 0) / step_us * decoded_us
 
 
 @dataclass(slots=True)
@@ -83,6 +99,11 @@ class Holdings:
         return self.queue_us - min(max(now_us - self.head_since_us, 0), head_us)
 
 
+#: Of instances that nothing was placed on, and of sources that nobody pulls from; to be read only.
+_NOTHING = Holdings()
+_NOBODY: dict[Owner, int] = {}
+
+
 @dataclass(slots=True)
 class PlacementBook:
     """All placements, by owner, by gateway and by instance."""
@@ -102,7 +123,7 @@ class PlacementBook:
 
     def on(self, instance_id: str) -> Holdings:
         """What is held on an instance; empty for one that nothing was placed on."""
-        return self.holdings.get(instance_id) or Holdings()
+        return self.holdings.get(instance_id) or _NOTHING
 
     def open(self, placement: Placement) -> None:
         owner = placement.owner
@@ -192,12 +213,15 @@ class PlacementBook:
 
     def pulling(self, source_id: str, now_us: int) -> int:
         """Transfers from a source that are predicted to be under way."""
-        of_source = self.pulls.get(source_id)
-        return sum(ends_us > now_us for ends_us in of_source.values()) if of_source is not None else 0
+        count = 0
+        for ends_us in self.pulls.get(source_id, _NOBODY).values():
+            count += ends_us > now_us
+        return count
 
     def pulls_between(self, instance_id: str, source_id: str) -> bool:
         """Whether a placement on an instance pulls from a source."""
-        return any(self.placements[owner].prefill_id == instance_id for owner in self.pulls.get(source_id, ()))
+        of_source = self.pulls.get(source_id)
+        return of_source is not None and any(self.placements[owner].prefill_id == instance_id for owner in of_source)
 
     def of_gateway(self, gateway_id: str) -> tuple[Owner, ...]:
         return tuple(self.by_gateway.get(gateway_id, ()))
@@ -250,7 +274,7 @@ class PlacementBook:
                 _use(source, p, p.prefill_kv_tokens)
                 for source_id in p.pulls:
                     pulls.setdefault(source_id, {})[owner] = p.pull_ends_us
-        assert pulls == self.pulls
+        assert pulls == self.pulls and not _NOBODY and Holdings() == _NOTHING
         assert sum(len(owners) for owners in self.by_gateway.values()) == len(self.placements)
         assert recount.keys() == self.holdings.keys()
         for instance_id, holdings in self.holdings.items():

@@ -5,7 +5,7 @@ A request ends in one of two ways, exactly once: placed, or refused with a reaso
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from kvpool.core.errors import Reason
@@ -17,10 +17,11 @@ from scheduler.core.commands import Command, Placed, Refused, Target
 from scheduler.core.events import PlaceCancelled, PlaceRequested
 from scheduler.core.ledger import Candidate, LedgerEntry
 from scheduler.core.options import Appraiser, Option, Standing
+from scheduler.core.outputs import OutputLengths
 from scheduler.core.pending import PendingPrompt
 from scheduler.core.placements import Owner, Placement
 from scheduler.core.prefix import Prefix
-from scheduler.core.waiting import Order, Plan, Waiting
+from scheduler.core.waiting import Order, Plan, Waiting, charged_us
 
 if TYPE_CHECKING:
     from scheduler.core.core import SchedulerCore
@@ -39,6 +40,7 @@ class Request:
     order: Order
     arrived_us: int
     final: bool = False  # it can't wait any longer
+    behind_us: int = 0  # virtual: by how much it is put off for what its tenant was promised
 
     @property
     def owner(self) -> Owner:
@@ -57,6 +59,7 @@ class Verdict:
     deadline_us: int = 0
     refused: Refused | None = None
     chance: admission.Chance | None = None  # of one that is refused
+    request: Request | None = None
 
 
 # ---------------------------------------------------------------- events
@@ -74,8 +77,8 @@ def place(core: SchedulerCore, event: PlaceRequested, commands: list[Command]) -
     # A request placed again has lost its first placement, whatever comes of the second.
     core.end_placement(owner, "replaced", commands)
     before = core.room.remove(owner)
-    if before is None:
-        core.promises.came(owner, event.model, event.tenant, core.now_us)
+    mark = admission.mark_of(event)
+    kept = core.promises.came(owner, event.model, event.tenant, mark, core.now_us) if before is None else None
     instances = len(core.cluster.by_model.get(event.model, ()))
     if instances:
         core.arrivals.setdefault(event.model, ArrivalRate()).arrived(core.now_us)
@@ -84,7 +87,11 @@ def place(core: SchedulerCore, event: PlaceRequested, commands: list[Command]) -
         request = Request(event, before.start_us, before.order, before.arrived_us)
     else:
         start_us, order = core.room.place_in_order(event, instances)
-        request = Request(event, start_us, order, core.now_us)
+        behind_us = core.promises.start_us(event.model, event.tenant, start_us, core.now_us) - start_us
+        order = order[0] + behind_us, order[1]
+        if kept is not None:
+            order = min(order, kept.order)
+        request = Request(event, start_us, order, core.now_us, behind_us=behind_us)
     settle(core, request, weigh(core, request), commands)
 
 
@@ -107,7 +114,7 @@ def give_up(core: SchedulerCore, owner: Owner, reason: Reason, why: str, command
 def weigh(core: SchedulerCore, request: Request) -> Verdict:
     """What is to become of a request as things are. Changes nothing."""
     event, config = request.event, core.config
-    verdict = Verdict()
+    verdict = Verdict(request=request)
     instances, none = _instances(core, event)
     if none is None and len(core.book.placements) >= config.placements_max:
         message = f"{config.placements_max} requests are under way"
@@ -215,6 +222,7 @@ def standing_of(core: SchedulerCore, request: Request) -> Standing:
         line=core.room.lines.get(model),
         pending=core.pending.find(event.keys[0].keys, core.now_us) if counts_on_others else (),
         arrivals_per_s=rate.at(core.now_us) / instances if rate is not None else 0.0,
+        promised=core.promises.ahead(model, request.order, core.now_us) if event.ttft_slo_us else None,
     )
 
 
@@ -222,10 +230,10 @@ def appraiser_of(
     core: SchedulerCore, event: PlaceRequested, block_tokens: int, standing: Standing | None = None
 ) -> Appraiser:
     """Predictions for a request as of now. Changes nothing."""
-    share = core.output_shares.get(event.model, core.config.output_share)
+    outputs = core.outputs.get(event.model) or OutputLengths(core.config.output_share)
     prefix = Prefix(event, block_tokens, core.sources_now(), core.config.pull_sources_max, core.book)
     return Appraiser(
-        event, prefix, core.cluster, core.book, core.costs, core.config, share, core.now_us, standing,
+        event, prefix, core.cluster, core.book, core.costs, core.config, outputs, core.now_us, standing,
         core.calibrations, core.fleet_now(event.model),
     )  # fmt: skip
 
@@ -315,7 +323,10 @@ def _open(core: SchedulerCore, event: PlaceRequested, option: Option, appraiser:
         pulls=tuple(dict.fromkeys(run.source_id for run in runs)),
         pull_ends_us=now_us + option.queue_us + option.pull_us,
         pull_us=option.pull_us,
-        parts_us=option.parts_us,
+        prompt_tokens=event.prompt_tokens,
+        cached_tokens=option.cached_tokens,
+        waited_us=option.waited_us,
+        queue_us=option.queue_us,
         announced_us=option.announced_us,
     )
     core.book.open(placement)
@@ -361,7 +372,12 @@ def _refused(
     core.count(f"refused_{refused.reason.name.lower()}")
     commands.append(refused)
     if verdict.chance is not None and verdict.appraiser is not None and refused.retry_after_ms:
-        core.promises.note(admission.promise_of(verdict.chance, verdict.appraiser, refused.retry_after_ms))
+        promise = admission.promise_of(verdict.chance, verdict.appraiser, refused.retry_after_ms)
+        request = verdict.request
+        assert request is not None
+        # It will stand where it would if it had waited, and the next one of its tenant behind it.
+        next_us = request.start_us + request.behind_us + charged_us(event, promise.service_us)
+        core.promises.note(replace(promise, order=request.order, start_us=next_us))
     if refused.reason is not Reason.BAD_ARGUMENT:
         _note(core, event, verdict, refused, arrived_us)
 

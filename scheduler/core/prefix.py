@@ -26,6 +26,8 @@ Links: TypeAlias = dict[str, tuple[float, float] | None]
 
 #: By how much another source may be slower and still be read from rather than the HBM of a worker that computes.
 HBM_RELUCTANCE = 1.1
+#: Trials of a kind of link grow so many times twofold.
+TRIALS_GROW_MAX = 6
 #: Bytes of an int8 copy, scales included, as a share of an element of each dtype.
 INT8_SHARES = {"float32": 0.27, "bfloat16": 0.53, "float16": 0.53}
 
@@ -48,7 +50,11 @@ class _Coverage:
     lead: Ints  # blocks that each source holds from the first on, by its number; the last is of nobody
     rows: Runs  # runs that may be pulled, of all sources
     furthest: list[tuple[Source, Run]]  # those that reach furthest
-    #: Host -> runs worth reading from there, once somebody has asked.
+    #: Runs that reach furthest on each host, once somebody has asked: see `Sources.furthest_by_host`.
+    local: tuple[Runs, list[int]] | None = None
+    #: Source and first block of those in `furthest`.
+    known: dict[tuple[str, int], None] = field(default_factory=dict)
+    #: Host -> runs worth reading from there.
     by_host: dict[str, list[tuple[Source, Run]]] = field(default_factory=dict)
 
 
@@ -93,6 +99,8 @@ class Prefix:
         number = self._sources.numbers.get(source_id)
         if not self._lists or number is None:
             return 0
+        if len(self._lists) == 1:
+            return int(self._lists[0].lead[number])
         return min(int(coverage.lead[number]) for coverage in self._lists)
 
     @property
@@ -131,11 +139,21 @@ class Prefix:
         host_id = instance.info.host_id
         known = coverage.by_host.get(host_id)
         if known is None:
-            host = self._sources.host_numbers.get(host_id)
-            local = self._sources.furthest(coverage.rows, self._sources_max, host) if host is not None else []
-            seen = {(source.id, run.first): (source, run) for source, run in (*coverage.furthest, *local)}
-            known = coverage.by_host[host_id] = list(seen.values())
+            known = coverage.by_host[host_id] = coverage.furthest + self._more_on(coverage, host_id)
         return known
+
+    def _more_on(self, coverage: _Coverage, host_id: str) -> list[tuple[Source, Run]]:
+        """Runs of sources on a host that reach furthest there, less those that reach furthest of all."""
+        host = self._sources.host_numbers.get(host_id)
+        if host is None:
+            return []
+        if coverage.local is None:
+            coverage.local = self._sources.furthest_by_host(coverage.rows, self._sources_max)
+            coverage.known = {(run.source, run.first): None for _, run in coverage.furthest}
+        rows, counts = coverage.local
+        begin = host * self._sources_max
+        local = self._sources.runs(rows[begin : begin + counts[host]])
+        return [(source, run) for source, run in local if (run.source, run.first) not in coverage.known]
 
     def pulls(self, instance: Instance, own: int, costs: CostBook, now_us: int) -> list[Pull]:
         """Ways to extend an instance's own prefix, shortest first; each ends where some source's run ends.
@@ -155,21 +173,26 @@ class Prefix:
         cuts[reach] = None
         return [Pull(cut, self._duration_us(cut, segments, instance, links), segments) for cut in sorted(cuts)]
 
-    def trial(self, pulls: Sequence[Pull], instance: Instance, own: int, costs: CostBook, now_us: int) -> Pull | None:
-        """A pull of one block over a link of a kind that was hardly ever measured; None if there is no such link.
+    def trials(self, pulls: Sequence[Pull], instance: Instance, own: int, costs: CostBook, now_us: int) -> list[Pull]:
+        """Pulls over a link of a kind that was hardly ever measured, the longest first; none if there is no such link.
 
         What a kind of link can do is known from its first transfers only, and nobody would begin with one that is
-        taken for slow. At most one at a time between an instance and a source.
+        taken for slow. They grow twofold, from one block on: of transfers of one size nobody can tell latency from
+        bandwidth. At most one at a time between an instance and a source.
         """
         if not pulls or pulls[0].reach <= own:
-            return None
+            return []
+        samples, end = TRIALS_GROW_MAX, self.usable
         for of_list in pulls[0].segments:
-            source = of_list[0][2]
+            _, first_end, source, _ = of_list[0]
             kind = link_class(source.attached.host_id == instance.info.host_id, source.attached.tier)
             if costs.known(kind) or self._book.pulls_between(instance.id, source.id):
-                return None
-        links: Links = {s.id: self._link(instance, s, costs, now_us) for of in pulls[0].segments for _, _, s, _ in of}
-        return Pull(own + 1, self._duration_us(own + 1, pulls[0].segments, instance, links), pulls[0].segments)
+                return []
+            samples, end = min(samples, costs.samples(kind)), min(end, first_end)
+        segments = pulls[0].segments
+        links: Links = {s.id: self._link(instance, s, costs, now_us) for of in segments for _, _, s, _ in of}
+        reaches = dict.fromkeys(min(own + (1 << doublings), end) for doublings in range(samples, -1, -1))
+        return [Pull(reach, self._duration_us(reach, segments, instance, links), segments) for reach in reaches]
 
     def pull_from(
         self, instance: Instance, own: int, source_ids: Sequence[str], costs: CostBook, now_us: int
@@ -204,18 +227,12 @@ class Prefix:
         """
         sources = self._sources
         shared = np.zeros(len(sources.host_numbers) + 1, np.int64)
-        busy = [n for s in self._book.pulls if (n := sources.numbers.get(s)) is not None]
+        crowds = np.ones(len(sources.by_number), np.int64)
+        busy = [source_id for source_id in self._book.pulls if source_id in sources.numbers]
+        numbers = [sources.numbers[source_id] for source_id in busy]
+        crowds[numbers] = [1 + self._book.pulling(source_id, now_us) for source_id in busy]
         for coverage in self._lists:
-            holds = np.zeros(len(sources.by_number), bool)
-            covering.mark(coverage.rows, holds)
-            crowded = [number for number in busy if holds[number]]
-            holds[crowded] = False
-            shared[sources.hosts[holds]] = 1
-            for number in crowded:
-                source, host = sources.by_number[number], sources.hosts[number]
-                if source is not None and shared[host] != 1:
-                    crowd = 1 + self._book.pulling(source.id, now_us)
-                    shared[host] = min(shared[host], crowd) if shared[host] else crowd
+            covering.least_crowded(coverage.rows, sources.hosts, crowds, shared)
         return shared
 
     def _duration_us(

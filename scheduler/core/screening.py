@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from scheduler.core import bounding
 from scheduler.core.arrivals import WINDOW_US
 from scheduler.core.bounding import KV_LEFT, Asked, Floats, HandOff, Ints
 from scheduler.core.cluster import Instance
+from scheduler.core.cost import CostBook
 from scheduler.core.fleet import Fleet
 from scheduler.core.options import Appraiser, whole_blocks
 from scheduler.core.waiting import Lane, Order
@@ -19,6 +21,20 @@ from scheduler.core.waiting import Lane, Order
 TIERS = ("", "-hbm", "-ssd")
 #: Instances and their bounds, the least first.
 Bounded = list[tuple[float, Instance]]
+
+
+class LinkFloor(NamedTuple):
+    """The best that any link is believed to do."""
+
+    latency_us: float
+    here_us: float  # a byte from the same host
+    away_us: float  # a byte from another
+
+    @classmethod
+    def of(cls, costs: CostBook) -> LinkFloor:
+        here, away = ([costs.floor(place + tier) for tier in TIERS] for place in ("local", "remote"))
+        latency_us = min([latency for latency, _ in (*here, *away)])
+        return cls(latency_us, min([per_byte for _, per_byte in here]), min([per_byte for _, per_byte in away]))
 
 
 @dataclass(slots=True)
@@ -31,6 +47,7 @@ class Screen:
     block_us: Floats  # of a block pulled to each host, at least
     asked: Asked
     found: Floats  # (FOUND, rows)
+    link: LinkFloor
 
     def colocated(self, count: int) -> Bounded:
         """At most `count` instances to stay on: those with room first, then the least bound, then the first id."""
@@ -60,8 +77,7 @@ class Screen:
         Args:
             slow_us: what decoding adds at least.
         """
-        lows = [appraiser.costs.floor(place + tier) for place in ("local", "remote") for tier in TIERS]
-        latency_us, byte_us = (min(low[i] for low in lows) for i in (0, 1))
+        latency_us, byte_us = self.link.latency_us, min(self.link.here_us, self.link.away_us)
         size = 0
         for group in self.fleet.instances[0].info.namespace.groups:
             size += group.block_bytes * group.shard_count
@@ -99,11 +115,12 @@ def screen(appraiser: Appraiser, fleet: Fleet) -> Screen:
             ready = own.copy() if ready is own else ready
             ready[row] = max(ready[row], min(shared, prefix.usable))
     pulls = request.use_pool and appraiser.covered > 0
-    latency_us, block_us = _pull_floor(appraiser, fleet) if pulls else (0.0, fleet.nothing)
+    link = LinkFloor.of(appraiser.costs)
+    latency_us, block_us = (link.latency_us, _pull_floor(appraiser, fleet, link)) if pulls else (0.0, fleet.nothing)
     wait_us, kv_ahead = _ahead(appraiser, fleet)
     asked = _asked(appraiser, float(pulls), latency_us)
     bounding.least_costs(fleet.table, fleet.hosts, own, ready, block_us, wait_us, kv_ahead, asked, fleet.found)
-    return Screen(fleet, own, ready, block_us, asked, fleet.found)
+    return Screen(fleet, own, ready, block_us, asked, fleet.found, link)
 
 
 def _asked(appraiser: Appraiser, pulls: float, latency_us: float) -> Asked:
@@ -123,6 +140,7 @@ def _asked(appraiser: Appraiser, pulls: float, latency_us: float) -> Asked:
         slack_price=float(config.slack_price),
         delay_rate=float(config.delay_weight * appraiser.standing.arrivals_per_s),
         tpot_slo_us=float(request.tpot_slo_us if objective else 0),
+        typical_tokens=float(appraiser.typical_tokens),
         stall_share=float(config.tpot_tail * config.stall_margin),
         broken_us=float(config.broken_us),
         window_us=float(WINDOW_US),
@@ -130,23 +148,17 @@ def _asked(appraiser: Appraiser, pulls: float, latency_us: float) -> Asked:
     )
 
 
-def _pull_floor(appraiser: Appraiser, fleet: Fleet) -> tuple[float, Floats]:
-    """Latency, and microseconds a block to each host of the fleet, at least, of a pull."""
+def _pull_floor(appraiser: Appraiser, fleet: Fleet, link: LinkFloor) -> Floats:
+    """Microseconds a block pulled to each host of the fleet, at least."""
     exact = appraiser.request.fidelity_min == Fidelity.EXACT
     size = appraiser.prefix.block_bytes(fleet.instances[0], exact)
-    local, remote = ([appraiser.costs.floor(place + tier) for tier in TIERS] for place in ("local", "remote"))
     hosts, shared = appraiser.prefix.host_numbers, appraiser.prefix.crowding(appraiser.now_us)
     for prompt, _ in appraiser.standing.pending:
         other = appraiser.cluster.instances.get(prompt.instance_id)
         node = appraiser.cluster.sources.get(other.info.node_source_id) if other is not None else None
         if node is not None and node.attached.host_id in hosts:
             shared[hosts[node.attached.host_id]] = 1
-    least = shared[shared > 0].min(initial=1 << 30) if shared.any() else 1
-    away_us = min(per_byte for _, per_byte in remote) * float(least)
-    here_us = min(per_byte for _, per_byte in local)
-    there = shared[fleet.source_hosts(hosts)]
-    by_host = np.where(there > 0, np.minimum(here_us * there, away_us), away_us)
-    return min(latency for latency, _ in (*local, *remote)), by_host * float(size)
+    return bounding.pull_floor(shared, fleet.source_hosts(hosts), link.here_us, link.away_us, float(size))
 
 
 def _ahead(appraiser: Appraiser, fleet: Fleet) -> tuple[Floats, Floats]:

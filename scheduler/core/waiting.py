@@ -119,6 +119,12 @@ class Line:
         return lane.ahead(order) if lane is not None else 0
 
 
+def charged_us(request: PlaceRequested, service_us: int) -> int:
+    """Virtual time that service takes of a request's tenant."""
+    weight = min(max(request.tenant_weight, TENANT_WEIGHT_MIN), TENANT_WEIGHT_MAX)
+    return max(int(service_us / weight), 1)
+
+
 @dataclass(slots=True)
 class WaitingRoom:
     """All who wait, by owner, by gateway, and in one line a model; at most `config.waiting_max`."""
@@ -151,9 +157,8 @@ class WaitingRoom:
     def charge(self, request: PlaceRequested, start_us: int, service_us: int) -> None:
         """Puts a request that waits, or is placed at once, on its tenant's account."""
         line = self.lines.setdefault(request.model, Line())
-        weight = min(max(request.tenant_weight, TENANT_WEIGHT_MIN), TENANT_WEIGHT_MAX)
         line.done_us.pop(request.tenant, None)
-        line.done_us[request.tenant] = start_us + max(int(service_us / weight), 1)
+        line.done_us[request.tenant] = start_us + charged_us(request, service_us)
         if len(line.done_us) > self.config.tenants_max:
             line.done_us = {t: us for t, us in line.done_us.items() if us > line.virtual_us}
         while len(line.done_us) > self.config.tenants_max:

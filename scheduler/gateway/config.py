@@ -58,6 +58,10 @@ class GatewayConfig:
     #: Answer tokens that a placement on an OpenAI server counts at most: such a server takes its pages as they are
     #: needed, so what is likely counts there, not what is possible.
     relay_tokens_max: int = 1024
+    #: An OpenAI server that has sent nothing for so long, of a stream or of a prefill, is lost: before its first token
+    #: (or for four times the predicted TTFT, if that is longer), and after it.
+    first_token_timeout_s: float = 120.0
+    next_token_timeout_s: float = 120.0
     #: Presented to the OpenAI servers.
     engine_api_key: str = ""
     #: After SIGTERM: how long running requests may go on before they are aborted.

@@ -44,6 +44,7 @@ class Metrics:
         self.tokens = counter("generated_tokens_total", "Tokens sent to clients", "model")
         self.placements = counter("placements_total", "Placements, split or co-located", "kind")
         self.replacements = counter("replacements_total", "Requests placed again, by what happened", "cause")
+        self.other_masks = counter("handoffs_other_mask_total", "Hand-offs under other keys than are listed", "model")
         self.refusals = counter("refusals_total", "Placements refused by the scheduler, by reason", "reason")
         self.read_differently = counter(
             "prompts_read_differently_total", "Prompts whose tokens were others at their OpenAI server", "model"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from kvpool.core.errors import BadArgument
@@ -12,7 +13,7 @@ from scheduler.core import checkpoint
 from scheduler.core.commands import Command, Placed, Refused
 from scheduler.core.core import SchedulerCore
 from scheduler.core.events import Event, PlaceRequested
-from scheduler.replay.reading import Entry, JournalFile
+from scheduler.replay.reading import Entry, JournalFile, open_journal
 from scheduler.service import codec
 
 DIFFERENCES_KEPT_MAX = 100
@@ -122,6 +123,11 @@ def replay(journal: JournalFile, after_event: Callable[[SchedulerCore], object] 
         state_sha256=_state_sha256(core),
         core=core,
     )
+
+
+def replay_file(path: str | Path) -> Replay:
+    """Replays one file. Raises: BadArgument for what can't be read or taken in."""
+    return replay(open_journal(Path(path)))
 
 
 def _state_sha256(core: SchedulerCore) -> str:

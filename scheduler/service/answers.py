@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from kvpool.core.namespace import NamespaceSpec
 from kvpool.v1 import common_pb2, directory_pb2, engine_pb2, scheduler_pb2
-from scheduler.core import events
+from scheduler.core import events, role_changes
 from scheduler.core.calibration import Calibration
-from scheduler.core.cluster import Cluster
 from scheduler.core.commands import Placed, PullRun, Refused, Target
+from scheduler.core.core import SchedulerCore
 from scheduler.core.ledger import Candidate, LedgerEntry
 from scheduler.core.roles import RoleBook
-from scheduler.core.waiting import Waiting, WaitingRoom
+from scheduler.core.waiting import Waiting
 
 _TIMES = tuple(events.RequestTimes.__dataclass_fields__)
 
@@ -142,11 +143,8 @@ def place_reply(choice: Placed | Refused) -> scheduler_pb2.PlaceReply:
     )
 
 
-_CANDIDATE = tuple(Candidate.__dataclass_fields__)
-
-
 def _candidates(candidates: Sequence[Candidate]) -> list[scheduler_pb2.Candidate]:
-    return [scheduler_pb2.Candidate(**{field: getattr(c, field) for field in _CANDIDATE}) for c in candidates]
+    return [scheduler_pb2.Candidate(**c._asdict()) for c in candidates]
 
 
 def explanation(entry: LedgerEntry, now_us: int, known: Calibration | None) -> scheduler_pb2.Explanation:
@@ -198,22 +196,42 @@ def prediction_errors(known: Calibration | None) -> list[scheduler_pb2.Predictio
     ]
 
 
-def plan_message(roles: RoleBook, cluster: Cluster, room: WaitingRoom, now_us: int) -> scheduler_pb2.Plan:
-    plan = scheduler_pb2.Plan()
+def role_ordered(book: RoleBook, instance_id: str) -> Any:
+    """What an instance was told and has not taken yet; unspecified for nothing."""
+    orders = [c.role for c in book.changes.values() if c.instance_id == instance_id and c.taken_us is None]
+    return int(orders[0]) if orders else 0
+
+
+def plan_message(core: SchedulerCore, now_us: int) -> scheduler_pb2.Plan:
+    roles, plan = core.roles, scheduler_pb2.Plan()
     for model in sorted(roles.proposals):
         proposal = roles.proposals[model]
-        instance = cluster.instances.get(proposal.instance_id)
+        flips = proposal.kind == "flip"
+        blocked = role_changes.blocked_for_plan(core, proposal.instance_id, proposal.role) if flips else ""
         plan.proposals.add(
             model=model,
             kind=proposal.kind,
             instance_id=proposal.instance_id,
-            role=int(proposal.role),  # type: ignore[arg-type]
+            role=int(proposal.role),
             why=proposal.why,
             age_ms=(now_us - proposal.since_us) // 1000,
-            executable=instance is not None and instance.info.role_changeable,
+            executable=flips and not blocked,
+            blocked=blocked,
+        )
+    for model in sorted(roles.changes):
+        change = roles.changes[model]
+        plan.changes.add(
+            model=model,
+            instance_id=change.instance_id,
+            was=int(change.was),
+            role=int(change.role),
+            state="told" if change.taken_us is None else "draining",
+            drains=role_changes.drains(core, core.cluster.instances[change.instance_id]),
+            age_ms=(now_us - change.ordered_us) // 1000,
+            why=change.why,
         )
     for model in sorted(roles.loads):
-        load, line = roles.loads[model], room.lines.get(model)
+        load, line = roles.loads[model], core.room.lines.get(model)
         plan.loads.add(
             model=model,
             prefill_instances=load.prefill_count,

@@ -23,10 +23,13 @@ from scheduler.core import (
     deadlines,
     events,
     fit,
+    outputs,
     pending,
     placements,
     policy_parameters,
     promises,
+    robust,
+    role_changes,
     roles,
     waiting,
 )
@@ -34,7 +37,7 @@ from scheduler.core.policies import POLICIES
 
 _MODULES = (
     namespace, changes, config, events, commands, deadlines, fit, cost, placements, cluster, arrivals, calibration,
-    pending, policy_parameters, promises, roles, waiting,
+    outputs, pending, policy_parameters, promises, robust, role_changes, roles, waiting,
 )  # fmt: skip
 
 CLASSES: dict[str, type] = {
@@ -47,7 +50,8 @@ ENUMS: dict[str, type[Enum]] = {
     cls.__name__: cls
     for cls in (changes.ChangeKind, ids.Tier, ids.Fidelity, ids.Role, namespace.GroupKind, Reason, cluster.State)
 }
-_FIELDS: dict[type, tuple[str, ...]] = {cls: tuple(f.name for f in fields(cls)) for cls in CLASSES.values()}
+#: What is derived from other fields is derived again.
+_FIELDS: dict[type, tuple[str, ...]] = {cls: tuple(f.name for f in fields(cls) if f.init) for cls in CLASSES.values()}
 _PLAIN = (int, float, str, bool, type(None))
 
 

@@ -9,15 +9,13 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from kvpool import __version__
-from kvpool.core.errors import BadArgument
 from scheduler.core import checkpoint
-from scheduler.core.commands import Command, Placed, Refused
+from scheduler.core.commands import Command
 from scheduler.core.core import SchedulerCore
 from scheduler.core.events import Event
 from scheduler.service import codec
@@ -30,7 +28,7 @@ FILES = 4
 
 
 class Journal:
-    """Appends to `scheduler-NNNNNN.jsonl` in one folder.
+    """Appends to `scheduler-NNNNNN.jsonl` in one folder; `scheduler.replay` reads them.
 
     At `bytes_max` / FILES a file is closed and the next begun with a checkpoint; the oldest files are deleted so that
     all together stay below `bytes_max`, of which the current file and the checkpoint it needs are never deleted.
@@ -159,78 +157,3 @@ class Journal:
 def files(folder: Path) -> list[Path]:
     """Journal files of a folder, oldest first."""
     return sorted(folder.glob("scheduler-[0-9]*.jsonl"))
-
-
-# ---------------------------------------------------------------- replay
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """Where a replay did not do what the record says."""
-
-    line: int
-    recorded: tuple[Command, ...]
-    replayed: tuple[Command, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Replay:
-    path: str
-    events: int
-    decisions: tuple[Placed | Refused, ...]  # as replayed
-    differences: tuple[Difference, ...]
-    torn: bool  # the last line was cut off, as by a crash
-    core: SchedulerCore  # as it was at the end
-
-    @property
-    def identical(self) -> bool:
-        return not self.differences
-
-
-def replay(path: str | Path) -> Replay:
-    """Runs a journal file through a fresh core and compares what comes out with the record.
-
-    Raises: BadArgument if the file is not a journal of a format known here.
-    """
-    lines = _lines(Path(path))
-    _, header = next(lines, (0, None))
-    if not isinstance(header, dict) or header.get("journal") != FORMAT:
-        raise BadArgument(f"{path} is not a scheduler journal of format {FORMAT}")
-    core = checkpoint.core_of(codec.from_json(header["checkpoint"]))
-    events = 0
-    decisions: list[Placed | Refused] = []
-    differences: list[Difference] = []
-    pending: tuple[int, tuple[Command, ...]] | None = None
-    torn = False
-    for number, line in lines:
-        if line is None:
-            torn = True
-            break
-        if "event" in line:
-            if pending is not None and pending[1]:
-                differences.append(Difference(pending[0], (), pending[1]))
-            commands = tuple(core.handle(codec.from_json(line["event"]), line["at"]))
-            decisions.extend(c for c in commands if isinstance(c, Placed | Refused))
-            events += 1
-            pending = (number, commands)
-        else:
-            recorded = codec.from_json(line["commands"])
-            replayed = pending[1] if pending is not None else ()
-            if recorded != replayed:
-                differences.append(Difference(number, recorded, replayed))
-            pending = None
-    # Of the last event alone the commands may be missing: it may be what the recorder died of.
-    return Replay(str(path), events, tuple(decisions), tuple(differences), torn, core)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Numbered lines as JSON; None for a last line that was cut off."""
-    with path.open("rb") as file:
-        for number, text in enumerate(file, 1):
-            if not text.endswith(b"\n"):
-                yield number, None
-                return
-            try:
-                yield number, json.loads(text)
-            except ValueError as error:
-                raise BadArgument(f"{path}:{number}: {error}") from error

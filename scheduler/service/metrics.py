@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from kvpool.core.errors import BadArgument, Unavailable
+from kvpool.core.ids import Role
 from scheduler.core.cluster import State
 from scheduler.core.core import SchedulerCore
 from scheduler.service.shell import Shell
@@ -130,6 +131,26 @@ class SchedulerMetrics:
             busy.add_metric([model, "prefill"], core.roles.loads[model].prefill)
             busy.add_metric([model, "decode"], core.roles.loads[model].decode)
         yield busy
+        yield from SchedulerMetrics._roles(core)
+
+    @staticmethod
+    def _roles(core: SchedulerCore) -> Iterator[Metric]:
+        have = GaugeMetricFamily("kvpool_scheduler_roles", "Instances that have a role.", labels=["model", "role"])
+        for model in sorted(core.cluster.by_model):
+            having = [core.cluster.instances[i].info.role for i in core.cluster.by_model[model]]
+            for role in Role:
+                have.add_metric([model, role.name.lower()], having.count(role))
+        yield have
+        changes = CounterMetricFamily(
+            "kvpool_scheduler_role_changes", "Changes of roles, by their end.", labels=["how"]
+        )
+        for name in sorted(core.counts):
+            if name.startswith("role_change_"):
+                changes.add_metric([name.removeprefix("role_change_")], core.counts[name])
+        yield changes
+        under_way = GaugeMetricFamily("kvpool_scheduler_role_changes_under_way", "Told to instances, and not over yet.")
+        under_way.add_metric([], len(core.roles.changes))
+        yield under_way
 
 
 class MetricsServer:

@@ -6,11 +6,13 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from kvpool import __version__
-from kvpool.core.errors import BadArgument, UnknownRequest
+from kvpool.core.errors import BadArgument, UnknownRequest, Unsupported
+from kvpool.core.ids import Role
 from kvpool.core.namespace import HASHES
 from kvpool.v1 import engine_pb2, scheduler_pb2, scheduler_pb2_grpc
+from scheduler.core import role_changes
 from scheduler.core.cluster import Instance, State
-from scheduler.core.commands import Placed
+from scheduler.core.commands import Placed, RoleRefused
 from scheduler.core.events import Event, GatewayClosed, InstanceLeft
 from scheduler.service import answers, wire
 from scheduler.service.eventlog.shared_log import SharedLog
@@ -45,8 +47,14 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
             greeting=self._greeting(),
             answer=lambda seq, want_snapshot: self._greeting(),
             beat=self._beat,
+            order=self._order,
         ):
             yield reply
+
+    def _order(self, role: Role) -> scheduler_pb2.SchedulerMessage:
+        message = self._greeting()
+        message.role = int(role)  # type: ignore[assignment]
+        return message
 
     async def OpenGateway(
         self, messages: AsyncIterator[scheduler_pb2.GatewayMessage], context: Any
@@ -85,7 +93,19 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
 
     async def GetPlan(self, request: scheduler_pb2.GetPlanRequest, context: Any) -> scheduler_pb2.Plan:
         core = self._shell.core
-        return answers.plan_message(core.roles, core.cluster, core.room, self._shell.now_us())
+        return answers.plan_message(core, self._shell.now_us())
+
+    async def SetRole(self, request: scheduler_pb2.SetRoleRequest, context: Any) -> scheduler_pb2.SetRoleReply:
+        event = wire.role_ordered(request)
+        if event.instance_id not in self._shell.core.cluster.instances:
+            raise BadArgument(f"there is no instance {event.instance_id!r}", hint="kvctl workers lists them")
+        for command in self._shell.submit(event):
+            if isinstance(command, RoleRefused) and command.instance_id == event.instance_id:
+                role = event.role.name.lower()
+                raise Unsupported(
+                    f"{event.instance_id} can't be given role {role}: {command.why}", hint="see kvctl workers and plan"
+                )
+        return scheduler_pb2.SetRoleReply()
 
     # ------------------------------------------------------------ lists
 
@@ -120,7 +140,7 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
         holdings = core.book.on(instance.id)
         prefill, decode = core.costs.prefill[instance.id].current(), core.costs.decode[instance.id].current()
         hbm_source_id, known = instance.info.hbm_source_id, core.calibrations.get(instance.id)
-        overhead_us, _, factor = known.correction(self._shell.now_us()) if known is not None else (0.0, 1.0, 1.0)
+        overhead_us, _, factor = known.factors(self._shell.now_us()) if known is not None else (0.0, 1.0, 1.0)
         return scheduler_pb2.InstanceStatus(
             info=answers.engine_info(instance.info),
             state="draining" if instance.draining and instance.state is State.ALIVE else instance.state.value,
@@ -141,6 +161,8 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
             ttft_overhead_us=overhead_us,
             ttft_factor=factor,
             requests_waiting=core.room.planned_on(instance.info.model, instance.id),
+            role_ordered=answers.role_ordered(core.roles, instance.id),
+            role_drains=role_changes.drains(core, instance),
         )
 
     async def GetStatus(self, request: scheduler_pb2.GetStatusRequest, context: Any) -> scheduler_pb2.ClusterStatus:

@@ -12,6 +12,7 @@ from pathlib import Path
 import grpc.aio
 
 from kvpool.channels.tls import TlsConfig
+from kvpool.core import replicas
 from kvpool.core.errors import BadArgument
 from kvpool.service import rpc
 from kvpool.v1 import directory_pb2, directory_pb2_grpc, scheduler_pb2, scheduler_pb2_grpc
@@ -19,6 +20,7 @@ from scheduler.core import bounding, covering
 from scheduler.core.config import SchedulerConfig
 from scheduler.core.core import SchedulerCore
 from scheduler.core.policies import POLICIES
+from scheduler.service.collecting import Collector
 from scheduler.service.directory_servicer import DirectoryServicer
 from scheduler.service.eventlog.shared_log import SharedLog, SharedLogConfig
 from scheduler.service.journal import Journal
@@ -101,6 +103,7 @@ class SchedulerServer:
         # Kernels are compiled, or loaded, before anybody waits for a place.
         bounding.warm_up()
         covering.warm_up()
+        replicas.warm_up()
         self.shell.start()
         try:
             if self.config.redis:
@@ -128,6 +131,11 @@ class SchedulerServer:
             directory_pb2.DESCRIPTOR.services_by_name["Directory"].full_name,
             scheduler_pb2.DESCRIPTOR.services_by_name["Scheduler"].full_name,
         ]
+
+    def requests_answered(self) -> int:
+        """Placements and refusals so far."""
+        counts = self.shell.core.counts
+        return counts["placements"] + counts["refusals"]
 
     async def main_loop(self) -> None:
         """Returns after `stop`."""
@@ -168,8 +176,11 @@ async def _run(config: SchedulerServerConfig, on_ready: Callable[[dict[str, str]
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.stop)
     await server.startup()
+    collecting = asyncio.create_task(Collector(server.requests_answered).main_loop())
     try:
         on_ready(server.facts())
         await server.main_loop()
     finally:
+        collecting.cancel()
+        await asyncio.gather(collecting, return_exceptions=True)
         await server.shutdown()

@@ -9,14 +9,18 @@ from collections.abc import Callable
 from typing import Protocol
 
 from kvpool.core.errors import Overloaded, Unavailable
+from kvpool.core.ids import Role
 from scheduler.core import checkpoint
 from scheduler.core.commands import (
     AcknowledgeSource,
+    ChangeRole,
     CloseStream,
     Command,
     Placed,
     PlacementEnded,
     Refused,
+    RoleChanged,
+    RoleChangeEnded,
     RoleProposed,
     StateChanged,
 )
@@ -36,9 +40,11 @@ def monotonic_us() -> int:
 
 
 class LifeLine(Protocol):
-    """The sending side of a stream that the core may answer on or end. Neither call blocks."""
+    """The sending side of a stream that the core may answer on or end. No call blocks."""
 
     def acknowledge(self, seq: int, want_snapshot: bool) -> None: ...
+
+    def change_role(self, role: Role) -> None: ...
 
     def close(self, reason: str) -> None: ...
 
@@ -187,6 +193,8 @@ class Shell:
             log.info("%s %s is %s", command.kind, command.id, command.state)
         elif isinstance(command, RoleProposed):
             log.info("proposed: %s %s %s: %s", command.kind, command.instance_id, command.role.name, command.why)
+        elif isinstance(command, ChangeRole | RoleChanged | RoleChangeEnded):
+            self._role(command)
         elif isinstance(command, Placed):
             self._answer(command)
         elif isinstance(command, Refused):
@@ -194,6 +202,18 @@ class Shell:
             log.info("request %s refused: %s: %s", command.request_id, command.reason.name, command.message)
         elif isinstance(command, PlacementEnded) and command.why == "expired":
             log.warning("the placement of request %s expired without an outcome", command.request_id)
+
+    def _role(self, command: ChangeRole | RoleChanged | RoleChangeEnded) -> None:
+        name, role = command.instance_id, command.role.name.lower()
+        if isinstance(command, ChangeRole):
+            log.info("instance %s is told to take role %s", name, role)
+            line = self._streams.get(command.stream)
+            if line is not None:
+                line.change_role(command.role)
+        elif isinstance(command, RoleChanged):
+            log.info("instance %s has role %s, and had %s", name, role, command.was.name.lower())
+        elif command.how != "done":
+            log.warning("the change of instance %s to role %s has ended: %s", name, role, command.how)
 
     # ------------------------------------------------------------ streams
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 
 from kvpool.core.errors import BadArgument, Overloaded
+from kvpool.core.ids import Role
 from scheduler.core.events import Event
 from scheduler.service.shell import Shell
 
@@ -16,10 +17,11 @@ Reply = TypeVar("Reply")
 
 
 class Outbox:
-    """What is to be said on a life line. Holds at most one answer: a newer one takes the older one in."""
+    """What is to be said on a life line. Holds at most one answer and one role: a newer one takes the older one in."""
 
     def __init__(self) -> None:
         self._acknowledged: tuple[int, bool] | None = None
+        self._role: Role | None = None
         self._closed: str | None = None
         self._changed = asyncio.Event()
 
@@ -27,6 +29,14 @@ class Outbox:
         wanted_before = self._acknowledged is not None and self._acknowledged[1]
         self._acknowledged = (seq, want_snapshot or wanted_before)
         self._changed.set()
+
+    def change_role(self, role: Role) -> None:
+        self._role = role
+        self._changed.set()
+
+    def take_role(self) -> Role | None:
+        role, self._role = self._role, None
+        return role
 
     def close(self, reason: str) -> None:
         self._closed = reason
@@ -58,6 +68,7 @@ async def serve_life_line(
     greeting: Reply,
     answer: Callable[[int, bool], Reply],
     beat: Callable[[int], Reply],
+    order: Callable[[Role], Reply] | None = None,
 ) -> AsyncIterator[Reply]:
     """Serves one life line from its first message to its end.
 
@@ -66,6 +77,7 @@ async def serve_life_line(
         end: makes the event of the stream's end, whatever ended it.
         greeting: said when the first message has been taken in.
         beat: what is said of the last batch acknowledged when there was nothing to say for a heartbeat interval.
+        order: how an instance is told its role; None: nobody here has one.
     Raises: BadArgument for wrong messages; Overloaded when the core ends the life line, with its reason.
     """
     try:
@@ -88,11 +100,13 @@ async def serve_life_line(
         while True:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(outbox.changed(), interval_s)
-            taken = outbox.take()
+            role, taken = outbox.take_role(), outbox.take()
+            if role is not None and order is not None:
+                yield order(role)
             if taken is not None:
                 acknowledged = taken[0]
                 yield answer(*taken)
-            elif outbox.closed is None and not reader.done():
+            elif role is None and outbox.closed is None and not reader.done():
                 # A scheduler that hangs is told from one that has nothing to say.
                 yield beat(acknowledged)
             if outbox.closed is not None:

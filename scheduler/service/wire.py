@@ -120,6 +120,13 @@ def _blocks_changed(batch: directory_pb2.EventBatch, stream: int) -> events.Bloc
 # ---------------------------------------------------------------- instances
 
 
+def role(value: int) -> Role:
+    """Raises: BadArgument if it is none."""
+    if value not in Role.__members__.values():
+        raise BadArgument(f"role {value} is unknown")
+    return Role(value)
+
+
 def namespace_spec(spec: common_pb2.NamespaceSpec) -> NamespaceSpec:
     """Raises: BadArgument if the specification is not a valid one."""
     groups = []
@@ -146,8 +153,6 @@ def namespace_spec(spec: common_pb2.NamespaceSpec) -> NamespaceSpec:
 
 
 def instance_joined(info: engine_pb2.EngineInfo, stream: int) -> events.InstanceJoined:
-    if int(info.role) not in Role.__members__.values():
-        raise BadArgument(f"role {info.role} is unknown")
     for field in ("context_tokens_max", "kv_tokens_total", "batch_max"):
         if not getattr(info, field):
             raise BadArgument(f"{field} must be at least 1")
@@ -157,7 +162,7 @@ def instance_joined(info: engine_pb2.EngineInfo, stream: int) -> events.Instance
         events.InstanceInfo(
             instance_id=_name(info.instance_id, "instance_id"),
             epoch=info.epoch,
-            role=Role(info.role),
+            role=role(info.role),
             model=_name(info.model, "model"),
             namespace=namespace,
             context_tokens_max=info.context_tokens_max,
@@ -198,7 +203,12 @@ def instance_reported(report: scheduler_pb2.InstanceReport, stream: int) -> even
         ),
         finished_prefills=tuple(report.finished_prefills),
         draining=report.draining,
+        role=role(report.role) if report.role else None,
     )
+
+
+def role_ordered(request: scheduler_pb2.SetRoleRequest) -> events.RoleOrdered:
+    return events.RoleOrdered(_name(request.instance_id, "instance_id"), role(request.role))
 
 
 # ---------------------------------------------------------------- gateways

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
+from kvpool.core.ids import Role
 from scheduler.core.commands import (
     AcknowledgeSource,
+    ChangeRole,
     CloseStream,
     Command,
     Placed,
     PlacementEnded,
     Refused,
+    RoleChanged,
     StateChanged,
 )
 from scheduler.core.core import SchedulerCore
@@ -26,6 +29,12 @@ class Answers(Protocol):
     def placed(self, placed: Placed) -> None: ...
 
     def refused(self, refused: Refused) -> None: ...
+
+
+class Ordered(Protocol):
+    """A life line of somebody who takes roles."""
+
+    def order(self, stream: int, role: Role) -> None: ...
 
 
 class Control:
@@ -110,6 +119,13 @@ class Control:
         if line is not None:
             self._queue.after(self._rpc_us, line.closed, command.stream)
 
+    def _change_role(self, command: ChangeRole) -> None:
+        line = cast(Ordered, self._lines[command.stream])
+        self._queue.after(self._rpc_us, line.order, command.stream, command.role)
+
+    def _role_changed(self, command: RoleChanged) -> None:
+        self._log.add("role", id=command.instance_id, role=command.role.name, was=command.was.name)
+
     def _state(self, command: StateChanged) -> None:
         self._log.add("state", kind=command.kind, id=command.id, state=command.state)
 
@@ -121,4 +137,6 @@ _ACTS: dict[type, Callable[[Control, Any], None]] = {
     AcknowledgeSource: Control._acknowledge,
     CloseStream: Control._close,
     StateChanged: Control._state,
+    ChangeRole: Control._change_role,
+    RoleChanged: Control._role_changed,
 }

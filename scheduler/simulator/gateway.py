@@ -104,7 +104,7 @@ class Gateway:
             prompt_tokens=trace.prompt_tokens + live.tokens,
             max_tokens=max(config.max_tokens - live.tokens, left),
             ttft_slo_us=config.ttft_slo_us if config.tells_slo and not live.tokens else 0,
-            tpot_slo_us=config.tbt_slo_us if config.tells_slo and not live.tokens and not config.late_rejection else 0,
+            tpot_slo_us=config.tbt_slo_us if config.tells_slo and not live.tokens else 0,
             policy="",
             use_pool=True,
             sticky_key=trace.session,
@@ -113,6 +113,7 @@ class Gateway:
             namespace_id=self._hosts.namespace_id,
             priority=trace.priority,
             tenant=trace.tenant,
+            wait_us_max=config.wait_us_max,
         )
         self._queue.after(config.rpc_us, self._control.deliver, event)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Protocol
 
@@ -75,13 +75,18 @@ class InstanceLine(LifeLine):
     def farewell(self) -> Event:
         return InstanceLeft(self.stream)
 
+    def order(self, stream: int, role: Role) -> None:
+        """The scheduler wants another role: taken at once, and told with the next report."""
+        if stream == self.stream and not self._cut:
+            self.info = replace(self.info, role=role)
+
 
 @dataclass(slots=True, eq=False)
 class Seat:
     """A place for an instance: the engine that has it now, and what it says."""
 
     instance_id: str
-    role: Role
+    role: Role  # of each of its processes when it begins
     host: str
     engine: Engine
     line: InstanceLine
@@ -229,6 +234,7 @@ class Hosts:
             gpu=hardware.gpu,
             tp=hardware.gpus_per_instance,
             price_per_hour=hardware.price_instance_hour,
+            role_changeable=self.config.role_changeable,
         )
 
     def _start(self, seat: Seat) -> None:
@@ -285,6 +291,7 @@ class Hosts:
                 links=tuple(samples.links),
                 finished_prefills=tuple(samples.finished_prefills),
                 draining=False,
+                role=seat.line.info.role,
             )
         )
 

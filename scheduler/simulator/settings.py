@@ -29,11 +29,13 @@ class SimulationConfig:
     tbt_slo_us: int = SECOND_US // 5
     #: Whether the scheduler is told the limits, and so may refuse; None = if its policy refuses early.
     refuses: bool | None = None
-    #: Decode load is judged by the decode instance when the prefill is over, and not by the scheduler: a request that
-    #: it turns away then was computed in vain.
+    #: The decode instance judges its load once more when the prefill is over: a request that it turns away then was
+    #: computed in vain.
     late_rejection: bool = False
     #: What clients ask for; one who gets more asks for what it gets.
     max_tokens: int = 2048
+    #: Longest wait for a place that the gateway allows: 0.8 of its `place_timeout_s`, as in production.
+    wait_us_max: int = 12 * SECOND_US
     #: How often a client comes back after a refusal, each time after its Retry-After.
     retries_max: int = 0
     #: Share of the Retry-After that they wait: below 1 are impatient ones.
@@ -52,6 +54,8 @@ class SimulationConfig:
     waiting_max: int = 256
     #: Others can pull from an instance's HBM.
     hbm_readable: bool = False
+    #: The scheduler may give instances other roles. What an engine computes a step stays as it was started.
+    role_changeable: bool = False
     faults: tuple[Fault, ...] = ()
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
 
@@ -75,7 +79,7 @@ class SimulationConfig:
             raise BadArgument(f"nodes must be 1 to {NODES_MAX}, not {self.nodes}")
         if not 0 < self.speed < 1e6:
             raise BadArgument(f"speed must be above 0, not {self.speed:g}")
-        for name in ("ttft_slo_us", "tbt_slo_us", "max_tokens", "request_timeout_us", "waiting_max"):
+        for name in ("ttft_slo_us", "tbt_slo_us", "max_tokens", "wait_us_max", "request_timeout_us", "waiting_max"):
             if getattr(self, name) < 1:
                 raise BadArgument(f"{name} must be at least 1")
         if not 0 <= self.noise_ratio < 1:

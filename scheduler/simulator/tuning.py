@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from random import Random
 from typing import Any
 
@@ -30,7 +30,7 @@ def _one_of(*values: Any) -> Draw:
 _COSTS: dict[str, Draw] = {
     "harm_weight": _log_between(0.05, 2.0),
     "broken_us": _whole_log_between(2e6, 3e8),
-    "stall_margin": _between(0.1, 1.0),
+    "stall_margin": _between(0.3, 1.5),
     "delay_weight": _log_between(0.2, 4.0),
 }
 #: Policy -> setting -> how it is drawn. Those that are not here have nothing to tune.
@@ -70,3 +70,20 @@ def draw(policy: str, workload: str, number: int) -> dict[str, Any]:
         return {}
     random = Random(f"{policy}/{workload}/{number}")
     return {name: space[name](random) for name in sorted(space)}
+
+
+def chosen(tried: Mapping[int, Sequence[float]]) -> int:
+    """The try to keep: the best on average, if it beats the defaults by more than luck; else the defaults.
+
+    Luck is one standard error of the difference, paired by window. Of equal ones the earliest is best.
+
+    Args:
+        tried: of each try its goodputs, on the same windows in the same order; with those of the defaults, try 0.
+    """
+    means = {number: sum(goodputs) / len(goodputs) for number, goodputs in tried.items()}
+    best = max(means, key=lambda number: (means[number], -number))
+    gains = [ours - default for ours, default in zip(tried[best], tried[0], strict=True)]
+    mean = sum(gains) / len(gains)
+    squares = sum((gain - mean) ** 2 for gain in gains)
+    error = math.sqrt(squares / (len(gains) - 1) / len(gains)) if len(gains) > 1 else 0.0
+    return best if mean > error else 0

@@ -16,6 +16,8 @@ T_95 = (
 )  # fmt: skip
 #: What is promised: nowhere more below the best baseline, no decile of length more, this share of the bound.
 BELOW_BEST_MAX, DECILE_EXCESS_MAX, BOUND_SHARE_MIN = 0.01, 0.05, 0.85
+#: Where the best baseline serves this share in time there is nothing to gain: such a cell is not saturated.
+SERVES_ALL = 0.98
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +74,17 @@ class Verdict:
         return self.goodput[self.best] / self.bound if self.bound else 1.0
 
     @property
+    def saturated(self) -> bool:
+        """Whether more comes than the best baseline serves."""
+        return self.cell.saturated and self.goodput[self.best] < SERVES_ALL
+
+    @property
     def problems(self) -> list[str]:
         """Which promises this cell breaks."""
         out = []
         if self.difference.mean < -BELOW_BEST_MAX:
             out.append(f"{-100 * self.difference.mean:.1f} points below {self.best}")
-        if self.cell.saturated and not self.difference.low > 0:
+        if self.saturated and not self.difference.low > 0:
             out.append("saturated, and the interval is not above zero")
         if self.decile_excess > DECILE_EXCESS_MAX:
             out.append(f"a decile of length is {100 * self.decile_excess:.1f} points worse")
@@ -161,7 +168,7 @@ COLUMNS = (
 
 def summary(found: Sequence[Verdict]) -> dict[str, Any]:
     """Counts over the grid: how many cells keep each promise."""
-    saturated = [v for v in found if v.cell.saturated]
+    saturated = [v for v in found if v.saturated]
     return {
         "cells": len(found),
         "seeds_min": min((v.seeds for v in found), default=0),

@@ -61,6 +61,8 @@ def test_four_gpus_and_a_broken_pair_stay_together_and_the_link_is_fixed_first()
     assert text[0].startswith("Stay co-located, fix the link first")
     broken = next(line for line in text if line.startswith("Broken"))
     assert "gpu2 to gpu3 carries 2.0 GB/s" in broken and "the others carry 150.0 GB/s" in broken
+    assert advice.chosen is not None
+    assert ("Put no instance across" in broken) == (advice.chosen.design.decode.gpus_per_instance > 1)
 
 
 def test_a_broken_link_turns_an_answer_that_a_whole_one_would_give() -> None:
@@ -82,7 +84,8 @@ def test_slow_storage_is_not_read() -> None:
     """Reported: 2450 ms to read from files what took 1725 ms to compute."""
     tokens = 47_000
     seconds = float(A800.prefill_us(tokens, 0)) / 1e6
-    slow = replace(A800, ssd_bytes_s=tokens * A800.kv_token_bytes / (seconds * 2450 / 1725))
+    speed = tokens * A800.kv_token_bytes / (seconds * 2450 / 1725)
+    slow = replace(A800, ssd_bytes=1 << 40, ssd_bytes_s=speed)
     advice = advise([slow], 32, None, demand(48_000, 200, cached=tokens), Objectives())
     ssd = next(one for one in advice.storage if "SSD" in one.place)
     assert not ssd.pays
@@ -90,6 +93,8 @@ def test_slow_storage_is_not_read() -> None:
     assert f"A prefix of {tokens:,} tokens in the SSD of the same node: recompute" in " ".join(words.sentences(advice))
     memory = next(one for one in advice.storage if one.place == "memory of the same node")
     assert memory.pays
+    without = advise([replace(slow, ssd_bytes=0)], 32, None, demand(48_000, 200, cached=tokens), Objectives())
+    assert not any("SSD" in one.place for one in without.storage), "nothing is said of drives that are not there"
 
 
 def test_fetching_pays_exactly_from_where_it_is_said_to() -> None:

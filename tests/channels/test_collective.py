@@ -22,8 +22,9 @@ import pytest
 from kvpool.channels import collective_wire as wire
 from kvpool.channels.base import ChannelError
 from kvpool.channels.collective import CollectiveChannel, available
+from kvpool.channels.collective_server import CollectiveServer
 from kvpool.core.arrays import Descriptors
-from kvpool.core.errors import BadArgument, Reason
+from kvpool.core.errors import BadArgument, Reason, Unsupported
 from tests.channels.collective_peer import BLOCK_BYTES, COUNT, LEASE, RESERVATION, SESSION, Source
 
 pytestmark = pytest.mark.skipif(not available(), reason="torch is not installed")
@@ -219,6 +220,20 @@ def test_strangers_are_sent_away(source: Source) -> None:
 def test_bad_offers(change: dict[str, str]) -> None:
     with pytest.raises(BadArgument):
         CollectiveChannel.open({"address": "127.0.0.1:1", "token": "00" * 32, "backend": "gloo", **change})
+
+
+def test_a_backend_that_torch_does_not_have_is_refused_before_anything_is_sent(source: Source) -> None:
+    """The client takes its other channels then, and a node that was told to offer it does not start."""
+    torch = pytest.importorskip("torch")
+    if torch.distributed.is_nccl_available() and torch.cuda.is_available():
+        pytest.skip("this build of torch has NCCL, and a GPU")
+    for call in (
+        lambda: CollectiveChannel.open({"address": "127.0.0.1:1", "token": "00" * 32, "backend": "nccl"}),
+        lambda: CollectiveServer(source.data, source.grants, "127.0.0.1", 0, backend="nccl"),
+    ):
+        with pytest.raises(Unsupported, match="NCCL") as caught:
+            call()
+        assert "gloo" in caught.value.hint
 
 
 def test_settle_waits_for_what_an_earlier_call_sent(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from kvpool.core import replicas
 from kvpool.core.changes import BlockChange, ChangeKind
 from kvpool.core.directory import ASK_AGAIN_US, Applied, Directory, DirectoryConfig, SourceRecord
 from kvpool.core.errors import BadArgument, BadKeyLength, Overloaded
 from kvpool.core.ids import Fidelity, Tier
+from kvpool.core.kernels import directory as directory_kernels
 from kvpool.core.replicas import ReplicaTable
 
 EXACT, INT8 = Fidelity.EXACT, Fidelity.INT8
@@ -248,6 +250,9 @@ TestDirectoryMachine = DirectoryMachine.TestCase
 
 # ---------------------------------------------------------------- the table
 
+HOLDERS = 70  # more than are read without being remembered
+INSERTED, REMOVED, FORGOTTEN = "inserted", "removed", "forgotten"
+
 
 @settings(max_examples=60, deadline=None)
 @given(
@@ -278,6 +283,73 @@ def test_table_against_a_dict_of_sets(steps):
         for holder in range(40):
             kept = sorted(k for k, s in oracle.items() if holder in s)
             assert sorted(bytes(k) for k in table.collect(holder)[0]) == kept
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([INSERTED, INSERTED, REMOVED, FORGOTTEN]),
+            st.integers(0, HOLDERS - 1), st.integers(1, HOLDERS), st.integers(0, 11), st.integers(1, 12),
+            st.sampled_from([EXACT, EXACT, INT8]),
+        ),
+        min_size=1, max_size=25,
+    )
+)  # fmt: skip
+def test_runs_of_many_holders_by_definition(steps):
+    """Crowds of sources gain and lose the same stretches of a prompt; what was read of them before misleads nobody."""
+    table, holders = ReplicaTable(1 << 20), {source: {} for source in range(HOLDERS)}
+    packed = [key(n) for n in range(12)]
+    for kind, source, crowd, first, count, fidelity in steps:
+        keys = packed[first : first + count]
+        for number in range(source, min(source + crowd, HOLDERS)):
+            if kind == INSERTED:
+                table.insert(keys_array(keys), number, fidelity)
+                holders[number].update(dict.fromkeys(keys, int(fidelity)))
+            elif kind == REMOVED:
+                table.remove(keys_array(keys), number)
+                for k in keys:
+                    holders[number].pop(k, None)
+            else:
+                table.clear(number)
+                holders[number].clear()
+        table.check_invariants()
+        for asked in (packed, packed[first:]):
+            covered, rows = table.match(keys_array(asked))
+            assert (covered, sorted(map(tuple, rows.tolist()))) == runs_oracle(holders, asked)
+
+
+def test_more_sets_of_holders_than_are_remembered():
+    """Each of a few hundred sets is another one: two that share a place are told apart."""
+    table, packed = ReplicaTable(1 << 20), key(1)
+    held = dict.fromkeys(range(HOLDERS))
+    for source in held:
+        table.insert(keys_array([packed]), source, EXACT)
+    rng = np.random.default_rng(7)
+    for source in rng.integers(0, HOLDERS, 6 * replicas.RECENT_SETS).tolist():
+        if source in held:
+            del held[source]
+            table.remove(keys_array([packed]), source)
+        else:
+            held[source] = None
+            table.insert(keys_array([packed]), source, EXACT)
+        covered, rows = table.match(keys_array([packed]))
+        assert (covered, sorted(rows[:, 0].tolist())) == (1, sorted(held))
+
+
+def test_after_warming_up_nothing_is_compiled():
+    """The first placement waits for no compiler."""
+    replicas.warm_up()
+    kernels = [f for f in vars(directory_kernels).values() if hasattr(f, "signatures")]
+    before = {f: len(f.signatures) for f in kernels}
+    table, keys = ReplicaTable(1 << 20), np.random.default_rng(0).integers(0, 256, (5000, 16), dtype=np.uint8)
+    table.insert(keys, 3, EXACT)
+    table.insert(keys[:64], 4, EXACT)
+    table.match(keys[:64])
+    table.collect(3)
+    table.remove(keys[:64], 3)
+    table.clear(3)
+    assert {f: len(f.signatures) for f in kernels} == before
 
 
 @pytest.mark.parametrize("sources", [1, 3])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from scheduler.replay.exact import replay_file
 from scheduler.service import journal
 from tests.e2e.conftest import Running, eventually
 
@@ -72,7 +73,7 @@ def test_the_journal_replays_to_the_same_decisions(cluster: Running, prompts: Cu
 
     def recorded() -> set[str]:
         shutil.copytree(cluster.local.options.journal, tmp_path, dirs_exist_ok=True)
-        replays = [journal.replay(file) for file in journal.files(tmp_path)]
+        replays = [replay_file(file) for file in journal.files(tmp_path)]
         assert all(r.identical for r in replays), [r.differences for r in replays]
         assert sum(r.events for r in replays) > len(placed)
         return {d.request_id for r in replays for d in r.decisions}

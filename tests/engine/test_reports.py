@@ -15,7 +15,7 @@ from engines.torch.reports import NodeWatch
 from kvpool.client import PoolClient
 from kvpool.core.errors import Unavailable
 from kvpool.core.ids import Tier
-from kvpool.v1 import directory_pb2, directory_pb2_grpc, scheduler_pb2, scheduler_pb2_grpc
+from kvpool.v1 import directory_pb2, directory_pb2_grpc, engine_pb2, scheduler_pb2, scheduler_pb2_grpc
 
 from .driving import prompt
 from .serving import Gateway, eventually, worker
@@ -30,6 +30,7 @@ class Recorder(scheduler_pb2_grpc.SchedulerServicer, directory_pb2_grpc.Director
         self.held: set[bytes] = set()
         self.hello: directory_pb2.SourceHello | None = None
         self.ended = threading.Event()
+        self.order = engine_pb2.ROLE_UNSPECIFIED  # said after each report
 
     def Join(
         self, requests: Iterator[scheduler_pb2.InstanceMessage], context: grpc.ServicerContext
@@ -39,6 +40,8 @@ class Recorder(scheduler_pb2_grpc.SchedulerServicer, directory_pb2_grpc.Director
         yield scheduler_pb2.SchedulerMessage(report_interval_ms=50, scheduler_id="s")
         for message in requests:
             self.reports.append(message.report)
+            if self.order:
+                yield scheduler_pb2.SchedulerMessage(report_interval_ms=50, scheduler_id="s", role=self.order)
 
     def Attach(
         self, requests: Iterator[directory_pb2.SourceMessage], context: grpc.ServicerContext
@@ -106,6 +109,25 @@ def test_a_worker_reports_and_announces(llama: LoadedModel, recorder: tuple[Reco
             gateway.submit("s", prompt(2, 20))
             assert len(gateway.tokens("s")) == 12
     assert restarted.ended.wait(5), "a worker that stops leaves at once"
+
+
+@pytest.mark.parametrize("changeable", [True, False])
+def test_a_role_is_taken_by_those_that_agree(
+    llama: LoadedModel, recorder: tuple[Recorder, str, list[grpc.Server]], changeable: bool
+) -> None:
+    heard, address, _ = recorder
+    with worker(llama, scheduler=address, role="decode", role_changeable=changeable) as running:
+        eventually(lambda: bool(heard.reports), "a report")
+        assert heard.infos[0].role_changeable == changeable
+        assert {report.role for report in heard.reports} == {engine_pb2.ROLE_DECODE}
+        before = len(heard.reports)
+        heard.order = engine_pb2.ROLE_PREFILL
+        if changeable:
+            eventually(lambda: heard.reports[-1].role == engine_pb2.ROLE_PREFILL, "it says that it has the role")
+            assert running.info().role == engine_pb2.ROLE_PREFILL, "and says so again when it joins again"
+        else:
+            eventually(lambda: len(heard.reports) > before + 5, "it goes on")
+            assert heard.reports[-1].role == engine_pb2.ROLE_DECODE
 
 
 def test_an_hbm_that_can_be_read_is_announced_with_its_address(

@@ -15,6 +15,8 @@ import pytest
 from engines.openai_server.instance import AgentContext, ServerInstance
 from engines.openai_server.settings import ServerSettings
 from kvpool.core.ids import Role
+from scheduler.core.commands import RoleRefused
+from scheduler.core.events import RoleOrdered
 from scheduler.gateway.config import GatewayConfig
 from scheduler.gateway.server import GatewayServer
 from scheduler.gateway.text import Tokenizer
@@ -92,6 +94,22 @@ async def joined(
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_tokenizer(Path(tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.mark.parametrize("changeable", [True, False])
+def test_a_server_is_given_another_role_if_it_may(tokenizer: str, changeable: bool) -> None:
+    async def test() -> None:
+        extras = ({"role": "prefill", "role_changeable": changeable}, {"role": "prefill"}, {"role": "decode"})
+        async with joined(tokenizer, *extras) as made:
+            instances = made.scheduler.shell.core.cluster.instances
+            commands = made.scheduler.shell.submit(RoleOrdered("server-0", Role.DECODE))
+            if not changeable:
+                assert [type(command) for command in commands] == [RoleRefused]
+                return
+            await made.until(lambda: instances["server-0"].info.role is Role.DECODE)
+            assert not made.scheduler.shell.core.roles.changes
+
+    asyncio.run(test())
 
 
 def test_a_server_joins_reports_and_leaves(tokenizer: str) -> None:

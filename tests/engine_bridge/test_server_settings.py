@@ -13,8 +13,8 @@ from kvpool.core.errors import BadArgument
 def test_a_flag() -> None:
     assert server_of_flag("http://h:8000") == ServerSettings("http://h:8000")
     assert server_of_flag("http://h:8000").instance_id == "h:8000"
-    told = server_of_flag("http://h:8000/,id=p0,role=prefill,events=tcp://h:5557,batch_max=8")
-    assert told == ServerSettings("http://h:8000/", "p0", "prefill", "tcp://h:5557", batch_max=8)
+    told = server_of_flag("http://h:8000/,id=p0,role=prefill,events=tcp://h:5557,batch_max=8,role_changeable=true")
+    assert told == ServerSettings("http://h:8000/", "p0", "prefill", "tcp://h:5557", batch_max=8, role_changeable=True)
     assert told.address == "http://h:8000"
 
 
@@ -30,7 +30,8 @@ def test_a_file(tmp_path: Path) -> None:
     "text",
     [
         "h:8000", "ftp://h:1", "http://h:1/v1", "http://h:1,role=both,x=1", "http://h:1,role=all", "http://h:1,role",
-        "http://h:1,batch_max=0", "http://h:1,batch_max=x", "http://h:1,handoff=udp", "http://h:1,replay=tcp://h:2", "",
+        "http://h:1,batch_max=0", "http://h:1,batch_max=x", "http://h:1,handoff=udp", "http://h:1,role_changeable=yes",
+        "http://h:1,replay=tcp://h:2", "",
     ],
 )  # fmt: skip
 def test_flags_that_make_no_sense(text: str) -> None:

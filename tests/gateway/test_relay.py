@@ -11,11 +11,14 @@ import httpx
 import numpy as np
 import pytest
 
+from kvpool.v1.scheduler_pb2 import Placement
+from scheduler.gateway.config import GatewayConfig
 from scheduler.gateway.credentials import Tenant
 from scheduler.gateway.lifecycle import LifecycleLimits
 from scheduler.gateway.relay.asks import Ask
 from scheduler.gateway.relay.reading import _with_calls, read_ask
-from scheduler.gateway.relay.relaying import Relay
+from scheduler.gateway.relay.relaying import Relay, patience_of
+from scheduler.gateway.relay.upstream import Patience
 from tests.gateway.cluster_made import BLOCK_TOKENS, MODEL, ClusterMade, colocated, expected_tokens, run, saying, split
 from tests.gateway.server_made import NAMING, ServerMade, served
 
@@ -292,6 +295,67 @@ def test_another_server_goes_on(tokenizer: str, chat: bool, how: str) -> None:
             await c.until(lambda: len(c.scheduler.ends()) == 3)
             assert [o.finish_reason for o in c.scheduler.ends()] == ["length", "instance_lost", "length"]
             assert [o.tokens for o in c.scheduler.ends()][1:] == [3, 5]
+
+    run(test())
+
+
+@pytest.mark.parametrize("said", [0, 3])
+def test_a_server_that_falls_silent_is_left(tokenizer: str, said: int) -> None:
+    """Its HTTP side lives, its engine does not: nothing more would come until the request's own deadline."""
+
+    async def test() -> None:
+        async with served(tokenizer, servers=3, first_token_timeout_s=2.0, next_token_timeout_s=2.0) as c:
+            first, second, _ = servers_of(c)
+            first.stop_after = said
+            stream = await Stream(c, ASK).whole()
+            assert stream.text == text_of(c, 8) and stream.finish == ["length"] and stream.done
+            assert list(c.scheduler.places[-1].exclude_instances) == ["server-0"]
+            assert second.calls[0].body["prompt"] == PROMPT + expected_tokens(PROMPT, said)
+            await c.until(lambda: len(c.scheduler.ends()) == 2)
+            assert [o.finish_reason for o in c.scheduler.ends()] == ["instance_lost", "length"]
+            assert "has sent nothing for" in c.scheduler.ends()[0].error
+            await c.until(c.nothing_left)
+            assert first.calls[0].aborted  # its engine, should it live, is not kept busy
+
+    run(test())
+
+
+def test_a_prefill_that_never_comes_is_asked_elsewhere(tokenizer: str) -> None:
+    async def test() -> None:
+        async with served(tokenizer, servers=3, first_token_timeout_s=2.0) as c:
+            prefill, decode, other = servers_of(c)
+            c.scheduler.decide = lambda request: (
+                colocated(other) if request.exclude_instances else split(prefill, decode)  # type: ignore[arg-type]
+            )
+            prefill.stop_after = 0
+            assert (await Stream(c, ASK).whole()).text == text_of(c, 8)
+            assert list(c.scheduler.places[-1].exclude_instances) == ["server-0"] and not decode.calls
+            await c.until(c.nothing_left)
+
+    run(test())
+
+
+def test_a_server_has_the_time_that_was_predicted_for_it() -> None:
+    config = GatewayConfig(first_token_timeout_s=10.0, next_token_timeout_s=7.0)
+    for predicted_s, waited_s, first_s in ((0, 0, 10.0), (2, 0, 10.0), (30, 0, 120.0), (30, 20, 40.0), (1, 3, 10.0)):
+        placement = Placement(predicted_ttft_us=predicted_s * 10**6, waited_us=waited_s * 10**6)
+        assert patience_of(config, placement) == Patience(first_s, 7.0)
+
+
+def test_a_server_whose_keys_are_others_is_told_of_once(tokenizer: str, caplog: pytest.LogCaptureFixture) -> None:
+    async def test() -> None:
+        async with served(tokenizer) as c:
+            prefill, decode = servers_of(c)
+            c.scheduler.decide = lambda request: split(prefill, decode)  # type: ignore[arg-type]
+            counted = f'kvpool_gateway_handoffs_other_mask_total{{model="{MODEL}"}}'
+            for mask, times in ((NAMING.mask.hex(), 0), ("aa" * 16, 1), ("aa" * 16, 2), ("bb" * 16, 3)):
+                prefill.transfer = {"kvpool_tokens": 8, "kvpool_key_mask": mask}
+                assert (await Stream(c, ASK).whole()).text == text_of(c, 8)
+                assert decode.calls[-1].body["kv_transfer_params"] == prefill.transfer
+                text = c.gateway.metrics.render().decode()
+                assert (f"{counted} {times}.0" in text) if times else (counted not in text)
+            said = [r.getMessage() for r in caplog.records if "under other keys" in r.getMessage()]
+            assert len(said) == 2 and all(text.startswith("server-0 ") for text in said)
 
     run(test())
 

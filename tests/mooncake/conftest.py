@@ -9,13 +9,6 @@ from tests.mooncake.stores import Ours
 from tests.pool.node_process import NodeProcess
 
 
-@pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
-    process = NodeProcess(tmp_path_factory.mktemp("node"), memory_bytes=64 << 20)
-    yield process
-    process.kill()
-
-
 @pytest.fixture
 def ours(node: NodeProcess) -> Iterator[Ours]:
     """A store on a node that is empty."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from engines.mooncake.store import (
 from kvpool.client import PoolClient
 from kvpool.cluster import ClusterClient
 from kvpool.core.errors import DeadlineExceeded
+from kvpool.core.hashing import object_keys
 from tests.mooncake.stores import At, Ours
 from tests.pool.node_process import NodeProcess
 from tests.pool.pool_made import Pool, running_pool
@@ -376,6 +378,19 @@ def _leased(pool: Pool) -> list[tuple[int, int]]:
         return [(stats.hits, stats.misses) for stats in client.stats().values()]
 
 
+@contextmanager
+def _somebody_writes(pool: Pool, name: str) -> Iterator[None]:
+    """An object that is reserved on every node."""
+    with ExitStack() as stack:
+        for node in pool.nodes.values():
+            client = stack.enter_context(PoolClient(node.address))
+            namespace = client.register_objects("mooncake/default")
+            sizes = np.array([4], dtype=np.uint64)
+            kept = client.reserve(namespace, object_keys(namespace, [name]), sizes=sizes, names=[name])
+            stack.callback(client.abort, kept)
+        yield
+
+
 def test_copies_lie_on_several_nodes_of_a_cluster(tmp_path: Path, connected: Connect) -> None:
     with running_pool(tmp_path, ["host-a", "host-b"]) as pool:
         with ClusterClient(pool.address) as client:
@@ -393,6 +408,9 @@ def test_copies_lie_on_several_nodes_of_a_cluster(tmp_path: Path, connected: Con
         (described,) = store.get_replica_desc("b")
         assert described.get_memory_descriptor().buffer_descriptor.size == 50
         assert _leased(pool) == asked  # sizes are asked for, nothing is read
+        with _somebody_writes(pool, "slow"):
+            assert store.put("slow", b"other") == 0  # as on one node: it will be there
+            assert store.is_exist("slow") == 0 and store.upsert("slow", b"other") == Code.REPLICA_IS_NOT_READY
         next(iter(pool.nodes.values())).kill()
         assert store.get("a") == b"both"
         assert store.get_into("b", pointer + 100, 100) == 50

@@ -1,27 +1,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
 from kvpool.client import PoolClient
 from tests.pool.node_process import NodeProcess
-
-
-@pytest.fixture
-def start_node(tmp_path: Path) -> Iterator[Callable[..., NodeProcess]]:
-    """Starts nodes; all are ended with the test."""
-    nodes: list[NodeProcess] = []
-
-    def start(**options: object) -> NodeProcess:
-        nodes.append(NodeProcess(tmp_path, **options))
-        return nodes[-1]
-
-    yield start
-    for node in nodes:
-        if node.process.poll() is None:
-            node.kill()
 
 
 @pytest.fixture(scope="module")

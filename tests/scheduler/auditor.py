@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvpool.core.ids import Role
 from scheduler.core import events
-from scheduler.core.commands import ENDINGS, AcknowledgeSource, CloseStream, Command, Placed, PlacementEnded, Refused
+from scheduler.core.commands import (
+    ENDINGS,
+    AcknowledgeSource,
+    ChangeRole,
+    CloseStream,
+    Command,
+    Placed,
+    PlacementEnded,
+    Refused,
+)
 from scheduler.core.config import SchedulerConfig
 
 Owner = tuple[str, str]
@@ -58,6 +67,7 @@ class Auditor:
             self.streams[stream].seen_us = now_us
             if isinstance(event, events.InstanceReported):
                 self.streams[stream].draining = event.draining
+                self._role(stream, event.role)
         if isinstance(event, events.PlaceRequested):
             owner = (event.gateway_id, event.request_id)
             since_us = self.waiting.get(owner, (now_us, event))[0]
@@ -70,6 +80,8 @@ class Auditor:
                     assert command.stream in self.streams, "an answer to somebody who is gone"
                 case PlacementEnded():
                     self._end(command)
+                case ChangeRole():
+                    self._order(command)
                 case Placed():
                     _, request = self.waiting.pop((command.gateway_id, command.request_id))
                     self._place(request, command, now_us)
@@ -81,6 +93,12 @@ class Auditor:
         for owner, placed in self.live.items():
             assert self._member(events.InstanceJoined, placed.decode.instance_id), f"{owner} outlived its instance"
 
+    def _role(self, stream: int, role: Role | None) -> None:
+        """From its report on an instance is given only what that role allows."""
+        began = self.streams[stream].began
+        if role is not None and isinstance(began, events.InstanceJoined):
+            self.streams[stream].began = replace(began, info=replace(began.info, role=role))
+
     def check_waiting(self, now_us: int) -> None:
         """Only under policies that bind late does anybody wait, and nobody too long. Asked when nothing is due."""
         assert len(self.waiting) <= self.config.waiting_max
@@ -89,6 +107,15 @@ class Auditor:
             patience_us = self.config.wait_us_max if request.wait_us_max is None else request.wait_us_max
             limit_us = request.ttft_slo_us or patience_us
             assert now_us < since_us + max(limit_us, 1), f"{owner} waits too long"
+
+    def _order(self, command: ChangeRole) -> None:
+        """Somebody else does what the role leaves to others."""
+        told = self.streams[command.stream].began
+        assert isinstance(told, events.InstanceJoined) and told.info.instance_id == command.instance_id
+        assert told.info.role_changeable and told.info.role != command.role
+        began = [m.began for m in self.streams.values() if isinstance(m.began, events.InstanceJoined)]
+        others = [b.info for b in began if b is not told and b.info.model == told.info.model]
+        assert command.role is Role.BOTH or any(other.role != command.role for other in others)
 
     def _end(self, command: PlacementEnded) -> None:
         owner = (command.gateway_id, command.request_id)

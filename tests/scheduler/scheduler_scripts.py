@@ -29,12 +29,16 @@ from kvpool.core.ids import Role, Tier
 from scheduler.core import events
 from scheduler.core.commands import (
     AcknowledgeSource,
+    ChangeRole,
     CloseStream,
     Command,
     Placed,
     PlacementEnded,
     Refused,
+    RoleChanged,
+    RoleChangeEnded,
     RoleProposed,
+    RoleRefused,
     StateChanged,
 )
 from scheduler.core.config import SchedulerConfig
@@ -73,6 +77,14 @@ def show_command(command: Command) -> str:
             return f"close stream {command.stream}: {command.reason}"
         case RoleProposed():
             return f"proposed {command.kind} {command.instance_id or '-'} {command.role.name}: {command.why}"
+        case ChangeRole():
+            return f"told {command.instance_id}: {command.role.name}"
+        case RoleChanged():
+            return f"{command.instance_id} is {command.role.name}, was {command.was.name}"
+        case RoleChangeEnded():
+            return f"change of {command.instance_id} to {command.role.name}: {command.how}"
+        case RoleRefused():
+            return f"{command.instance_id} stays: {command.why}"
         case StateChanged():
             return f"{command.kind} {command.id} is {command.state}"
 

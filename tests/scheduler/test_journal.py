@@ -19,6 +19,7 @@ from scheduler.core import events
 from scheduler.core.commands import Placed, Refused
 from scheduler.core.config import SchedulerConfig
 from scheduler.core.core import SchedulerCore
+from scheduler.replay.exact import replay_file
 from scheduler.service import codec, journal
 from scheduler.service.journal import Journal
 from scheduler.service.shell import Shell
@@ -106,7 +107,7 @@ def test_replay_decides_as_recorded(tmp_path: Path) -> None:
     assert sum(isinstance(d, Placed) for d in decisions) > 20
     assert any(isinstance(d, Placed) and d.split for d in decisions)
     (path,) = journal.files(tmp_path)
-    replay = journal.replay(path)
+    replay = replay_file(path)
     assert replay.identical and not replay.torn
     assert list(replay.decisions) == decisions
     assert replay.core.book == shell.core.book and replay.core.costs == shell.core.costs
@@ -121,7 +122,7 @@ def test_each_file_replays_alone_and_all_stay_small(tmp_path: Path) -> None:
     assert shell.journal is not None and shell.journal.path == str(paths[-1])
     kept: list[Placed | Refused] = []
     for path in paths:
-        replay = journal.replay(path)
+        replay = replay_file(path)
         assert replay.identical and replay.events > 0
         kept += replay.decisions
     assert kept == decisions[-len(kept) :]
@@ -148,15 +149,15 @@ def test_a_source_half_through_a_snapshot_is_sent_away_for_a_checkpoint(tmp_path
 
     asyncio.run(run())
     paths = journal.files(tmp_path)
-    assert paths[-1].name == "scheduler-000002.jsonl" and all(journal.replay(path).identical for path in paths)
+    assert paths[-1].name == "scheduler-000002.jsonl" and all(replay_file(path).identical for path in paths)
 
 
 def test_a_torn_line_ends_the_replay(tmp_path: Path) -> None:
     record(tmp_path)
     (path,) = journal.files(tmp_path)
-    whole = journal.replay(path)
+    whole = replay_file(path)
     path.write_bytes(path.read_bytes()[:-10])
-    replay = journal.replay(path)
+    replay = replay_file(path)
     assert replay.torn and replay.identical and replay.events in (whole.events, whole.events - 1)
 
 
@@ -167,8 +168,8 @@ def test_other_decisions_are_found(tmp_path: Path) -> None:
     at = next(n for n, line in enumerate(lines) if '"Placed"' in line)
     lines[at] = lines[at].replace('"cached_tokens":', '"cached_tokens":1')
     path.write_text("".join(lines))
-    replay = journal.replay(path)
-    assert [difference.line for difference in replay.differences] == [at + 1]
+    replay = replay_file(path)
+    assert [difference.line for difference in replay.differences] == [at]  # of the event
 
 
 @pytest.mark.parametrize("text", ["", "{}\n", "nonsense\n", '{"journal":99}\n'])
@@ -176,7 +177,7 @@ def test_what_is_no_journal_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "scheduler-000001.jsonl"
     path.write_text(text)
     with pytest.raises(BadArgument):
-        journal.replay(path)
+        replay_file(path)
 
 
 def test_a_full_disk_ends_the_journal_and_not_the_scheduler(tmp_path: Path) -> None:

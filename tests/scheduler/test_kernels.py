@@ -17,7 +17,8 @@ def asked_of(rng: random.Random, rows: int) -> Asked:
         pulls=float(rng.randrange(2)), latency_us=rng.uniform(0, 3000), context_tokens=float(rng.randrange(1, 20_000)),
         expected_tokens=float(rng.randrange(1, 500)), kv_tokens=float(rng.randrange(64, 20_000)),
         harm_weight=rng.uniform(0, 1), slo_us=rng.choice([0.0, 1e6]), slack_price=rng.choice([1.0, 0.3]),
-        delay_rate=rng.uniform(0, 2), tpot_slo_us=rng.choice([0.0, 2e5]), stall_share=0.05, broken_us=8e7,
+        delay_rate=rng.uniform(0, 2), tpot_slo_us=rng.choice([0.0, 2e5]), typical_tokens=float(rng.randrange(1, 500)),
+        stall_share=0.05, broken_us=8e7,
         window_us=3e7, now_us=1e6,
     )  # fmt: skip
 
@@ -113,8 +114,24 @@ def test_runs_are_sorted_out(seed: int) -> None:
     assert lead.tolist() == [sum(c for n, first, c, _ in known if n == s and first == 0) for s in range(sources)]
     assert touching == any(first > 0 and first <= lead[n] for n, first, _, _ in known)
     rank, hosts = np.array(rng.sample(range(sources), sources)), np.array([rng.randrange(3) for _ in range(sources)])
-    for host in (covering.ANYWHERE, 1):
-        some = [tuple(row) for row in kept.tolist() if host in (covering.ANYWHERE, hosts[row[0]])]
-        some.sort(key=lambda row: (-(row[1] + row[2]), rank[row[0]], row[1]))
-        found = covering.furthest(kept, rank, hosts, host, 4)
-        assert [tuple(row) for row in found.tolist()] == some[:4], seed
+    in_order = sorted(map(tuple, kept.tolist()), key=lambda row: (-(row[1] + row[2]), rank[row[0]], row[1]))
+    assert [tuple(row) for row in covering.furthest(kept, rank, 4).tolist()] == in_order[:4], seed
+    best, counts = covering.furthest_by_host(kept, rank, hosts, 3, 4)
+    for host in range(3):
+        here = [row for row in in_order if hosts[row[0]] == host][:4]
+        assert [tuple(row) for row in best[4 * host : 4 * host + counts[host]].tolist()] == here, seed
+    crowds, shared = np.array([rng.randrange(1, 5) for _ in range(sources)]), np.zeros(4, np.int64)
+    covering.least_crowded(kept, hosts, crowds, shared)
+    holders = [number for number, *_ in kept.tolist()]
+    assert shared.tolist() == [min((crowds[n] for n in holders if hosts[n] == h), default=0) for h in range(4)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_floor_of_a_pull_is_what_plain_arithmetic_finds(seed: int) -> None:
+    rng = random.Random(seed)
+    shared = np.array([*(rng.choice([0, 0, 1, 2, 5]) for _ in range(rng.randrange(0, 6))), 0])
+    numbers = np.array([rng.randrange(-1, len(shared)) for _ in range(8)])
+    here_us, away_us, size = rng.uniform(0, 0.001), rng.uniform(0, 0.01), float(rng.randrange(1, 1 << 22))
+    remote_us = away_us * min((n for n in shared.tolist() if n), default=1)
+    expected = [min(here_us * n, remote_us) * size if n else remote_us * size for n in shared[numbers].tolist()]
+    assert bounding.pull_floor(shared, numbers, here_us, away_us, size).tolist() == expected, seed

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from kvpool.core.ids import Fidelity, Role, Tier
 from scheduler.core import checkpoint, events
-from scheduler.core.commands import Command
+from scheduler.core.commands import ChangeRole, Command
 from scheduler.core.config import SchedulerConfig
 from scheduler.core.core import SchedulerCore
 from scheduler.core.policies import POLICIES
@@ -111,6 +111,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 model=model,
                 kv_tokens_total=kv_blocks * made.BLOCK_TOKENS,
                 batch_max=batch,
+                role_changeable=batch > 1,
                 node_source_id=node,
                 epoch=0 if older else self.epoch,
             )
@@ -187,8 +188,16 @@ class SchedulerMachine(RuleBasedStateMachine):
                 links=(events.LinkSample(data.draw(st.sampled_from(SOURCES)), new, us, failed, 1),),
                 finished_prefills=tuple(running[:1]) if data.draw(st.booleans()) else (),
                 draining=data.draw(st.integers(0, 7)) == 7,
+                role=data.draw(st.sampled_from([None, None, None, *Role])),
             )
         )
+
+    @rule(name=st.sampled_from(INSTANCES), role=st.sampled_from(Role), obeys=st.booleans())
+    def order_a_role(self, name: str, role: Role, obeys: bool) -> None:
+        self.submit(events.RoleOrdered(name, role))
+        orders = [c for c in self.record[-1][2] if isinstance(c, ChangeRole)]
+        for order in orders if obeys else ():
+            self.submit(made.reported(order.stream, role=order.role, kv_tokens_free=4096))
 
     @rule()
     def all_show_life(self) -> None:

@@ -123,4 +123,5 @@ def test_expected_output_follows_what_requests_generate() -> None:
     for n in range(200):
         core.handle(made.place(f"r{n}", max_tokens=100), 0)
         core.handle(made.outcome(2, f"r{n}", tokens=10), 0)
-    assert core.output_shares["tiny"] == pytest.approx(0.1, abs=0.02)
+    assert core.outputs["tiny"].mean_share == pytest.approx(0.1, abs=0.02)
+    assert core.outputs["tiny"].typical_tokens == pytest.approx(10, rel=0.1)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from scheduler_clients import connected
 
-from scheduler.service import journal
+from scheduler.replay.exact import replay_file
 
 SCRIPT = """
 import json, sys
@@ -42,7 +42,7 @@ def test_stops_on_a_signal_with_open_life_lines(tmp_path: Path, number: signal.S
         asyncio.run(use())
         assert process.returncode == 0, process.stderr.read()
         assert process.stderr.read() == ""
-    replay = journal.replay(facts["journal"])
+    replay = replay_file(facts["journal"])
     assert replay.identical and not replay.torn and len(replay.decisions) == 1
 
 
@@ -61,4 +61,4 @@ def test_a_killed_process_leaves_a_journal_that_replays(tmp_path: Path) -> None:
                 await asyncio.to_thread(process.wait, 30)
 
         asyncio.run(use())
-    assert journal.replay(facts["journal"]).identical
+    assert replay_file(facts["journal"]).identical

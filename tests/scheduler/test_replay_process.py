@@ -121,9 +121,9 @@ def test_a_plan_is_followed_until_it_is_interrupted(monkeypatch: pytest.MonkeyPa
 
     from kvpool.cli.kvctl import plan
 
-    calm = {"proposals": [], "loads": []}
+    calm = {"proposals": [], "loads": [], "changes": []}
     wish = {"model": "m", "kind": "add", "instance_id": "", "role": "decode", "why": "busy", "age_ms": 5,
-            "executable": False}  # fmt: skip
+            "executable": False, "blocked": ""}  # fmt: skip
 
     class Lost(grpc.RpcError):
         def code(self) -> grpc.StatusCode:

@@ -31,6 +31,7 @@ from kvpool.service import rpc
 from kvpool.service.announcer import Announcer, SourceFacts
 from kvpool.v1 import common_pb2, directory_pb2, engine_pb2, scheduler_pb2
 from scheduler.core.config import SchedulerConfig
+from scheduler.replay.exact import replay_file
 from scheduler.service import journal
 from scheduler.service.server import SchedulerServer, SchedulerServerConfig
 
@@ -422,7 +423,7 @@ def test_what_was_served_replays(tmp_path: Path) -> None:
 
     run(test, journal_dir=str(tmp_path))
     (path,) = journal.files(tmp_path)
-    replay = journal.replay(path)
+    replay = replay_file(path)
     assert replay.identical and len(replay.decisions) == 20 and not replay.core.book.placements
 
 

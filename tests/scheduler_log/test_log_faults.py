@@ -15,6 +15,7 @@ from google.protobuf.json_format import MessageToDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kvpool.core.ids import Role
 from kvpool.v1 import event_log_pb2
 from scheduler.core.config import SECOND_US
 from scheduler.core.core import SchedulerCore
@@ -257,7 +258,7 @@ def test_each_event_survives_the_log() -> None:
     report = InstanceReported(
         stream=4, running=1, waiting=2, kv_tokens_free=3, prefill=(made.events.PrefillSample(1, 2, 3),),
         decode=(made.events.DecodeSample(4, 5, 6),), links=(made.events.LinkSample("node-0", 7, 8, True, 9),),
-        finished_prefills=("r1",), draining=True,
+        finished_prefills=("r1",), draining=True, role=Role.PREFILL,
     )  # fmt: skip
     assert messages.instance_reported(messages.report_item(report), 4) == report
 

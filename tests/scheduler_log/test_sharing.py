@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import scheduler_clients as clients
 
-from scheduler.service import journal
+from kvpool.cli.kvctl import Cluster
+from kvpool.core.ids import Role
+from scheduler.core import events
+from scheduler.core.commands import RoleRefused
+from scheduler.replay.exact import replay_file
 from tests.scheduler_log.redis_process import RedisProcess
 from tests.scheduler_log.schedulers_made import Several, eventually, run, schedulers, view
 
@@ -127,6 +132,27 @@ def test_reports_and_heartbeats_keep_remote_members_alive(redis: RedisProcess) -
     run(test())
 
 
+def test_a_role_is_ordered_where_the_life_line_is_and_known_everywhere(redis: RedisProcess) -> None:
+    async def test() -> None:
+        async with schedulers(redis.url, 2) as several:
+            worker = await several.clients[0].join("w0", role=Role.PREFILL, role_changeable=True)
+            for name in ("w1", "w2"):
+                await several.clients[1].join(name, role=Role.PREFILL if name == "w1" else Role.DECODE)
+            await eventually(lambda: all(len(view(s)["instances"]) == 3 for s in several.servers), "all are known")
+            refused = several.servers[1].shell.submit(events.RoleOrdered("w0", Role.DECODE))
+            assert [c.why for c in refused if isinstance(c, RoleRefused)] == ["its life line is at scheduler s0"]
+            # Whichever scheduler an operator names first, the one that can do it is found.
+            addresses = ",".join(server.address for server in reversed(several.servers))
+            await asyncio.to_thread(Cluster(addresses).set_role, "w0", "decode")
+            assert (await worker.hear()).role == Role.DECODE
+            await worker.say(clients.report(role=Role.DECODE))
+            instances = [s.shell.core.cluster.instances for s in several.servers]
+            await eventually(lambda: all(i["w0"].info.role is Role.DECODE for i in instances), "the role is known")
+            await several.agree("a role changed")
+
+    run(test())
+
+
 def test_journals_with_remote_events_replay(redis: RedisProcess, tmp_path: Path) -> None:
     async def test() -> list[str]:
         async with schedulers(redis.url, 2, journal=str(tmp_path / "journals")) as several:
@@ -147,6 +173,6 @@ def test_journals_with_remote_events_replay(redis: RedisProcess, tmp_path: Path)
 
     run(kept())
     for path in paths:
-        replay = journal.replay(path)
+        replay = replay_file(path)
         assert replay.identical and len(replay.decisions) == 3
         assert replay.core.counts["peer_placements"] == 3

@@ -5,21 +5,12 @@ from typing import Any
 
 import pytest
 
-from tests.pool.node_process import NodeProcess
 from tests.sglang import real_sglang
 from tests.sglang.real_pools import config
 
 
-@pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
-    """One for all tests of a file, each of which has pages of its own."""
-    made = NodeProcess(tmp_path_factory.mktemp("node"))
-    yield made
-    made.kill()
-
-
 @pytest.fixture(scope="session")
-def sglang() -> None:
+def sglang(kernels: None) -> None:
     """Skips a test where the real SGLang is not installed."""
     if missing := real_sglang.why_not():
         pytest.skip(missing)

@@ -22,7 +22,7 @@ from tests.pool.node_process import NodeProcess, eventually
 from tests.sglang import made_pools
 from tests.sglang.made_pools import LAYOUTS, MadePool, all_numbers, hashes, made_spec
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("kernels")]
 
 LAYERS, RUN_BYTES, PAGES = 6, 4096, 16
 TIME_S = 20.0

@@ -40,6 +40,7 @@ async def epilogue(world: World, chaos: Chaos) -> None:
         chaos.restart(node)
         if node.alive:
             node.core.draining = False
+    world.check()
     await _all_end(world)
     world.check()
     await _read_everything(world)
@@ -84,6 +85,8 @@ async def _crash_once_more(world: World, chaos: Chaos) -> None:
         else:
             node.kill("once more")
         chaos.restart(node)
+    # A node that could not start is what has failed, and not what can't be read from it.
+    world.check()
     if chosen:
         await _read_everything(world)
 

@@ -171,7 +171,13 @@ class Node:
         """A new process, which takes over what it finds."""
         assert self.life is None
         life = self.life = Life(self.world.loop, self)
-        life.context.run(self._build)
+        try:
+            life.context.run(self._build)
+        except BaseException:
+            # Half of it is still its predecessor's: nobody may be served by that.
+            self.life = None
+            life.kill()
+            raise
 
     def _build(self) -> None:
         world = self.world
@@ -267,7 +273,8 @@ class Node:
             cut_off = self.files.steps == 0
             self._durable = frozenset() if cut_off else disk.listed(self.store)
             # A write under way may have come through in part, and the next one never begins.
-            faults, self.files = self.files.faults, self.files.copy()
+            # Unsynced ones are seen by the next process, and may still be lost with the host.
+            faults, self.files = self.files.faults, self.files.after_kill()
             self.files.direct, self.files.faults = False, faults
 
     def reboot(self) -> None:
@@ -284,12 +291,14 @@ class Node:
         """In this process: one call of the servicer, and what must hold around it. Raises: KvpoolError."""
         if method != "Reserve":
             return await getattr(self.servicer, method)(request, None)
-        before = [quota.bytes_used for quota in self.core.quotas()]
+        before = {(quota.namespace_id, quota.tenant): quota for quota in self.core.quotas()}
         try:
             return await self.servicer.Reserve(request, None)
         finally:
-            for quota, used in zip(self.core.quotas(), before, strict=True):
-                if used < quota.bytes_used > quota.bytes_max:
+            for quota in self.core.quotas():
+                # Another call may have set it, or changed it, while this one waited for the disk.
+                was = before.get((quota.namespace_id, quota.tenant), quota)
+                if was.bytes_used < quota.bytes_used > max(quota.bytes_max, was.bytes_max):
                     raise Violation(f"{quota.bytes_used} bytes for a quota of {quota.bytes_max} bytes")
 
     def now_or_never(self, act: Callable[[int], Any]) -> Any:

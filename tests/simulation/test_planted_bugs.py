@@ -3,6 +3,7 @@
 import pytest
 
 from tests.simulation.auditor import Violation
+from tests.simulation.node import Node
 from tests.simulation.planted_bugs import BUGS, Bug
 from tests.simulation.world import Plan, run_history
 
@@ -28,3 +29,25 @@ def test_a_history_is_the_same_each_time() -> None:
     assert one.story == other.story
     assert one.counts == other.counts
     assert one.story
+
+
+def test_what_fails_first_is_what_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node that can't start is not served by what is left of its predecessor, which would look like other bugs."""
+    opened: set[int] = set()
+    real = Node._open_store
+
+    def open_once(self: Node) -> object:
+        if id(self) in opened:
+            raise Violation("planted")
+        opened.add(id(self))
+        return real(self)
+
+    monkeypatch.setattr(Node, "_open_store", open_once)
+    told = set()
+    for seed in range(FIRST_SEED, FIRST_SEED + 8):
+        opened.clear()
+        try:
+            run_history(seed, Plan(ssd=True))
+        except Violation as error:
+            told.add(str(error.__cause__))
+    assert told == {"planted"}

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvpool.core.errors import BadArgument
-from scheduler.core.config import SchedulerConfig
+from scheduler.core.config import SECOND_US, SchedulerConfig
 from scheduler.core.policies import POLICIES
 from scheduler.simulator.columns import TraceRequest
 from scheduler.simulator.driver import Simulation, simulate
@@ -246,16 +246,13 @@ def test_the_scheduler_config_is_the_given_one() -> None:
     assert simulation.core.config.harm_weight == 2.0 and simulation.core.config.policy == "sticky"
 
 
-def test_decode_load_judged_late_is_prefill_done_in_vain() -> None:
-    """Early rejection spares the work that late rejection throws away; both end each request once."""
-    trace = [request(0.3 * n, 4_000, 400, stem=n) for n in range(24)]
-    slow = replace(A800, decode_token_us=4.0)
-    base = config(nodes=3, split=(2, 1), hardware=slow, policy="mooncake_algorithm1", max_tokens=512)
-    late, early = (simulate(trace, replace(base, late_rejection=late)) for late in (True, False))
-    in_vain = [r for r in late.records if r.why == "decode_load"]
-    assert in_vain and all(r.end == "refused" and r.tokens == 0 for r in in_vain)
-    assert not any(r.why == "decode_load" for r in early.records)
-    assert any(r.end == "refused" for r in early.records)
-    assert all(r.end in ("done", "refused") for r in (*late.records, *early.records))
-    computed = [result.figures()["computed_prompt_tokens"] for result in (late, early)]
-    assert computed[0] > computed[1]
+def test_a_request_waits_for_a_place_as_long_as_gateways_allow() -> None:
+    """The first takes all KV tokens for about half a minute; the second could wait so long by its objective."""
+    small = replace(A800, kv_tokens=12_288)
+    requests = [request(0.0, 6_000, 1_000, stem=1), request(1.0, 6_000, 5, stem=2)]
+    base = config(1, hardware=small, ttft_slo_us=60 * SECOND_US, max_tokens=1_024)
+    patient = simulate(requests, replace(base, wait_us_max=60 * SECOND_US)).records[1]
+    assert patient.end == "done" and patient.ttft_us is not None and patient.ttft_us > 20 * SECOND_US
+    hasty = simulate(requests, replace(base, wait_us_max=2 * SECOND_US)).records[1]
+    assert (hasty.end, hasty.why) == ("refused", "no_capacity")
+    assert hasty.ended_us - hasty.arrival_us <= 2 * SECOND_US

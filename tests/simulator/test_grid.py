@@ -77,6 +77,16 @@ def test_tries_are_settings_that_exist_and_everybody_has_as_many(policy: str) ->
     assert len(seen) > 1
 
 
+def test_a_try_is_kept_if_it_beats_the_defaults_by_more_than_luck() -> None:
+    assert tuning.chosen({0: [0.5, 0.6, 0.7], 1: [0.6, 0.7, 0.8], 2: [0.55, 0.65, 0.75]}) == 1
+    # Far better on one window and worse on the others: that is luck.
+    assert tuning.chosen({0: [0.5, 0.6, 0.7], 1: [0.8, 0.58, 0.65]}) == 0
+    assert tuning.chosen({0: [0.5, 0.6], 1: [0.5, 0.6]}) == 0, "of equal ones the defaults"
+    assert tuning.chosen({0: [0.5, 0.6], 3: [0.6, 0.7], 2: [0.6, 0.7]}) == 2, "of equal ones the earliest"
+    assert tuning.chosen({0: [0.9, 0.9], 1: [0.1, 0.2]}) == 0
+    assert tuning.chosen({0: [0.5], 4: [0.6]}) == 4
+
+
 # ---------------------------------------------------------------- verdicts
 
 
@@ -123,6 +133,13 @@ def test_every_broken_promise_is_named() -> None:
     assert "52 % of the bound" in text
     (relaxed,) = verdict.verdicts([_row("kvpool", 0, 0.9, load=0.5), _row("llmd", 0, 0.9, load=0.5)])
     assert relaxed.problems == []
+
+
+def test_where_a_baseline_serves_all_nothing_is_saturated() -> None:
+    (found,) = verdict.verdicts([_row(p, s, 0.985 + s / 1000) for p in ("kvpool", "llmd") for s in range(3)])
+    assert not found.saturated and found.problems == []
+    (found,) = verdict.verdicts([_row(p, s, 0.95 + s / 1000) for p in ("kvpool", "llmd") for s in range(3)])
+    assert found.saturated and "interval is not above zero" in found.problems[0]
 
 
 def test_seeds_that_not_all_policies_have_are_left_out() -> None:

@@ -13,7 +13,7 @@ FOLDER = Path(scheduler.simulator.__file__).parent
 BANNED = ("time", "asyncio", "os", "socket", "threading", "logging", "subprocess", "grpc", "torch", "kvpool.service")
 
 
-@pytest.mark.parametrize("module", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("module", sorted(FOLDER.rglob("*.py")), ids=lambda path: path.stem)
 def test_a_module_imports_nothing_that_two_runs_could_differ_by(module: Path) -> None:
     tree = ast.parse(module.read_text())
     for node in ast.walk(tree):

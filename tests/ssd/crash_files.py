@@ -5,6 +5,8 @@ import threading
 
 import numpy as np
 
+from kvpool.tiers.ssd.files import SPARE
+
 SECTOR_BYTES = 512
 
 
@@ -14,6 +16,12 @@ class Inode:
         self.current = bytearray(size)
         #: Since the last sync: (offset, bytes) or (size, None) for a truncation.
         self.pending = []
+
+    def copy(self):
+        other = Inode(0)
+        other.durable, other.current = bytearray(self.durable), bytearray(self.current)
+        other.pending = list(self.pending)
+        return other
 
 
 class CrashFile:
@@ -84,6 +92,9 @@ class CrashFiles:
         self.hanging, self.waiting = {}, threading.Event()
         #: Kinds of calls that changed something, in order.
         self.calls = []
+        #: Whether there is a spare of this life (each has files of its own), and whether its name is durable.
+        self.set_aside_once = self.spare_durable = False
+        self.reused = 0
 
     def wait(self, kind):
         if kind in self.hanging:
@@ -111,6 +122,11 @@ class CrashFiles:
     def create(self, name, size_bytes):
         with self.lock:
             self.step("create")
+            if self.spare_durable and len(self.inodes[SPARE].current) == size_bytes:
+                self.spare_durable = False
+                self.reused += 1
+                self.inodes[name] = self.inodes.pop(SPARE)
+                return CrashFile(self, self.inodes[name])
             used = sum(len(inode.current) for inode in self.inodes.values())
             if self.capacity_bytes is not None and used + size_bytes > self.capacity_bytes:
                 raise OSError(errno.ENOSPC, "no space")
@@ -126,13 +142,22 @@ class CrashFiles:
             self.step("remove")
             self.inodes.pop(name, None)
 
+    def set_aside(self, name):
+        """As `DiskFiles`: the inode gets another name, and then a third one, with all that it holds."""
+        with self.lock:
+            self.step("remove")
+            if name in self.inodes:
+                self.set_aside_once, self.spare_durable = True, False
+                self.inodes[SPARE] = self.inodes.pop(name)
+
     def sync_names(self):
         with self.lock:
             self.step("sync_names")
             self.durable_inodes = dict(self.inodes)
+            self.spare_durable = self.set_aside_once and SPARE in self.inodes
 
     def close(self):
-        pass
+        self.set_aside_once = self.spare_durable = False
 
     # ------------------------------------------------------------ the crash
 
@@ -151,7 +176,19 @@ class CrashFiles:
         inode.durable, inode.current = bytearray(data), bytearray(data)
         self.inodes[name] = self.durable_inodes[name] = inode
 
+    def after_kill(self):
+        """What a killed process leaves: all that it wrote, of which the host may still lose what was not synced."""
+        files = CrashFiles(direct=self.direct, capacity_bytes=self.capacity_bytes)
+        made = {}
+        for mine, kept in ((files.inodes, self.inodes), (files.durable_inodes, self.durable_inodes)):
+            for name, inode in kept.items():
+                if id(inode) not in made:
+                    made[id(inode)] = inode.copy()
+                mine[name] = made[id(inode)]
+        return files
+
     def copy(self):
+        """As it stands, and all of it durable."""
         files = CrashFiles(direct=self.direct)
         for name, inode in self.inodes.items():
             files.add(name, bytes(inode.current))

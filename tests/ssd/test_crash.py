@@ -11,6 +11,7 @@ from kvpool.core.ssd.rows import RowState
 from kvpool.core.ssd.scan import scan_segment
 from kvpool.tiers.ssd.recovery import open_log
 from kvpool.tiers.ssd.store import SsdStore
+from kvpool.tiers.ssd.writer import LogWriter
 
 from .crash_files import CrashFiles
 from .records_made import batch_of, content, key_of, keys_of, read_all
@@ -210,6 +211,55 @@ def test_power_lost_anywhere(episode, evicting):
     run_episode([SEED, episode, evicting], evicting=evicting)
 
 
+# ---------------------------------------------------------------- killed, and later the power
+
+
+#: More than fit where it is evicted.
+KEYS = 60
+
+
+def killed(rng, files, capacity, steps):
+    """What a process leaves that was killed after so many calls of its disk."""
+    files.steps = steps
+    try:
+        store = open_on(files, capacity)
+    except Exception:
+        assert files.steps == 0
+        return files.after_kill()
+    for version in range(1000):
+        if not files.steps:
+            break
+        numbers = rng.choice(KEYS, int(rng.integers(1, 5)), replace=False).tolist()
+        if rng.integers(3):
+            store.append(batch_of([(number, version, int(rng.choice([300, 17_000]))) for number in numbers]))
+        else:
+            store.remove(keys_of(numbers))
+    store.close()
+    return files.after_kill()
+
+
+@pytest.mark.parametrize("evicting", [False, True], ids=["roomy", "evicting"])
+@pytest.mark.parametrize("steps", range(1, 160, 4))
+def test_what_a_start_finds_stands_when_the_power_goes(steps, evicting, monkeypatch):
+    """Nobody had synced it; but what is absent may be put in memory now, and what is there is taken for saved."""
+    rng = np.random.default_rng([SEED, steps, evicting])
+    capacity = (6 if evicting else 64) * SEGMENT_BYTES
+    for more in range(4):
+        files = killed(rng, CrashFiles(), capacity, steps + more)
+        if more % 2:
+            files = killed(rng, files, capacity, int(rng.integers(1, 8)))
+        with monkeypatch.context() as patched:
+            # Nobody reclaims anything either.
+            patched.setattr(LogWriter, "start", lambda self: None)
+            store = open_on(files, capacity)
+            undead = store.undead(keys_of(range(KEYS))).present.tolist()
+            found = read_all(store, range(KEYS))
+            for _ in range(3):
+                after = read_all(open_on(files.after_crash(rng), capacity), range(KEYS))
+                for number, is_undead in enumerate(undead):
+                    assert is_undead or after[number] == found[number], f"seed {SEED}, {more}: {number}"
+
+
 def test_a_segment_is_gone_for_good_before_anything_relies_on_it():
     """Else a crash could bring a segment back, and not the younger one whose tombstones hid its records."""
     files = CrashFiles()
@@ -218,7 +268,9 @@ def test_a_segment_is_gone_for_good_before_anything_relies_on_it():
         assert store.append(batch_of([(number % 20, number, 20_000)])).all()
         if number % 3 == 0:
             assert store.remove(keys_of([number % 20])).all()
+    assert len([name for name in files.names() if name != "store"]) <= 6, "with the one that is kept for the next"
     store.close()
     after = [files.calls[at + 1] for at, kind in enumerate(files.calls) if kind == "remove"]
     assert len(after) > 5
     assert set(after) == {"sync_names"}
+    assert files.reused > 5, "so that what is left of older segments is there to be mistaken for records"

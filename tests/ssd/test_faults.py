@@ -50,18 +50,29 @@ def test_a_disk_smaller_than_promised_is_used_as_far_as_it_goes():
 def test_a_full_disk_refuses_and_goes_on_when_there_is_room():
     files = CrashFiles()
     store = open_on(files)
-    assert fill(store, [1, 2]) == [1, 2]
     files.capacity_bytes = 0
-    acknowledged = fill(store, range(3, 12))
-    assert len(acknowledged) < 9
+    assert fill(store, range(3, 12)) == []
     stats = store.stats()
     assert stats.state is SsdState.FULL
     assert "no room" in stats.message
-    assert stats.counters.append_refused > 0
+    assert stats.counters.append_refused == 9
     files.capacity_bytes = None
     assert fill(store, range(20, 30)) == list(range(20, 30))
     assert store.stats().state is SsdState.OK
     check_all(store, range(20, 30))
+    assert store.audit() == ()
+    store.close()
+
+
+def test_a_disk_that_others_filled_is_used_as_far_as_the_store_has_it():
+    files = CrashFiles()
+    store = open_on(files)
+    assert fill(store, range(9)) == list(range(9))
+    files.capacity_bytes, segments = 0, len(store._log.core.segments)
+    assert segments > 1
+    assert fill(store, range(9, 40)) == list(range(9, 40))
+    assert len(store._log.core.segments) == segments
+    check_all(store, [38, 39])
     assert store.audit() == ()
     store.close()
 
@@ -416,6 +427,30 @@ def test_a_removal_lost_at_the_end_of_a_segment_is_noticed_too():
     assert again.stats().counters.recovery_damaged == 1
     assert read_all(again, [1, 2]) == {1: None, 2: None}
     check_all(again, range(10, 13))
+
+
+@pytest.mark.parametrize("ending", ["removed", "put and removed"])
+def test_what_a_footer_calls_lost_stays_gone_when_the_footer_rots(ending):
+    """A read of object 1 failed once; only the footer says so, and without it a start may find the record readable."""
+    files = CrashFiles()
+    store = open_on(files)
+    assert store.append(batch_of([(1, 0, 3000), (2, 0, 3000)])).all()
+    files.faults["read"] = [errno.EIO]
+    assert read_all(store, [1]) == {1: None}
+    store.close()
+    second = open_on(files.copy())
+    assert read_all(second, [1, 2]) == {1: None, 2: small(2)}
+    assert second.undead(keys_of([1, 2])).present.tolist() == [True, False], "so that a put of its name says so below"
+    if ending == "put and removed":
+        assert second.append(batch_of([(1, 1, 3000)])).all()
+    assert second.remove(keys_of([1])).all()
+    second.close()
+    rotten = second._log.files.copy()
+    rotten.inodes[segment_name(1)].current[-PAGE_BYTES + 20] ^= 1
+    third = open_on(rotten)
+    assert read_all(third, [1, 2]) == {1: None, 2: small(2)}
+    assert third.audit() == ()
+    third.close()
 
 
 def test_a_footer_that_a_crash_cut_off_costs_nothing():

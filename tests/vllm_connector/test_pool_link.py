@@ -19,6 +19,8 @@ from engines.vllm.settings import ConnectorSettings
 from kvpool.core.namespace import GroupKind, GroupSpec, NamespaceSpec
 from tests.vllm_real.serving import Node, Process, free_port, start
 
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("kernels")]
+
 BLOCK_BYTES, WAIT_S = 1 << 16, 60.0
 SPEC = NamespaceSpec(
     model="m", revision="", dtype="float32", backend="test", layout="test", hash="sha256/1",

@@ -30,7 +30,9 @@ def cases(draw: st.DrawFn) -> tuple[list[GroupShape], list[set[int]], int, int]:
         block_tokens = draw(st.sampled_from([2, 4]))
         window = 0 if group == 0 else draw(st.sampled_from([0, 1, 3, 4, 9]))
         shapes.append(GroupShape(group, block_tokens, window))
-        there.append(draw(st.sets(st.integers(0, 32 // block_tokens - 1))))
+        some = st.sets(st.integers(0, 32 // block_tokens - 1), max_size=draw(st.sampled_from([2, 16])))
+        blocks = draw(some)  # those that are there, or, so that prefixes are long, those that are not
+        there.append(blocks if draw(st.booleans()) else set(range(32 // block_tokens)) - blocks)
     return shapes, there, 4 * draw(st.integers(0, 4)), draw(st.integers(0, 32))
 
 

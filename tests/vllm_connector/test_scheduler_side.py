@@ -113,6 +113,18 @@ def test_the_pool_is_not_asked_again_in_every_step(there: int, tokens: int, good
     assert made.side.take_counts().lookups == 3 and made.side.take_counts().lookups == 0
 
 
+def test_an_answer_is_good_for_one_life_of_a_request() -> None:
+    made = Made(there=4)
+    request = made.began()
+    assert made.side.match(request, 0) == (16, False)
+    made.side.allocated(request, [[1, 2, 3, 4, 5]], 16)
+    made.link.there = 2  # it is preempted, and what it had of the pool is gone
+    assert made.side.match(request, 0) == (8, False)
+    made.side.finished(request)
+    made.link.there = 1
+    assert made.side.match(made.began(), 0) == (4, False)  # another request of that name
+
+
 def test_what_is_announced_is_waited_for_and_then_not() -> None:
     made = Made(there=1, wait_s=1.0)
     request = made.began(kv_transfer_params={"kvpool_tokens": 16})
@@ -147,6 +159,7 @@ def test_requests_that_are_left_to_vllm() -> None:
     assert made.side.match(made.began(request_id="other"), 0) == (0, False)
     made.side.allocated(made.began(request_id="other"), [[1, 2]], 0)
     assert made.plan({"other": 8}, [1, 2]).saves == {} and made.side.take_counts().lookups == 1
+    assert not any(block.ref_cnt for block in made.pool.blocks)  # nor is it stored later
 
 
 def test_a_load_ahead_that_failed_is_not_tried_again() -> None:
@@ -156,7 +169,9 @@ def test_a_load_ahead_that_failed_is_not_tried_again() -> None:
     made.side.allocated(request, [[1, 2, 3, 4, 5]], 16)
     plan = made.plan({}, [1, 2, 3, 4, 5])
     assert plan.ahead and plan.idle and [load.block_ids for load in plan.loads] == [(1, 2, 3, 4)]
-    made.side.output(plan.number, {}, set(), {"r", "gone"})
+    request.num_computed_tokens = 16
+    made.side.output(plan.number, {}, {2}, {"r", "gone"})
+    assert request.num_computed_tokens == 16  # vLLM begins it anew by itself
     assert made.side.match(request, 0) == (0, False)
     made.side.finished(request)
     assert made.side.match(made.began(), 0) == (16, True)  # another request of that name
@@ -198,6 +213,28 @@ def test_vllm_waits_for_stores_rather_than_preempt_but_not_long() -> None:
     assert not any(block.ref_cnt for block in made.pool.blocks)
 
 
+def test_vllm_goes_on_waiting_as_long_as_blocks_come_back() -> None:
+    made = Made()
+    request = made.began()
+    made.side.allocated(request, [[1, 2, 3, 4]], 0)
+    for number, before in enumerate((0, 8), 1):
+        request.num_computed_tokens = before
+        step = made.plan({"r": 8}, [1, 2, 3, 4])
+        assert step.number == number
+        made.side.output(step.number, {}, set(), set())
+    made.plan({}, [])
+    assert made.side.gives_back_soon()
+    made.now_s += 0.6 * GIVE_BACK_S
+    assert made.side.gives_back_soon()
+    made.side.output(3, {1: 1}, set(), set())
+    made.now_s += 0.6 * GIVE_BACK_S
+    assert made.side.gives_back_soon()  # since the first came back, the second may
+    made.now_s += 0.6 * GIVE_BACK_S
+    assert made.side.gives_back_soon()
+    made.now_s += 0.6 * GIVE_BACK_S
+    assert not made.side.gives_back_soon()
+
+
 def test_what_the_pool_has_lost_is_stored_again() -> None:
     made = Made()
     request = made.began()
@@ -232,17 +269,50 @@ def test_who_stands_on_a_lost_block_computes_from_there() -> None:
     first, sharer, other = made.began(), made.began(request_id="sharer"), made.began(request_id="other")
     made.side.match(first, 0)
     made.side.allocated(first, [[1, 2, 3, 4, 5]], 16)
-    blocks = {"r": [1, 2, 3, 4, 5], "sharer": [1, 2, 3, 9], "other": [20, 21]}
+    # Block 0 stands for what a window has let go, in every request.
+    behind = made.began(request_id="behind", num_computed_tokens=4)
+    blocks = {"r": [1, 2, 3, 4, 5], "sharer": [1, 2, 3, 0, 9], "other": [20, 21], "behind": [1, 2, 3], "ended": [3, 7]}
     state = SimpleNamespace(get_block_ids=lambda request: (blocks[request],))
     scheduled = SimpleNamespace(
-        num_scheduled_tokens={"r": 1, "sharer": 4, "other": 5}, total_num_scheduled_tokens=10,
+        num_scheduled_tokens={"r": 1, "sharer": 4, "other": 5, "behind": 0, "ended": 1}, total_num_scheduled_tokens=11,
         kv_connector_block_state=state,
     )  # fmt: skip
     plan = made.side.plan(scheduled)  # type: ignore[arg-type]
     first.num_computed_tokens, sharer.num_computed_tokens, other.num_computed_tokens = 17, 16, 5
     made.side.output(plan.number, {}, {3, 4}, set())
-    assert made.pool.evicted == {3, 4, 5, 9}
+    assert made.pool.evicted == {3, 4, 5, 7, 9}
     assert (first.num_computed_tokens, sharer.num_computed_tokens, other.num_computed_tokens) == (8, 8, 5)
+    assert behind.num_computed_tokens == 4  # it was not that far
+    sharer.num_computed_tokens = 16
+    made.side.output(None, {}, {3}, set())
+    assert sharer.num_computed_tokens == 16  # that step is over
+
+
+def test_nothing_is_kept_of_a_request_that_has_ended() -> None:
+    made = Made(there=2, loads=LoadMode.AHEAD)
+    waits = made.began(request_id="waits", kv_transfer_params={"kvpool_tokens": 16})
+    assert made.side.match(waits, 0) == (None, False)
+    lora = made.began(request_id="lora", lora_request=object())
+    assert made.side.match(lora, 0) == (0, False)
+    loads = made.began()
+    assert made.side.match(loads, 0) == (8, True)
+    made.side.allocated(loads, [[1, 2, 3, 4, 5]], 8)
+    plan = made.plan({}, [1, 2, 3, 4, 5])
+    made.side.output(plan.number, {}, set(), {"r", "gone"})
+    assert made.side.match(loads, 0) == (0, False)
+    for request in (waits, lora, loads):
+        made.side.finished(request)
+    side = made.side
+    kept = (side._requests, side._matched, side._answers, side._gave_up, side._handoffs.waits, side._loading)
+    assert not any(kept) and not len(side._tracker)
+
+
+def test_what_is_awaited_is_looked_for_anew_each_time() -> None:
+    made = Made(there=0)
+    request = made.began(kv_transfer_params={"kvpool_tokens": 16})
+    assert made.side.match(request, 0) == (None, False)
+    made.link.there, made.now_s = 4, made.now_s + 0.2 * MISS_GOOD_S
+    assert made.side.match(request, 0) == (16, False)
 
 
 def test_a_step_whose_load_failed_stores_nothing_yet() -> None:
@@ -271,6 +341,22 @@ def test_a_step_whose_load_failed_stores_nothing_yet() -> None:
     assert [transfer.block_ids for transfer in saved] == [(2, 3, 4), (11, 12)]
 
 
+def test_a_step_that_nobody_heard_of_again_is_stored_with_a_later_one() -> None:
+    made = Made()
+    request = made.began()
+    made.side.allocated(request, [[1, 2, 3, 4, 5]], 0)
+    made.plan({"r": 8}, [1, 2, 3, 4, 5])
+    request.num_computed_tokens = 8
+    second = made.plan({"r": 8}, [1, 2, 3, 4, 5])
+    made.side.output(second.number, {}, set(), set())
+    assert [block.ref_cnt for block in made.pool.blocks[1:5]] == [0, 0, 1, 1]
+    request.num_computed_tokens = 16
+    third = made.plan({"r": 1}, [1, 2, 3, 4, 5])
+    made.side.output(third.number, {}, set(), set())
+    (saved,) = made.plan({}, []).saves.values()
+    assert [transfer.block_ids for transfer in saved] == [(1, 2, 3, 4)]
+
+
 def test_two_requests_share_what_may_be_held() -> None:
     made = Made()  # 10 blocks at once
     for number, name in enumerate(("one", "two")):
@@ -296,6 +382,17 @@ def test_a_reset_leaves_nothing_of_before() -> None:
     looks = made.link.looks
     made.side.match(asked, 0)
     assert made.link.looks == looks + 1
+
+
+def test_what_a_step_computes_during_a_reset_is_not_stored() -> None:
+    made = Made()
+    request = made.began()
+    made.side.allocated(request, [[1, 2, 3, 4, 5]], 0)
+    step = made.plan({"r": 8}, [1, 2, 3, 4, 5])
+    made.side.reset()
+    assert not any(block.ref_cnt for block in made.pool.blocks)
+    made.side.output(step.number, {}, set(), set())
+    assert made.plan({}, []).saves == {} and not made.side.has_work
 
 
 def test_keys_depend_on_the_namespace() -> None:

@@ -22,34 +22,66 @@ import numpy as np
 
 from kvpool.core.engine_keys import EngineNaming
 from kvpool.v1 import common_pb2, directory_pb2, directory_pb2_grpc, scheduler_pb2, scheduler_pb2_grpc
-from tests.vllm_real.serving import BLOCK_TOKENS, REPLY_S, START_S, Engine, Node, Process, connector, free_port, start
+from tests.vllm_real.serving import (
+    BLOCK_TOKENS,
+    PATIENT,
+    REPLY_S,
+    START_S,
+    Engine,
+    Node,
+    Process,
+    connector,
+    free_port,
+    start,
+)
 
-WAIT_S = 60.0
+WAIT_S = 300.0
+#: Of one call to the scheduler.
+CALL_S = 60.0
+#: No server is known to be alive, on a machine that lets heartbeats starve: clients ask again.
+_TRY_AGAIN = (429, 503)
 
 
-@dataclass
-class Published:
-    """An engine that publishes its KV events. `plain` has no connector and is only asked directly."""
+@dataclass(frozen=True)
+class Servers:
+    """Servers to be asked directly: one without a connector, and two on a node."""
+
+    node: Node
+    plain: Engine
+    prefill: Engine
+    decode: Engine
+
+
+@dataclass(frozen=True)
+class Member:
+    """A server of a cluster, and what its agent is told of it beside id and role."""
 
     engine: Engine
-    events: str
-    replay: str
+    settings: str
 
     @classmethod
-    def start(cls, folder: Path, name: str, node: Node | None, **extra: Any) -> Published:
+    def on_pool(cls, folder: Path, name: str, node: Node) -> Member:
+        """With kvpool's connector, and publishing its KV events."""
         events, replay = (f"tcp://127.0.0.1:{free_port()}" for _ in range(2))
         config = {"enable_kv_cache_events": True, "publisher": "zmq"}
         # An address without a star is one to connect to, for vLLM's publisher.
         endpoints = {"endpoint": events.replace("127.0.0.1", "*"), "replay_endpoint": replay.replace("127.0.0.1", "*")}
         arguments = ["--kv-events-config", json.dumps({**config, **endpoints})]
-        transfer = connector(node, **extra) if node is not None else None
-        return cls(Engine(folder, name, transfer, arguments), events, replay)
+        engine = Engine(folder, name, connector(node, **PATIENT), arguments)
+        return cls(engine, f"node={node.address},events={events},replay={replay}")
 
-    def flag(self, node: Node, role: str) -> str:
-        return (
-            f"{self.engine.url},id={self.engine.name},role={role},node={node.address},"
-            f"events={self.events},replay={self.replay}"
-        )
+    @classmethod
+    def on_nixl(cls, folder: Path, name: str) -> Member:
+        """With vLLM's own NixlConnector, over loopback."""
+        transfer = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_load_failure_policy": "recompute"}
+        environment = {
+            "UCX_TLS": "tcp,self,sm", "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
+            "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
+        }  # fmt: skip
+        return cls(Engine(folder, name, transfer, environment=environment), "handoff=nixl")
+
+    def flag(self, role: str) -> str:
+        return f"{self.engine.url},id={self.engine.name},role={role},{self.settings}"
 
 
 @dataclass
@@ -57,8 +89,8 @@ class Cluster:
     """Everything that runs, and clients of it."""
 
     plain: Engine
-    servers: list[Published]
-    node: Node
+    servers: list[Member]
+    node: Node | None
     gateway_url: str
     scheduler_address: str
     processes: list[Process] = field(default_factory=list)
@@ -74,20 +106,25 @@ class Cluster:
     def stream(self, body: dict[str, Any], path: str = "/v1/completions") -> Iterator[dict[str, Any]]:
         """Events of a streamed answer; closing the iterator closes the connection."""
         url, asked = f"{self.gateway_url}{path}", {"stream": True, **body}
-        with httpx.stream("POST", url, json=asked, timeout=REPLY_S, trust_env=False) as response:
-            assert response.status_code == 200, response.read()
-            for line in response.iter_lines():
-                if line.startswith("data: {"):
-                    event = json.loads(line[6:])
-                    assert "error" not in event, event
-                    yield event
+        deadline_s = time.monotonic() + WAIT_S
+        while True:
+            with httpx.stream("POST", url, json=asked, timeout=REPLY_S, trust_env=False) as response:
+                if response.status_code == 200:
+                    yield from _events(response)
+                    return
+                assert response.status_code in _TRY_AGAIN and time.monotonic() < deadline_s, response.read()
+            self.processes[0].wait_a_little()
 
     def streamed(self, prompt: list[int], max_tokens: int = 16, **fields: Any) -> Streamed:
         return Streamed.of(list(self.stream(self.body(prompt, max_tokens, **fields))))
 
     def post(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        response = httpx.post(f"{self.gateway_url}{path}", json=body, timeout=REPLY_S, trust_env=False)
-        return response.status_code, response.json()
+        deadline_s = time.monotonic() + WAIT_S
+        while True:
+            response = httpx.post(f"{self.gateway_url}{path}", json=body, timeout=REPLY_S, trust_env=False)
+            if response.status_code not in _TRY_AGAIN or time.monotonic() > deadline_s:
+                return response.status_code, response.json()
+            self.processes[0].wait_a_little()
 
     def gateway_metrics(self) -> str:
         return httpx.get(f"{self.gateway_url}/metrics", timeout=REPLY_S, trust_env=False).text
@@ -99,24 +136,24 @@ class Cluster:
         return scheduler_pb2_grpc.SchedulerStub(channel)
 
     def instances(self) -> dict[str, scheduler_pb2.InstanceStatus]:
-        reply = self.scheduler().ListInstances(scheduler_pb2.ListInstancesRequest(), metadata=_PROTOCOL, timeout=10)
+        reply = self.scheduler().ListInstances(scheduler_pb2.ListInstancesRequest(), metadata=_PROTOCOL, timeout=CALL_S)
         return {status.info.instance_id: status for status in reply.instances}
 
     def status(self) -> scheduler_pb2.ClusterStatus:
-        return self.scheduler().GetStatus(scheduler_pb2.GetStatusRequest(), metadata=_PROTOCOL, timeout=10)
+        return self.scheduler().GetStatus(scheduler_pb2.GetStatusRequest(), metadata=_PROTOCOL, timeout=CALL_S)
 
     def explain(self, request_id: str) -> scheduler_pb2.Explanation:
         request = scheduler_pb2.ExplainRequest(request_id=request_id)
-        return self.scheduler().Explain(request, metadata=_PROTOCOL, timeout=10)
+        return self.scheduler().Explain(request, metadata=_PROTOCOL, timeout=CALL_S)
 
     def holders(self, tokens: list[int]) -> dict[str, int]:
         """Source -> leading blocks of a prompt that it holds, by the names that the gateway gives them."""
         channel = grpc.insecure_channel(self.scheduler_address)
-        listed = self.scheduler().ListModels(scheduler_pb2.ListModelsRequest(), metadata=_PROTOCOL, timeout=10)
+        listed = self.scheduler().ListModels(scheduler_pb2.ListModelsRequest(), metadata=_PROTOCOL, timeout=CALL_S)
         naming = EngineNaming.of_layout(listed.models[0].namespace.layout)
         keys = naming.keys(b"", np.asarray(tokens, dtype=np.uint32), BLOCK_TOKENS)
         request = directory_pb2.MatchRequest(keys=[common_pb2.KeyList(keys=keys.tobytes())])
-        reply = directory_pb2_grpc.DirectoryStub(channel).Match(request, metadata=_PROTOCOL, timeout=10)
+        reply = directory_pb2_grpc.DirectoryStub(channel).Match(request, metadata=_PROTOCOL, timeout=CALL_S)
         return {run.source_id: run.count for run in reply.runs if run.first == 0}
 
     def until(self, holds: Any, what: str) -> None:
@@ -125,7 +162,7 @@ class Cluster:
             for process in self.processes:
                 process.must_run()
             assert time.monotonic() < deadline_s, what
-            self.node.process.wait_a_little()
+            self.processes[0].wait_a_little()
 
     def nothing_left(self) -> bool:
         """Nothing runs on any server that is there, and nothing is promised."""
@@ -135,6 +172,14 @@ class Cluster:
 
 
 _PROTOCOL = (("kvpool-protocol", "1"),)
+
+
+def _events(response: httpx.Response) -> Iterator[dict[str, Any]]:
+    for line in response.iter_lines():
+        if line.startswith("data: {"):
+            event = json.loads(line[6:])
+            assert "error" not in event, event
+            yield event
 
 
 @dataclass
@@ -166,26 +211,62 @@ def _kvpool(folder: Path, role: str, *arguments: str) -> Process:
 
 
 @contextlib.contextmanager
-def cluster(folder: Path, servers: int = 2, role: str = "both") -> Iterator[Cluster]:
-    scheduler, port = f"127.0.0.1:{free_port()}", free_port()
-    processes = [_kvpool(folder, "scheduler", "--listen", scheduler)]
-    node = Node(folder, arguments=("--scheduler", scheduler))
-    plain = Engine(folder, "plain")
-    published = [Published.start(folder, f"server-{i}", node, handoff_wait_s=30.0) for i in range(servers)]
-    processes.append(_kvpool(folder, "gateway", "--scheduler", scheduler, "--listen", f"127.0.0.1:{port}"))
-    flags = [argument for server in published for argument in ("--server", server.flag(node, role))]
-    processes.append(_kvpool(folder, "engine-agent", "--scheduler", scheduler, *flags))
-    made = Cluster(plain, published, node, f"http://127.0.0.1:{port}", scheduler, processes)
-    engines = [plain, *(server.engine for server in published)]
+def cluster(folder: Path) -> Iterator[Cluster]:
+    """A server without a connector, and two that share a node, behind a gateway."""
+    scheduler = f"127.0.0.1:{free_port()}"
+    with _role(folder, "scheduler", "--listen", scheduler) as process:
+        node = Node(folder, arguments=("--scheduler", scheduler))
+        plain = Engine(folder, "plain")
+        members = [Member.on_pool(folder, f"server-{number}", node) for number in range(2)]
+        try:
+            with _gateway(folder, scheduler, plain, node, members) as made:
+                made.processes.append(process)
+                yield made
+        finally:
+            for one in (plain.process, *(member.engine.process for member in members), node.process):
+                one.stop()
+
+
+@contextlib.contextmanager
+def nixl_cluster(folder: Path, plain: Engine) -> Iterator[Cluster]:
+    """Two servers that hand over by themselves, behind a gateway that tells them to."""
+    scheduler = f"127.0.0.1:{free_port()}"
+    with _role(folder, "scheduler", "--listen", scheduler) as process:
+        members = [Member.on_nixl(folder, f"nixl-{number}") for number in range(2)]
+        try:
+            with _gateway(folder, scheduler, plain, None, members, "--handoff", "nixl") as made:
+                made.processes.append(process)
+                yield made
+        finally:
+            for member in members:
+                member.engine.process.stop()
+
+
+@contextlib.contextmanager
+def _role(folder: Path, role: str, *arguments: str) -> Iterator[Process]:
+    process = _kvpool(folder, role, *arguments)
     try:
-        for engine in engines:
-            engine.wait()
-        made.until(lambda: _joined(made, servers), "the servers did not join")
-        yield made
+        yield process
     finally:
-        for process in (*processes, *(engine.process for engine in engines), node.process):
-            process.stop()
-            kill(process)
+        process.stop()
+
+
+@contextlib.contextmanager
+def _gateway(
+    folder: Path, scheduler: str, plain: Engine, node: Node | None, members: list[Member], *arguments: str
+) -> Iterator[Cluster]:
+    """Gateway and agent of servers that start; waits until all have joined."""
+    address = f"127.0.0.1:{free_port()}"
+    flags = [argument for member in members for argument in ("--server", member.flag("both"))]
+    with (
+        _role(folder, "gateway", "--scheduler", scheduler, "--listen", address, *arguments) as gateway,
+        _role(folder, "engine-agent", "--scheduler", scheduler, *flags) as agent,
+    ):
+        made = Cluster(plain, members, node, f"http://{address}", scheduler, [gateway, agent])
+        for engine in (plain, *(member.engine for member in members)):
+            engine.wait()
+        made.until(lambda: _joined(made, len(members)), "the servers did not join")
+        yield made
 
 
 def _joined(made: Cluster, count: int) -> bool:

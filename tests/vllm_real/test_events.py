@@ -23,7 +23,7 @@ from tests.vllm_real.serving import free_port  # noqa: E402
 
 BLOCK_TOKENS = 16
 NAMESPACE = bytes(16)
-WAIT_S = 30.0
+WAIT_S = 120.0
 
 
 class Engine:

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from tests.vllm_real.clusters import Servers
 from tests.vllm_real.prompts import prompts
-from tests.vllm_real.serving import REPLY_S, Engine, Node, Servers, connector, running
+from tests.vllm_real.serving import PATIENT, REPLY_S, START_S, Engine, Node, connector, running
 
 TALKS = [tokens for tokens, fields in prompts(2) if not fields][:16]
 SHORT = TALKS[0]
@@ -17,11 +18,12 @@ SHORT = TALKS[0]
 NODE_MEMORY = "8MiB"
 
 
-def until(holds: Callable[[], bool], engine: Engine) -> None:
+def until(holds: Callable[[], bool], engine: Engine, meanwhile: Callable[[], None] = lambda: None) -> None:
     deadline_s = time.monotonic() + REPLY_S
     while not holds():
         engine.process.must_run()
         assert time.monotonic() < deadline_s, engine.process.text[-4000:]
+        meanwhile()
         engine.process.wait_a_little()
 
 
@@ -29,7 +31,6 @@ def test_a_life_of_faults(tmp_path: Path, servers: Servers) -> None:
     node = Node(tmp_path, NODE_MEMORY)
     node.process.stop()
     engine = Engine(tmp_path, "engine", connector(node))
-    wrong = Engine(tmp_path, "wrong", connector(node, nod="127.0.0.1:1"))
     with running(engine, node):
         expected = {tuple(talk): servers.plain.complete(talk).tokens for talk in TALKS}
 
@@ -43,14 +44,18 @@ def test_a_life_of_faults(tmp_path: Path, servers: Servers) -> None:
         # It comes, and is used.
         node.start()
         until(lambda: "is used, namespace" in engine.process.text, engine)
-        engine.stored(SHORT)
+        engine.loads(SHORT)
         assert engine.metric("vllm:kvpool_blocks_loaded_total") > 0
 
         # It is full: what is oldest goes.
-        for talk in TALKS:
-            right(talk)
-        engine.stored(TALKS[-1])
-        assert engine.metric("vllm:kvpool_bytes_saved_total") > 8 << 20
+        def all_right() -> None:
+            for talk in TALKS:
+                right(talk)
+            engine.forget()
+
+        all_right()
+        until(lambda: engine.metric("vllm:kvpool_bytes_saved_total") > 8 << 20, engine, all_right)
+        engine.loads(TALKS[-1])
 
         # It is killed while requests load.
         with ThreadPoolExecutor(4) as pool:
@@ -61,20 +66,32 @@ def test_a_life_of_faults(tmp_path: Path, servers: Servers) -> None:
             for answer in answers:
                 answer.result(REPLY_S)
         engine.process.must_run()
-        until(lambda: "is away" in engine.process.text, engine)
-        engine.forget()
-        right(SHORT)
+
+        def short_is_right() -> None:
+            engine.forget()
+            right(SHORT)
+
+        until(lambda: "is away" in engine.process.text, engine, short_is_right)
+        short_is_right()
 
         # It comes back, and so do the hits.
         node.start()
         until(lambda: engine.process.text.count("is used, namespace") > 2, engine)
-        engine.stored(SHORT)
+        engine.loads(SHORT)
 
         # The engine is killed; the next one finds what it has stored.
         engine.process.stop(signal.SIGKILL)
-        second = Engine(tmp_path, "second", connector(node))
+        second = Engine(tmp_path, "second", connector(node, **PATIENT))
         with running(second):
+            until(lambda: second.process.text.count("is used, namespace") > 1, second)  # both halves of the connector
             answer = second.complete(SHORT)
             assert answer.tokens == expected[tuple(SHORT)] and answer.cached_tokens > 0
-    assert wrong.process.popen.wait(REPLY_S) != 0
-    assert "unknown settings: nod" in wrong.process.text
+
+
+def test_a_wrong_setting_ends_the_start(tmp_path: Path, servers: Servers) -> None:
+    wrong = Engine(tmp_path, "wrong", connector(servers.node, nod="127.0.0.1:1")).process
+    try:
+        assert wrong.popen.wait(START_S) != 0
+    finally:
+        wrong.stop()
+    assert "unknown settings: nod" in wrong.text

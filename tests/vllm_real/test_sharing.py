@@ -1,4 +1,4 @@
-"""Who shares blocks and who must not: other models, block sizes, degrees of tensor parallelism, kinds of attention."""
+"""Who shares blocks and who must not: other models, block sizes, kinds of attention."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.vllm_real.clusters import Servers
 from tests.vllm_real.prompts import prompts
-from tests.vllm_real.serving import MODEL, Node, Offline, Servers
+from tests.vllm_real.serving import MODEL, Node, Offline, running
 
 TALKS = [tokens for tokens, fields in prompts(3) if not fields][1:16:4]
-#: Two workers on one NUMA node: vLLM does not choose cores for them.
-TWO_WORKERS = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
 def other_weights(folder: Path) -> Path:
@@ -45,16 +44,17 @@ def gemma(folder: Path) -> Path:
 def test_engines_that_must_not_share(servers: Servers, tmp_path: Path) -> None:
     expected = [servers.prefill.complete(talk).tokens for talk in TALKS]
     for talk in TALKS:
-        servers.prefill.stored(talk)
+        servers.prefill.loads(talk)
     twice = [TALKS, TALKS]
     blocks = Offline.start(tmp_path, "blocks", servers.node, twice, {"block_size": 64})
     model = Offline.start(tmp_path, "model", servers.node, twice, {"model": str(other_weights(tmp_path / "model"))})
-    cold, warm = blocks.rounds()
-    assert cold.tokens == warm.tokens == expected
-    assert not any(cold.cached) and warm.all_cached(64)
-    cold, warm = model.rounds()
-    assert cold.tokens == warm.tokens
-    assert not any(cold.cached) and warm.all_cached()
+    with running(blocks, model):
+        cold, warm = blocks.rounds()
+        assert cold.tokens == warm.tokens == expected
+        assert not any(cold.cached) and warm.all_cached(64)
+        cold, warm = model.rounds()
+        assert cold.tokens == warm.tokens
+        assert not any(cold.cached) and warm.all_cached()
     # People who wonder can tell why, from the lines of both.
     theirs = [name for one in (blocks, model) for name in namespaces(one.process.text)]
     assert len(set(theirs)) == 2 and not set(theirs) & namespaces(servers.prefill.process.text)
@@ -65,17 +65,10 @@ def namespaces(text: str) -> set[str]:
     return {line.partition("is used, namespace ")[2].split(":")[0] for line in text.splitlines() if "is used" in line}
 
 
-def test_tensor_parallel_and_windows(servers: Servers, tmp_path: Path) -> None:
+def test_layers_with_windows(tmp_path: Path) -> None:
     node = Node(tmp_path)
-    try:
-        two = Offline.start(tmp_path, "two", node, [TALKS, TALKS], {"tensor_parallel_size": 2}, environment=TWO_WORKERS)
-        windows = Offline.start(tmp_path, "windows", node, [TALKS, TALKS], {"model": str(gemma(tmp_path / "gemma"))})
-        expected = [servers.plain.complete(talk).tokens for talk in TALKS]
-        cold, warm = two.rounds()
-        assert cold.tokens == warm.tokens == expected
-        assert not any(cold.cached) and warm.all_cached()
-        cold, warm = windows.rounds()
-        assert cold.tokens == warm.tokens
-        assert not any(cold.cached) and warm.all_cached()
-    finally:
-        node.process.stop()
+    with running(node):
+        model = str(gemma(tmp_path / "gemma"))
+        cold, warm = Offline.start(tmp_path, "windows", node, [TALKS, TALKS], {"model": model}).rounds()
+    assert cold.tokens == warm.tokens
+    assert not any(cold.cached) and warm.all_cached()

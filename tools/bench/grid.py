@@ -23,6 +23,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ FIGURES = (
 )  # fmt: skip
 #: Load at which policies are tuned: between the two that are compared.
 TUNING_LOAD = 1.2
-TUNING_SEED = 1000
+#: Windows on which each try is judged, from the beginning, the middle and the end of the first half.
+TUNING_SEEDS = (1001, 1005, 1008)
 
 
 def code_digest() -> str:
@@ -178,8 +180,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def tune(arguments: argparse.Namespace) -> None:
-    """Tries settings on windows of the first halves, one window in each cluster; the best of each policy are kept."""
-    tried: dict[tuple[str, str, int], list[float]] = {}
+    """Tries settings on windows of the first halves, in each cluster; of each policy `tuning.chosen` is kept."""
+    tried: dict[tuple[str, str], dict[int, list[float]]] = {}
     path = arguments.out / "tuning.jsonl"
     wanted = list(_tries(arguments))
     have = {_key(row): row for row in read_rows(path)}
@@ -190,25 +192,26 @@ def tune(arguments: argparse.Namespace) -> None:
             file.flush()
     for row in wanted:
         if _key(row) in have:
-            key = (row["workload"], row["policy"], row["try"])
-            tried.setdefault(key, []).append(have[_key(row)]["goodput"])
+            numbers = tried.setdefault((row["workload"], row["policy"]), {})
+            numbers.setdefault(row["try"], []).append(have[_key(row)]["goodput"])
     best: dict[str, dict[str, Any]] = {}
-    for workload in cells.WORKLOADS:
-        for policy in tuning.SPACES:
-            scores = {
-                number: sum(goodputs) / len(goodputs)
-                for (w, p, number), goodputs in tried.items()
-                if (w, p) == (workload, policy) and len(goodputs) == len(cells.CLUSTERS)
-            }
-            if scores:
-                # Of equal ones the earliest: the defaults, if nothing is better.
-                number = max(scores, key=lambda n: (scores[n], -n))
-                settings = tuning.draw(policy, workload, number)
-                best.setdefault(workload, {})[policy] = {
-                    "settings": settings, "goodput": round(scores[number], 4),
-                    "of_defaults": round(scores.get(0, 0.0), 4), "tries": len(scores),
-                }  # fmt: skip
+    for (workload, policy), numbers in tried.items():
+        whole = {n: goodputs for n, goodputs in numbers.items() if len(goodputs) == _windows()}
+        if 0 in whole:
+            number = tuning.chosen(whole)
+            best.setdefault(workload, {})[policy] = {
+                "settings": tuning.draw(policy, workload, number), "goodput": round(_mean(whole[number]), 4),
+                "of_defaults": round(_mean(whole[0]), 4), "tries": len(whole),
+            }  # fmt: skip
     (arguments.out / "tuning.json").write_text(json.dumps(best, indent=1) + "\n")
+
+
+def _windows() -> int:
+    return len(cells.CLUSTERS) * len(TUNING_SEEDS)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _tries(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -219,10 +222,10 @@ def _tries(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 if arguments.policy and policy not in arguments.policy:
                     continue
                 requests = arguments.requests or cells.WORKLOADS[workload].requests
-                for cluster in cells.CLUSTERS:
+                for cluster, seed in product(cells.CLUSTERS, TUNING_SEEDS):
                     yield {
                         "workload": workload, "cluster": cluster, "load": TUNING_LOAD, "policy": policy,
-                        "seed": TUNING_SEED, "half": "first", "requests": requests,
+                        "seed": seed, "half": "first", "requests": requests,
                         "settings": tuning.draw(policy, workload, number), "code": code, "try": number,
                     }  # fmt: skip
 
@@ -281,7 +284,8 @@ def told(rows: Sequence[dict[str, Any]], tuned: dict[str, Any], code: str) -> st
         "",
         "## Tuning",
         "",
-        "Goodput on the window of the first half, mean over clusters, of the best settings and of the defaults.",
+        f"Goodput on {len(TUNING_SEEDS)} windows of the first half in each cluster, of the settings kept and of the",
+        "defaults. Settings are kept if they are better than the defaults by more than a standard error.",
         "",
         *_markdown(("workload", "policy", "tries", "best", "defaults"), _tuned(tuned)),
         "",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import json
 import os
 import random
@@ -33,6 +32,7 @@ from scheduler.core import events  # noqa: E402
 from scheduler.core.commands import Placed  # noqa: E402
 from scheduler.core.config import SchedulerConfig  # noqa: E402
 from scheduler.core.core import SchedulerCore  # noqa: E402
+from scheduler.service.collecting import Collector  # noqa: E402
 from scheduler.service.journal import Journal  # noqa: E402
 from scheduler.service.shell import Shell  # noqa: E402
 
@@ -194,31 +194,37 @@ def measure_core(policy: str, count: int, journal: Journal | None = None) -> dic
 
 
 def measure_growth(instances: int, blocks: int, count: int) -> dict[str, float]:
-    """Decisions of kvpool's policy among so many instances and blocks; the least figures of several runs."""
+    """Decisions of kvpool's policy among so many instances and blocks; the least figures of several runs.
+
+    Beside the time that passed, the CPU time of the thread: what it takes on a machine that does other things too.
+    """
     runs = []
     for seed in range(GROWTH_RUNS):
         conversations = max(blocks // (PROMPT_BLOCKS - SYSTEM_BLOCKS), 1)
         workload = Workload(seed, instances, max(instances // 8, 1), conversations)
-        core, now_us, times = SchedulerCore(DECIDE_NOW), 0, []
+        core, now_us, times, cpu_times = SchedulerCore(DECIDE_NOW), 0, [], []
         for event in workload.cluster():
             now_us += 20
             core.handle(event, now_us)
         active = min(4 * instances, 1500)
-        gc.collect()
-        gc.freeze()  # as a process that has started
+        collector = Collector(lambda: 0)  # as the scheduler's process has one
+        collector.begin()
         for number in range(count + active):
             now_us += 250
             event = workload.request(number, "kvpool")
-            began = time.perf_counter()
+            began, cpu_began = time.perf_counter(), time.thread_time()
             commands = core.handle(event, now_us)
-            took = time.perf_counter() - began
+            took, cpu_took = time.perf_counter() - began, time.thread_time() - cpu_began
             assert isinstance(commands[-1], Placed), commands
             core.book.finish_prefill(("gw", f"r{number - 40}"), now_us)
             if number >= active:
                 times.append(took)
+                cpu_times.append(cpu_took)
                 core.handle(workload.outcome(number - active), now_us)
-        gc.unfreeze()
-        runs.append(summary(times, sum(times)))
+            collector.look()
+        collector.end()
+        cpu = summary(cpu_times, sum(cpu_times))
+        runs.append({**summary(times, sum(times)), "cpu_p50_us": cpu["p50_us"], "cpu_p99_us": cpu["p99_us"]})
     return {name: (max if name == "per_s" else min)(run[name] for run in runs) for name in runs[0]}
 
 
@@ -346,9 +352,10 @@ def show(rows: dict[str, dict[str, float]], as_json: bool, what: str) -> None:
         print(json.dumps({"what": what, "load": load, "cores": os.cpu_count(), "rows": rows}, indent=2))
         return
     print(f"{what}; load {load[0]:.1f} on {os.cpu_count()} cores")
-    print(f"{'':40} {'a second':>10} {'p50 us':>10} {'p99 us':>10}")
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    print(f"{'':40} " + " ".join(f"{column:>10}" for column in columns))
     for name, row in rows.items():
-        print(f"{name:40} {row['per_s']:10.0f} {row['p50_us']:10.0f} {row['p99_us']:10.0f}")
+        print(f"{name:40} " + " ".join(f"{row[column]:10.0f}" for column in columns))
 
 
 if __name__ == "__main__":

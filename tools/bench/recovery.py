@@ -1,9 +1,9 @@
-"""How policies get over incidents, over time: SVG plots and a table, all modelled.
+"""How policies get over incidents, over time, and what they do where splitting or fetching lost; all modelled.
 
-    python tools/bench/recovery.py [--out docs/results] [--only flapping_link ...]
+    python tools/bench/recovery.py [--out docs/results] [--only flapping_link ... losses]
 
 The incidents are those of `scheduler/simulator/incidents.py`: a link that flaps, an instance that dies, 43 forks of one
-prefix.
+prefix. Of each there is an SVG plot. The cases that others lost are in `scheduler/simulator/published/losses.py`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ from scheduler.simulator.driver import simulate  # noqa: E402
 from scheduler.simulator.incidents import Incident, incidents, mean_ttft_s, shares_of  # noqa: E402
 from scheduler.simulator.metrics import Result  # noqa: E402
 from scheduler.simulator.plots import Chart, page  # noqa: E402
+from scheduler.simulator.published.losses import losses  # noqa: E402
 
 POINTS = 24
+#: Not an incident: all cases of `losses`.
+LOSSES = "losses"
 #: After the fault: how long its consequences are looked at.
 AFTER_S = 20.0
 COLUMNS = (
@@ -84,23 +87,42 @@ def plotted(incident: Incident, found: dict[str, tuple[Result, dict[str, int]]])
     return page(f"{incident.title} (modelled)", charts)
 
 
+def losses_table() -> Table:
+    table = Table(title="where splitting or fetching lost (modelled)", title_justify="left")
+    for column in ("case", "reported", "policy", "mean TTFT, s", "mean TBT, ms", "split %", "fetched %"):
+        table.add_column(column)
+    for case in losses().values():
+        for policy, result in case.results().items():
+            figures = result.figures()
+            others = (figures["tbt_ms"], 100 * figures["split_ratio"], 100 * case.pulled(result))
+            shown = (f"{case.ttft_s(result):.2f}", *(f"{value:.0f}" for value in others))
+            table.add_row(case.title, case.reported, policy, *shown)
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = {incident.name: incident for incident in incidents()}
     parser.add_argument("--out", type=Path, default=REPOSITORY / "docs" / "results")
-    parser.add_argument("--only", nargs="+", choices=known, default=list(known))
+    parser.add_argument("--only", nargs="+", choices=(*known, LOSSES), default=[*known, LOSSES])
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
+    console = Console(width=None if sys.stdout.isatty() else 180)
     table = Table(title="modelled", title_justify="left")
     for column in COLUMNS:
         table.add_column(column)
     for name in arguments.only:
+        if name == LOSSES:
+            continue
         incident = known[name]
         found = {policy: run(incident, policy) for policy in incident.policies}
         for policy, (result, prefills) in found.items():
             table.add_row(*row(incident, policy, result, prefills))
         (arguments.out / f"{name}.svg").write_text(plotted(incident, found))
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
+    if table.row_count:
+        console.print(table)
+    if LOSSES in arguments.only:
+        console.print(losses_table())
 
 
 if __name__ == "__main__":

@@ -1,10 +1,15 @@
 """The SSD tier beside what the disk allows in the same run: append, read, recovery.
 
-Limits: fio at the same size, depth and file size (its options are printed; it writes new files as the store does),
-where it is installed, and a plain loop of pwrite/pread with O_DIRECT in as many threads. Rounds of all kinds are
-interleaved; medians are reported, of ratios those of each round's ratio. fio reads into the same few buffers again and
-again, the others fill all of the memory. Reads of the store verify digests, and read a page more a block; `copy then
-hash` says what verifying alone costs in memory.
+The store is full: it appends into space that it gave back, as it does for most of its life. Limits:
+
+* `loop`: a compiled loop in as many threads, see `disk_loop`: the same memory, the same calls of 32 MiB, for writes a
+  sync after each, into space that was written before.
+* fio, where it is installed, at the same size, depth and file size; its options are printed. It moves the same few
+  buffers again and again, which stay in the caches, and syncs once at the end. `fio write` makes a new file, `fio
+  rewrite` writes the one that is there.
+
+Rounds of all kinds are interleaved; medians are reported, of ratios those of each round's ratio. Reads of the store
+verify digests, and read a page more a block; `copy then hash` says what verifying alone costs in memory.
 
 python tools/bench/ssd.py [--dir FOLDER] [--json FILE]
 """
@@ -12,7 +17,6 @@ python tools/bench/ssd.py [--dir FOLDER] [--json FILE]
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import mmap
 import os
@@ -20,12 +24,12 @@ import shutil
 import statistics
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from disk_loop import LoopFile
 from numpy.typing import NDArray
 
 from kvpool.core.hashing import block_digests
@@ -54,6 +58,13 @@ def memory(size_bytes: int) -> NDArray[np.uint8]:
     return np.frombuffer(mmap.mmap(-1, size_bytes), np.uint8)
 
 
+def open_store(folder: Path, block_bytes: int, total_bytes: int, depth: int) -> SsdStore:
+    """One that is full after three rounds."""
+    return SsdStore.open(
+        folder, f"bench-{block_bytes}", 3 * total_bytes, io_depth=depth, segment_bytes=total_bytes // 2
+    )
+
+
 class Blocks:
     """Blocks of one size in page-aligned memory, a target as large, and a store that gets them again and again."""
 
@@ -65,7 +76,7 @@ class Blocks:
         self.out = memory(total_bytes).reshape(self.count, block_bytes)
         self.out[:] = 0
         self.rng = rng
-        self.store = SsdStore.open(folder, f"bench-{block_bytes}", 16 * total_bytes, io_depth=depth)
+        self.store = open_store(folder, block_bytes, total_bytes, depth)
         self.batches: list[RecordBatch] = []
         self.renew()
 
@@ -104,66 +115,36 @@ class Blocks:
         block_digests(self.out, self.batches[0].keys[:1].repeat(self.count, axis=0), SECTIONS)
 
 
-class PlainFile:
-    """A file that threads write and read block by block, with nothing else around it."""
-
-    def __init__(self, path: Path, blocks: Blocks, depth: int) -> None:
-        self.path, self.blocks, self.depth = path, blocks, depth
-
-    def write(self) -> None:
-        self.path.unlink(missing_ok=True)
-        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_DIRECT)
-        os.posix_fallocate(fd, 0, self.blocks.data.nbytes)
-        self._each(lambda row: os.pwritev(fd, [self.blocks.data[row]], row * self.blocks.data.shape[1]))
-        os.fdatasync(fd)
-        os.close(fd)
-
-    def read(self, order: NDArray[np.int64]) -> None:
-        fd = os.open(self.path, os.O_RDWR | os.O_DIRECT)
-        size = self.blocks.data.shape[1]
-        self._each(lambda row: os.preadv(fd, [self.blocks.out[row]], int(order[row]) * size))
-        os.close(fd)
-
-    def _each(self, run: Callable[[int], int]) -> None:
-        counter = itertools.count()
-
-        def work() -> None:
-            while (row := next(counter)) < self.blocks.count:
-                run(row)
-
-        threads = [threading.Thread(target=work) for _ in range(self.depth)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-
-
 def fio(folder: Path, kind: str, block_bytes: int, total_bytes: int, depth: int) -> float:
     """GB/s of one run."""
     path = folder / f"fio-{block_bytes}"
     if kind == "write":
         path.unlink(missing_ok=True)
+    rw = "write" if kind == "rewrite" else kind
     command = [
-        "fio", "--name=x", f"--filename={path}", f"--rw={kind}", f"--bs={block_bytes}", f"--size={total_bytes}",
+        "fio", "--name=x", f"--filename={path}", f"--rw={rw}", f"--bs={block_bytes}", f"--size={total_bytes}",
         f"--iodepth={depth}", *FIO_OPTIONS, "--output-format=json",
     ]  # fmt: skip
     job = json.loads(subprocess.run(command, capture_output=True, check=True, timeout=120).stdout)["jobs"][0]
-    side = job["write" if kind == "write" else "read"]
+    side = job["write" if rw == "write" else "read"]
     return float(side["io_bytes"] / (job["job_runtime"] / 1e3) / 1e9)
 
 
 def measure_size(folder: Path, block_bytes: int, total_bytes: int, depth: int, rounds: int) -> dict[str, float]:
     """Median GB/s of each kind, and median ratio of each pair of RATIOS; the first round warms up."""
     blocks = Blocks(folder, block_bytes, total_bytes, depth)
-    plain = PlainFile(folder / "plain", blocks, depth)
+    loop = LoopFile(folder / "loop", blocks.data, depth, CALL_BYTES)
+    for _ in range(3):
+        blocks.renew()
+        blocks.append()
     speeds: dict[str, list[float]] = {}
     for _ in range(rounds + 1):
         order = blocks.rng.permutation(blocks.count)
         blocks.renew()
         kinds: dict[str, Callable[[], None]] = {
-            "plain write": plain.write,
+            "loop write": lambda: loop.write(blocks.data),
             "append": blocks.append,
-            "plain random read": lambda o=order: plain.read(o),  # type: ignore[misc]
+            "loop random read": lambda o=order: loop.read(blocks.out, o),  # type: ignore[misc]
             "copy then hash": blocks.copy_then_hash,
             "read in order": lambda: blocks.read(np.arange(blocks.count)),
             "random read": lambda o=order: blocks.read(o),  # type: ignore[misc]
@@ -175,9 +156,11 @@ def measure_size(folder: Path, block_bytes: int, total_bytes: int, depth: int, r
             run()
             speeds.setdefault(name, []).append(total_bytes / (time.perf_counter() - begin_s) / 1e9)
         if shutil.which("fio"):
-            for name, kind in {"fio write": "write", "fio random read": "randread"}.items():
+            kinds_of_fio = {"fio write": "write", "fio rewrite": "rewrite", "fio random read": "randread"}
+            for name, kind in kinds_of_fio.items():
                 speeds.setdefault(name, []).append(fio(folder, kind, block_bytes, total_bytes, depth))
         assert np.array_equal(blocks.out, blocks.data)
+    loop.close()
     blocks.store.close()
     medians = {name: statistics.median(values[1:]) for name, values in speeds.items()}
     for ours, limit in RATIOS:
@@ -198,7 +181,7 @@ def measure_recovery(folder: Path, block_bytes: int, total_bytes: int) -> dict[s
             for path in (folder / f"kvpool-bench-{block_bytes}").iterdir():
                 if segment_number(path.name) is not None:
                     os.truncate(path, path.stat().st_size - 4096)
-        store = SsdStore.open(folder, f"bench-{block_bytes}", 16 * total_bytes)
+        store = open_store(folder, block_bytes, total_bytes, 8)
         stats = store.stats()
         assert stats.space.records == blocks.count, stats
         result[name] = stats.counters.recovery_s / (stats.space.payload_bytes / 1e9)
@@ -206,8 +189,10 @@ def measure_recovery(folder: Path, block_bytes: int, total_bytes: int) -> dict[s
     return result
 
 
-RATIOS = [("append", "fio write"), ("append", "plain write"), ("random read", "fio random read"),
-          ("random read", "plain random read")]  # fmt: skip
+RATIOS = [
+    ("append", "loop write"), ("append", "fio write"), ("append", "fio rewrite"), ("random read", "loop random read"),
+    ("random read", "fio random read"),
+]  # fmt: skip
 
 
 def show(result: dict[str, dict[str, float]], recovery: dict[str, float], depth: int) -> None:

@@ -1,28 +1,44 @@
-"""vLLM's server for a benchmark: started, asked over HTTP, and its processor time read."""
+"""vLLM's server for a benchmark, and its model: started, asked over HTTP, and its processor time read."""
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-START_S, REPLY_S, STOP_S = 300.0, 600.0, 30.0
+START_S, REPLY_S, STOP_S, METRIC_S = 600.0, 600.0, 30.0, 10.0
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_SERVER_DEV_MODE": "1",
 }  # fmt: skip
 #: Of vLLM's own cache: several prompts of 8192 tokens.
 CACHE_BYTES = 512 << 20
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+#: Makes the model; runs under vLLM's Python, which has transformers.
+MODEL_SCRIPT = """
+import sys, torch, transformers
+torch.manual_seed(0)
+config = transformers.LlamaConfig(
+    vocab_size=int(sys.argv[2]), hidden_size=256, intermediate_size=704, num_hidden_layers=8, num_attention_heads=4,
+    num_key_value_heads=4, head_dim=64, max_position_embeddings=16384, tie_word_embeddings=True)
+transformers.LlamaForCausalLM(config).to(torch.float32).save_pretrained(sys.argv[1])
+"""
+
+
+def make_model(python: str, folder: Path, vocabulary: int = 4096) -> None:
+    """A Llama with random weights, always the same, and 16 KiB of cache a token; no tokenizer."""
+    subprocess.run([python, "-c", MODEL_SCRIPT, str(folder), str(vocabulary)], check=True, stderr=sys.stderr)
 
 
 def free_port() -> int:
@@ -53,15 +69,23 @@ class Server:
         environment: Mapping[str, str] | None = None,
         core: int = 1,
         tokens_max: int = 8704,
+        tokenizer: bool = False,
+        arguments: Sequence[str] = (),
     ) -> None:
-        """Args: core: the one that computes; everything else of it may use the others."""
+        """Starts it; see `wait`.
+
+        Args:
+            core: the one that computes; everything else of it may use the others.
+            tokenizer: whether the model's folder has one; else prompts are token ids, and so are answers.
+            arguments: further ones of vLLM.
+        """
         self.port = free_port()
         command = [
             python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", "bench",
             "--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32", "--enforce-eager",
             "--max-model-len", str(tokens_max), "--max-num-batched-tokens", "2048", "--block-size", "128",
             "--max-num-seqs", "16", "--kv-cache-memory-bytes", str(CACHE_BYTES),
-            "--enable-prompt-tokens-details", "--skip-tokenizer-init",
+            "--enable-prompt-tokens-details", *([] if tokenizer else ["--skip-tokenizer-init"]), *arguments,
         ]  # fmt: skip
         if connector is not None:
             command += ["--kv-transfer-config", json.dumps(dict(connector))]
@@ -161,21 +185,39 @@ class Server:
 
     # ------------------------------------------------------------ what it cost
 
-    def metric(self, name: str) -> float:
+    def metric(self, name: str, **labels: str) -> float:
+        """Sum of all its series, or of those with these labels."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=30) as reply:
             lines = reply.read().decode().splitlines()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name}{{"))
+        wanted = [f'{label}="{value}"' for label, value in labels.items()]
+        series = (line for line in lines if line.startswith(f"{name}{{") and all(word in line for word in wanted))
+        return sum(float(line.rsplit(" ", 1)[1]) for line in series)
+
+    def reaches(self, name: str, value: float) -> None:
+        """Raises: RuntimeError if a metric stays below a value: some moments, since it is told behind the answer."""
+        end_s = time.monotonic() + METRIC_S
+        while (now := self.metric(name)) < value:
+            if time.monotonic() > end_s:
+                raise RuntimeError(f"{name} is {now:.0f}, not {value:.0f}:\n{self.text[-3000:]}")
+            time.sleep(0.05)
 
     def cpu_s(self) -> float:
         """Processor seconds of all its processes so far."""
-        total = 0.0
-        for entry in Path("/proc").iterdir():
-            if not entry.name.isdigit():
-                continue
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:  # ended meanwhile
-                continue
-            if int(fields[3]) == self._process.pid:  # its session
-                total += (int(fields[11]) + int(fields[12])) * TICK_S
-        return total
+        return sum(_ticks(stat) for stat in _stats() if int(stat[3]) == self._process.pid) * TICK_S  # its session
+
+
+def cpu_s_of(process_id: int) -> float:
+    """Processor seconds of a process so far."""
+    return _ticks((Path("/proc") / str(process_id) / "stat").read_text().rpartition(")")[2].split()) * TICK_S
+
+
+def _stats() -> Iterator[list[str]]:
+    """Fields of /proc/*/stat behind the name."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):  # ended meanwhile
+                yield (entry / "stat").read_text().rpartition(")")[2].split()
+
+
+def _ticks(stat: Sequence[str]) -> int:
+    return int(stat[11]) + int(stat[12])

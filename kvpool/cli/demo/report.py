@@ -8,6 +8,9 @@ from typing import Any
 
 from kvpool.cli.demo.play import Turn
 
+#: Requests after which predictions should be good.
+LEARNED_AFTER = 50
+
 
 def percentile(values: Sequence[float], share: float) -> float:
     """Nearest-rank percentile."""
@@ -44,11 +47,9 @@ def build(
     outcomes = [e.get("outcome", {}) for e in explanations]
     placements = [e["choice"]["placement"] for e in explanations]
     pulled = sum(o.get(phase, {}).get("bytes_pulled", 0) for o in outcomes for phase in ("prefill", "decode"))
-    errors = [
-        abs(e["choice"]["placement"]["predicted_ttft_us"] - e["outcome"]["ttft_us"]) / e["outcome"]["ttft_us"]
-        for e in explanations
-        if e.get("outcome", {}).get("ttft_us")
-    ]
+    errors = prediction_errors(explanations)
+    learned = prediction_errors(explanations[first_learned(passes) :])
+    medians = [round(statistics.median(of), 3) if of else None for of in (errors, learned)]
     shares = [
         min(1.0, o["decode"]["exposed_us"] / whole)
         for o in outcomes
@@ -73,10 +74,31 @@ def build(
         | {"prefix_hit_ratio": hit_ratio([t for one in passes["round robin"] for t in one])},
         "baseline_sticky": latencies(passes["sticky"])
         | {"prefix_hit_ratio": hit_ratio([t for one in passes["sticky"] for t in one])},
-        "ttft_prediction_error_median": round(statistics.median(errors), 3) if errors else None,
+        "ttft_prediction_error_median": medians[0],
+        f"ttft_prediction_error_median_after_{LEARNED_AFTER}": medians[1],
         "leaks": leaks,
         "wall_s": round(wall_s, 1),
     }
+
+
+def prediction_errors(explanations: Sequence[dict[str, Any]]) -> list[float]:
+    """|predicted - actual| / actual of each TTFT that was measured."""
+    return [
+        abs(e["choice"]["placement"]["predicted_ttft_us"] - e["outcome"]["ttft_us"]) / e["outcome"]["ttft_us"]
+        for e in explanations
+        if e.get("outcome", {}).get("ttft_us")
+    ]
+
+
+def first_learned(passes: dict[str, list[list[Turn]]]) -> int:
+    """The first of our turns, pass by pass, before whose pass the scheduler had seen `LEARNED_AFTER` requests."""
+    ours = seen = 0
+    for index, turns in enumerate(passes["kvpool"]):
+        if seen >= LEARNED_AFTER:
+            break
+        ours += len(turns)
+        seen += sum(len(played[index]) for played in passes.values() if index < len(played))
+    return ours
 
 
 def rows(report: dict[str, Any]) -> list[tuple[Any, ...]]:

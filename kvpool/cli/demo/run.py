@@ -163,12 +163,18 @@ def _show(result: dict[str, Any], out: Path) -> None:
             "moved between workers": f"{result['conversations_that_moved']} conversations",
             "pulled from the pool": output.size(result["bytes_pulled"]),
             "of that waited for by decode": _share(result["exposed_transfer_median"]),
-            "TTFT prediction error": f"{100 * (result['ttft_prediction_error_median'] or 0):.0f} % (median)",
+            "TTFT prediction error": _errors(result),
             "still held": ", ".join(f"{v} {k}" for k, v in result["leaks"].items()),
             "time": f"{result['wall_s']:.0f} s",
             "report": str(out),
         },
     )
+
+
+def _errors(result: dict[str, Any]) -> str:
+    learned = result[f"ttft_prediction_error_median_after_{report.LEARNED_AFTER}"]
+    later = "" if learned is None else f", {100 * learned:.0f} % after {report.LEARNED_AFTER} requests"
+    return f"{100 * (result['ttft_prediction_error_median'] or 0):.0f} % (median){later}"
 
 
 def _share(value: float | None) -> str:

@@ -71,6 +71,7 @@ _COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     },
     "planning": {
         "plan": plan.plan,
+        "role": plan.role,
         "replay": replay.replay,
         "simulate": simulate.simulate,
         "advise": advise.advise,

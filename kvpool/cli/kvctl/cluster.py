@@ -59,6 +59,22 @@ class Cluster:
     def plan(self) -> dict[str, Any]:
         return output.to_dict(self._scheduler.GetPlan(scheduler_pb2.GetPlanRequest()))
 
+    def set_role(self, instance_id: str, role: str) -> None:
+        """Of several schedulers the one that has the instance's life line can: each is asked."""
+        request = scheduler_pb2.SetRoleRequest(instance_id=instance_id, role=f"ROLE_{role.upper()}")  # type: ignore[arg-type]
+        error: grpc.RpcError | None = None
+        for address in split(self.address):
+            with rpc.make_channel(address, credential=self.access.credential, tls=self.access.tls) as channel:
+                try:
+                    scheduler_pb2_grpc.SchedulerStub(channel).SetRole(request)
+                    return
+                except grpc.RpcError as failed:
+                    # One that is away says less than one that gives a reason.
+                    if error is None or error.code() is grpc.StatusCode.UNAVAILABLE:
+                        error = failed
+        assert error is not None
+        raise error
+
     def match(self, keys: bytes) -> dict[str, Any]:
         request = directory_pb2.MatchRequest(keys=[common_pb2.KeyList(keys=keys)])
         return output.to_dict(self._directory.Match(request))

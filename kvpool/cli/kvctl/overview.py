@@ -114,6 +114,14 @@ def _note(tier: str, node: dict[str, Any]) -> str:
     return ", ".join(notes) or "-"
 
 
+def _role(worker: dict[str, Any]) -> str:
+    """The role, what it was told to be instead, and what it still finishes of another one."""
+    ordered, drains = worker["role_ordered"], worker["role_drains"]
+    role = str(worker["info"]["role"])
+    role += f" -> {ordered}" if ordered != "unspecified" else ""
+    return f"{role} (finishes {drains})" if drains else role
+
+
 def workers(scheduler: Scheduler = DEFAULT_SCHEDULER, access: Access = ANYBODY, json: Json = False) -> None:
     """Engine instances: role, load, KV capacity, and what the scheduler believes of their speed."""
     with output.reported_errors(scheduler, "scheduler"):
@@ -125,7 +133,7 @@ def workers(scheduler: Scheduler = DEFAULT_SCHEDULER, access: Access = ANYBODY, 
     for worker in found:
         info = worker["info"]
         rows.append((
-            info["instance_id"], info["role"], info["model"], info["address"], worker["state"],
+            info["instance_id"], _role(worker), info["model"], info["address"], worker["state"],
             f"{worker['running']}+{worker['waiting']}",
             f"{worker['kv_tokens_free']}/{info['kv_tokens_total']}", worker["kv_tokens_reserved"], worker["hbm_blocks"],
             output.milliseconds(worker["queue_us"]), f"{worker['prefill_per_token_us']:.0f} µs",

@@ -1,4 +1,4 @@
-"""`kvctl plan`: what the running scheduler would change, roles of instances and their number, and why."""
+"""`kvctl plan`, `kvctl role`: what the running scheduler would change, and why; and an operator's own changes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import json as jsonlib
 import sys
 import time
+from enum import StrEnum
 from typing import Annotated, Any
 
 import grpc
@@ -16,6 +17,15 @@ from kvpool.cli.kvctl import tables
 from kvpool.cli.kvctl.cluster import Cluster
 from kvpool.cli.kvctl.options import ANYBODY, DEFAULT_SCHEDULER, Access, Json, Scheduler
 from kvpool.service import rpc
+
+
+class WorkerRole(StrEnum):
+    """What a worker can be told to do."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    BOTH = "both"
+
 
 Follow = Annotated[bool, typer.Option("--follow", "-f", help="Print each new plan until Ctrl-C; --json: one a line.")]
 
@@ -36,6 +46,40 @@ def plan(
         return
     with contextlib.suppress(KeyboardInterrupt):
         _follow(cluster, found, interval, json)
+
+
+def role(
+    worker: Annotated[str, typer.Argument(metavar="WORKER", help="Id of a worker that runs with --role-changeable.")],
+    wanted: Annotated[WorkerRole, typer.Argument(metavar="ROLE", help="prefill, decode or both.")],
+    scheduler: Scheduler = DEFAULT_SCHEDULER,
+    access: Access = ANYBODY,
+    timeout: Annotated[float, typer.Option("--timeout", min=0, help="Seconds to wait until it has taken it.")] = 15.0,
+    json: Json = False,
+) -> None:
+    """Give a worker another role: it finishes what it has, and gets new requests by the new role."""
+    with output.reported_errors(scheduler, "scheduler"):
+        cluster = Cluster(scheduler, access)
+        cluster.set_role(worker, wanted.value)
+        taken = _wait_taken(cluster, worker, wanted.value, timeout)
+    if taken is None:
+        output.fail(f"{worker} has not taken role {wanted.value} within {timeout:g} s", hint="see its log")
+    if json:
+        output.print_json({"worker": worker, "role": wanted.value, "drains": taken})
+        return
+    rest = f"; {taken} requests of its old one are being finished" if taken else ""
+    print(f"{worker} has role {wanted.value}{rest}")
+
+
+def _wait_taken(cluster: Cluster, worker: str, role: str, timeout_s: float) -> int | None:
+    """Requests that it still finishes, once a worker has a role; None if it does not have it in time."""
+    end_s = time.monotonic() + timeout_s
+    while True:
+        for instance in cluster.instances():
+            if instance["info"]["instance_id"] == worker and instance["info"]["role"] == role:
+                return int(instance["role_drains"])
+        if time.monotonic() >= end_s:
+            return None
+        time.sleep(0.05)
 
 
 def _follow(cluster: Cluster, found: dict[str, Any], interval_s: float, json: bool) -> None:
@@ -60,7 +104,8 @@ def _follow(cluster: Cluster, found: dict[str, Any], interval_s: float, json: bo
 
 
 def _gist(plan: dict[str, Any]) -> list[tuple[str, ...]]:
-    return sorted((p["model"], p["kind"], p["instance_id"], p["role"]) for p in plan["proposals"])
+    proposals = [(p["model"], p["kind"], p["instance_id"], p["role"], p["blocked"]) for p in plan["proposals"]]
+    return sorted([*proposals, *((c["model"], c["state"], c["instance_id"], c["role"]) for c in plan["changes"])])
 
 
 def _show(plan: dict[str, Any], json: bool) -> None:
@@ -68,13 +113,21 @@ def _show(plan: dict[str, Any], json: bool) -> None:
         output.print_json(plan)
         return
     proposals = [
-        (p["model"], _wish(p), p["why"], f"{p['age_ms'] / 1000:.0f} s", "yes" if p["executable"] else "no")
-        for p in plan["proposals"]
+        (p["model"], _wish(p), p["why"], f"{p['age_ms'] / 1000:.0f} s", _executed(p)) for p in plan["proposals"]
     ]
     if proposals:
-        tables.table("proposals", ("model", "change", "why", "stands for:", "executable"), proposals)
-    else:
+        tables.table("proposals", ("model", "change", "why", "stands for:", "carried out"), proposals)
+    elif not plan["changes"]:
         tables.facts("plan", {"proposals": "none: nothing to change"})
+    changes = [
+        (c["model"], c["instance_id"], f"{c['was']} -> {c['role']}", c["state"], c["drains"],
+         f"{c['age_ms'] / 1000:.0f} s", c["why"])
+        for c in plan["changes"]
+    ]  # fmt: skip
+    if changes:
+        tables.table(
+            "roles being changed", ("model", "worker", "role", "state", "to finish:", "since:", "why"), changes
+        )
     loads = [
         (load["model"], load["prefill_instances"], f"{100 * load['prefill_utilisation']:.0f}",
          load["decode_instances"], f"{100 * load['decode_utilisation']:.0f}", load["waiting"])
@@ -84,11 +137,18 @@ def _show(plan: dict[str, Any], json: bool) -> None:
     tables.table("load of each phase (instances of both roles count in both)", columns, loads)
 
 
+def _executed(proposal: dict[str, Any]) -> str:
+    """Whether the scheduler does it by itself."""
+    if proposal["kind"] != "flip":
+        return "no: instances are started and stopped by you"
+    return "at once" if proposal["executable"] else f"no: {proposal['blocked']}"
+
+
 def _wish(proposal: dict[str, Any]) -> str:
     """A proposal as a sentence would have it."""
     role, instance = proposal["role"], proposal["instance_id"]
     if proposal["kind"] == "flip":
-        return f"{instance} should {role}"
+        return f"{instance} should {'do both' if role == 'both' else role}"
     if proposal["kind"] == "add":
         return f"one more instance to {role}"
     if proposal["kind"] == "remove":

@@ -138,6 +138,8 @@ def _print_explanation(data: dict[str, Any]) -> None:
     outcome = data.get("outcome")
     if outcome:
         lines["actual TTFT"] = output.milliseconds(outcome["ttft_us"])
+        if placement and outcome["ttft_us"]:
+            lines["actual TTFT"] += f"; the prediction was {100 * data['ttft_error_ratio']:.0f} % off"
         took = output.milliseconds(outcome["duration_us"])
         lines["outcome"] = f"{outcome['finish_reason'] or 'running'}, {outcome['tokens']} tokens in {took}"
         for phase in ("prefill", "decode"):
@@ -157,6 +159,9 @@ def _print_explanation(data: dict[str, Any]) -> None:
             )
     else:
         lines["outcome"] = "still running" if placement else "-"
+    errors = [f"{e['kind']} {100 * e['median']:.0f} % of {e['count']}" for e in data.get("prediction_errors", ())]
+    if errors:
+        lines["predictions there"] = f"median error of the last ones: {', '.join(errors)}"
     tables.facts(f"request {data['request_id']}", lines)
     costs = ("queue_us", "pull_us", "prefill_us", "handoff_us", "decode_harm_us", "cost_us")
     rows = [

@@ -10,7 +10,7 @@ from kvpool.core.directory import Directory, SourceRecord
 from kvpool.core.evictors import EVICTORS
 from kvpool.core.hashing import block_keys
 from kvpool.core.ids import KeyArray, SourceId, Tier
-from kvpool.core.kernels import copying, int8, probing
+from kvpool.core.kernels import copying, int8, names, probing
 from kvpool.core.namespace import GroupKind, GroupSpec, NamespaceSpec
 from kvpool.core.results import SourceConfig
 from kvpool.core.source import SourceCore
@@ -30,6 +30,7 @@ def compile_kernels() -> None:
     copying.warm_up()
     probing.warm_up()
     int8.warm_up()
+    names.warm_up()
 
 
 def _use_directory(keys: KeyArray) -> None:

@@ -3,7 +3,11 @@
 A row is one replica, 32 bytes: the key (two words of `rows`), then in `links`, the same memory as 32-bit words, the
 next replica of the same key, the neighbours in the source's list, and source and fidelity. `heads` holds row + 1 of
 each key's first replica, or 0 where empty. Removal shifts heads back instead of leaving tombstones.
-The plain oracle is in the tests: a dictionary of sets.
+
+A key's holders have a number: the marks of its replicas' owners, by exclusive or. Neighbours in a prompt mostly have
+the same holders, and whoever looks sees that from the numbers instead of walking a chain of a thousand rows. `sets` has
+it at a key's first row where there is a second one; of a single one the mark says it, and `sets` is not even written.
+The plain oracles are in the tests: a dictionary of sets, and runs by definition.
 """
 
 from __future__ import annotations
@@ -42,6 +46,11 @@ _STEP = 256
 #: Keys whose heads are asked for ahead of their turn.
 _AHEAD = 12
 
+#: Holders of a key that were read before, by their number: words of a row of `recent`, owners from RECENT_FIRST on.
+RECENT_SET, RECENT_COUNT, RECENT_FIRST = 0, 1, 2
+#: Fewer holders than this are read faster than remembered.
+RECENT_MIN = 32
+
 _jit = numba.njit(cache=True, nogil=True)
 #: int() of an unsigned word stays unsigned in a kernel, and mixed with a signed one becomes a float.
 signed: Any = np.int64
@@ -69,6 +78,21 @@ def _find(rows: U64, heads: U32, low: np.uint64, high: np.uint64) -> tuple[int, 
     return at, -1
 
 
+@_jit
+def _mark(owner: np.uint32) -> np.uint64:
+    """64 well mixed bits of source and fidelity, never 0. Source: Steele et al., OOPSLA'14, SplitMix (finalizer)."""
+    x = (np.uint64(owner) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@_jit
+def _set_of(links: U32, sets: U64, head: int) -> np.uint64:
+    """The number of a key's holders, by its first row."""
+    return _mark(links[head, OWNER]) if links[head, NEXT] == NIL else sets[head]
+
+
 @intrinsic  # type: ignore[untyped-decorator,unused-ignore]
 def _prefetch(typing_context: Any, array: Any, index: Any) -> Any:
     """Asks for array[index] of a contiguous array: what is read later lies in the cache then."""
@@ -86,9 +110,15 @@ def _prefetch(typing_context: Any, array: Any, index: Any) -> Any:
 
 
 @_jit
-def _ask_for(heads: U32, keys: U64, i: int) -> None:
-    if i < len(keys):
-        _prefetch(heads, _home(keys[i, 0], keys[i, 1], len(heads)))
+def _ask_for(rows: U64, heads: U32, keys: U64, i: int) -> None:
+    """Asks for what key `i` + `_AHEAD` needs: its head, and when that must be there, the row that it names."""
+    if i + _AHEAD < len(keys):
+        _prefetch(heads, _home(keys[i + _AHEAD, 0], keys[i + _AHEAD, 1], len(heads)))
+    if i + _AHEAD // 2 < len(keys):
+        i += _AHEAD // 2
+        head = heads[_home(keys[i, 0], keys[i, 1], len(heads))]
+        if head != 0:
+            _prefetch(rows, ROW_WORDS * (signed(head) - 1))
 
 
 @_jit
@@ -110,6 +140,15 @@ def _close_gap(rows: U64, heads: U32, hole: int) -> None:
             heads[hole] = heads[at]
             hole = at
     heads[hole] = 0
+
+
+@_jit
+def _unmark(links: U32, sets: U64, head: int, row: int) -> None:
+    """Takes a replica out of the number of its key's holders, before `_unlink`."""
+    second = links[head, NEXT]
+    if second != NIL:
+        left = sets[head] ^ _mark(links[row, OWNER])
+        sets[signed(second) if row == head else head] = left
 
 
 @_jit
@@ -155,6 +194,7 @@ def _in_chain(links: U32, row: int, source: int) -> tuple[int, int]:
 def replicas_insert(
     rows: U64,
     links: U32,
+    sets: U64,
     heads: U32,
     firsts: I64,
     counts: I64,
@@ -166,13 +206,16 @@ def replicas_insert(
 ) -> int:
     """Records keys (n, 2) from `start` on. Returns n, or the first key that has no room: grow, go on from there."""
     owner = np.uint32(source * FIDELITIES + fidelity)
+    mark = _mark(owner)
     for i in range(start, len(keys)):
         low, high = keys[i, 0], keys[i, 1]
-        _ask_for(heads, keys, i + _AHEAD)
+        _ask_for(rows, heads, keys, i)
         slot, head = _find(rows, heads, low, high)
         if head >= 0:
             held, _ = _in_chain(links, head, source)
             if held >= 0:
+                if links[head, NEXT] != NIL:
+                    sets[head] ^= _mark(links[held, OWNER]) ^ mark
                 links[held, OWNER] = owner
                 continue
         elif (meta[DISTINCT] + 1) * LOAD_DENOMINATOR > len(heads) * LOAD_NUMERATOR:
@@ -189,6 +232,7 @@ def replicas_insert(
         links[row, OWNER] = owner
         if head >= 0:
             # Second in its chain, so that the head's slot stays as it is.
+            sets[head] = _set_of(links, sets, head) ^ mark
             links[row, NEXT] = links[head, NEXT]
             links[head, NEXT] = np.uint32(row)
         else:
@@ -208,29 +252,34 @@ def replicas_insert(
 
 @_jit
 def replicas_remove(
-    rows: U64, links: U32, heads: U32, firsts: I64, counts: I64, meta: I64, keys: U64, source: int
+    rows: U64, links: U32, sets: U64, heads: U32, firsts: I64, counts: I64, meta: I64, keys: U64, source: int
 ) -> int:
     """Forgets one source's replicas of keys (n, 2). Returns how many there were."""
     removed = 0
     for i in range(len(keys)):
+        _ask_for(rows, heads, keys, i)
         slot, head = _find(rows, heads, keys[i, 0], keys[i, 1])
         if head < 0:
             continue
         row, ahead = _in_chain(links, head, source)
         if row >= 0:
+            _unmark(links, sets, head, row)
             _unlink(rows, links, heads, firsts, counts, meta, source, slot, ahead, row)
             removed += 1
     return removed
 
 
 @_jit
-def replicas_clear(rows: U64, links: U32, heads: U32, firsts: I64, counts: I64, meta: I64, source: int) -> int:
+def replicas_clear(
+    rows: U64, links: U32, sets: U64, heads: U32, firsts: I64, counts: I64, meta: I64, source: int
+) -> int:
     """Forgets all of one source's replicas, by its list. Returns how many there were."""
     removed = 0
     while firsts[source] >= 0:
         row = firsts[source]
         slot, head = _find(rows, heads, rows[row, 0], rows[row, 1])
         _, ahead = _in_chain(links, head, source)
+        _unmark(links, sets, head, row)
         _unlink(rows, links, heads, firsts, counts, meta, source, slot, ahead, row)
         removed += 1
     return removed
@@ -254,6 +303,15 @@ def replicas_find(rows: U64, heads: U32, keys: U64, out: I64) -> None:
     """out[i] = first row of keys[i], or -1. keys: (n, 2)."""
     for i in range(len(keys)):
         _, out[i] = _find(rows, heads, keys[i, 0], keys[i, 1])
+
+
+@_jit
+def marks_of(owners: U32) -> U64:
+    """The mark of each owner, for checks."""
+    marks = np.empty(len(owners), np.uint64)
+    for i in range(len(owners)):
+        marks[i] = _mark(owners[i])
+    return marks
 
 
 @_jit
@@ -283,34 +341,82 @@ def heads_rehash(rows: U64, old: U32, new: U32) -> None:
 
 
 @_jit
-def replicas_match(rows: U64, links: U32, heads: U32, source_count: int, keys: U64) -> tuple[int, I32]:
+def _holders(links: U32, row: int, holders: np.uint64, recent: U64) -> U64:
+    """Owners of a key's replicas: as they were read before, or by the chain from its first row on.
+
+    Remembered is what many hold, by the number of the set: it can't grow old, since other holders are another number.
+    """
+    known = recent[signed(holders % np.uint64(len(recent) - 1))]
+    if known[RECENT_SET] == holders and known[RECENT_COUNT] > 0:
+        return known[RECENT_FIRST : RECENT_FIRST + signed(known[RECENT_COUNT])]
+    # The last row is where chains are read to; what is too short to be remembered stays there.
+    read, count = recent[len(recent) - 1], 0
+    while True:
+        read[RECENT_FIRST + count] = links[row, OWNER]
+        count += 1
+        if links[row, NEXT] == NIL:
+            break
+        row = signed(links[row, NEXT])
+    if count < RECENT_MIN:
+        return read[RECENT_FIRST : RECENT_FIRST + count]
+    known[RECENT_SET], known[RECENT_COUNT] = holders, count
+    known[RECENT_FIRST : RECENT_FIRST + count] = read[RECENT_FIRST : RECENT_FIRST + count]
+    return known[RECENT_FIRST : RECENT_FIRST + count]
+
+
+@_jit
+def replicas_match(
+    rows: U64, links: U32, sets: U64, heads: U32, source_count: int, recent: U64, keys: U64
+) -> tuple[int, I32]:
     """Leading keys that any source holds, and each source's runs among them: (m, 4) of source, first, count, fidelity.
 
-    Runs are in order of their first key; those that begin at the same key are in no order that means anything.
+    Runs are in order of their first key; those that begin at the same key are in no order that means anything. A chain
+    is walked only where a key's holders are not those of the key before.
+
+    Args:
+        recent: holders read before, (any power of two and one, RECENT_FIRST + source_count), at first of zeros.
     """
     runs = np.empty((64, 4), np.int32)
     run_count = 0
     current = np.full(source_count, -1, np.int32)
+    owners = recent[0, :0]
+    before, same = np.uint64(0), 0  # the set that is being followed, and keys since it was read
+    covered = len(keys)
     for i in range(len(keys)):
+        _ask_for(rows, heads, keys, i)
         _, row = _find(rows, heads, keys[i, 0], keys[i, 1])
         if row < 0:
-            return i, runs[:run_count]
-        while True:
-            owner = signed(links[row, OWNER])
+            covered = i
+            break
+        holders = _set_of(links, sets, row)
+        if i > 0 and holders == before:
+            same += 1
+            continue
+        _grow(runs, current, owners, same)
+        before, same = holders, 0
+        owners = _holders(links, row, holders, recent)
+        while run_count + len(owners) > len(runs):
+            longer = np.empty((2 * len(runs), 4), np.int32)
+            longer[:run_count] = runs[:run_count]
+            runs = longer
+        for k in range(len(owners)):
+            owner = signed(owners[k])
             source, fidelity = owner // FIDELITIES, owner % FIDELITIES
             run = current[source]
             if run >= 0 and runs[run, 1] + runs[run, 2] == i and runs[run, 3] == fidelity:
                 runs[run, 2] += 1
             else:
-                if run_count == len(runs):
-                    longer = np.empty((2 * run_count, 4), np.int32)
-                    longer[:run_count] = runs
-                    runs = longer
                 runs[run_count, 0], runs[run_count, 1] = source, i
                 runs[run_count, 2], runs[run_count, 3] = 1, fidelity
                 current[source] = run_count
                 run_count += 1
-            if links[row, NEXT] == NIL:
-                break
-            row = signed(links[row, NEXT])
-    return len(keys), runs[:run_count]
+    _grow(runs, current, owners, same)
+    return covered, runs[:run_count]
+
+
+@_jit
+def _grow(runs: I32, current: I32, owners: U64, by: int) -> None:
+    """Makes the last run of each owner longer by so many keys."""
+    if by > 0:
+        for k in range(len(owners)):
+            runs[current[signed(owners[k]) // FIDELITIES], 2] += by

@@ -162,8 +162,7 @@ class LogCore:
         if number is None:
             return np.zeros((0, KEY_BYTES), np.uint8)
         rows = self.rows
-        lost = (rows.states == RowState.LOST) & (rows.kinds == RecordKind.DATA)
-        lost &= (rows.name_bytes > 0) & (rows.namespaces == number)
+        lost = (rows.states == RowState.LOST) & (rows.name_bytes > 0) & (rows.namespaces == number)
         return rows.key_bytes(np.flatnonzero(lost).astype(np.int32))
 
     def space(self) -> Space:
@@ -293,8 +292,7 @@ class LogCore:
         rows = self.rows.in_segment(number)
         self._account(rows, self.rows.states[rows], -1)
         obsolete = self.rows.drop(rows)
-        tombstones = obsolete[self.rows.kinds[obsolete] == RecordKind.TOMBSTONE]
-        self._account(tombstones, np.full(len(tombstones), RowState.TOMBSTONE, np.uint8), -1)
+        self._account(obsolete, np.full(len(obsolete), RowState.TOMBSTONE, np.uint8), -1)
         del self.segments[number]
         self._segments_allowed = max(self.config.segments_max, min(self._segments_allowed, len(self.segments) + 1))
 

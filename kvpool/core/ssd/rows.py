@@ -3,7 +3,8 @@
 The newest record of a key is its *head*, in the table. Older data records that are still on disk are *stale*: they
 wait for their segment to go, and until then the head, whatever it is, must not go without something newer in its place:
 the log would bring the stale one back at the next start. A head counts its stale records. An older tombstone is
-obsolete at once: as a head it would do no harm.
+obsolete at once: as a head it would do no harm. A record that a footer calls LOST counts as data: should the footer go,
+it may be read again.
 
 A key's head keeps its row for as long as the key is there, so that a listing in row order misses nothing.
 Bytes of memory a record: 54 in the rows, 8 to 16 in the table.
@@ -33,7 +34,7 @@ class RowState(IntEnum):
     FREE = 0
     LIVE = 1
     TOMBSTONE = 2  # removed; stale records remain
-    LOST = 3  # does not verify, is on its way out, or was not removed durably: absent, but still hides stale records
+    LOST = 3  # did not verify once, is on its way out, or was not removed durably: absent, but hides stale records
     STALE = 4
     OBSOLETE = 5  # a tombstone that hides nothing any more, or not by itself; in no table
 
@@ -113,12 +114,12 @@ class LogRows:
         return rows
 
     def undead(self, keys: KeyArray) -> Rows:
-        """Row of each key whose record can't be read, but is on disk as it was written; or NO_ROW.
+        """Row of each key whose record can't be read, but may be on disk as it was written; or NO_ROW.
 
-        Nothing on disk says that it is gone: the next start may find it readable.
+        At most a footer says that it is lost: a later start may find it readable.
         """
         rows = self.heads(keys)
-        rows[(self.states[rows] != RowState.LOST) | (self.kinds[rows] != RecordKind.DATA)] = NO_ROW
+        rows[self.states[rows] != RowState.LOST] = NO_ROW
         return rows
 
     def in_segment(self, number: int) -> Rows:
@@ -158,7 +159,7 @@ class LogRows:
         for name, _ in _COLUMNS:
             column = getattr(self, name)
             column[copies] = column[old]
-        data = self.kinds[old] == RecordKind.DATA
+        data = self.kinds[old] != RecordKind.TOMBSTONE
         self.states[copies] = np.where(data, RowState.STALE, RowState.OBSOLETE)
         self.stale[copies] = 0
         self.stale[old] += data.astype(np.uint32)
@@ -180,7 +181,7 @@ class LogRows:
     def drop(self, rows: Rows) -> Rows:
         """Forgets the records of a segment that is gone. Heads among them must hide nothing outside of it.
 
-        Returns: tombstones and lost records elsewhere that hid some of these and now hide nothing: OBSOLETE.
+        Returns: tombstones elsewhere that hid some of these and now hide nothing: OBSOLETE.
         """
         states = self.states[rows]
         stale = rows[states == RowState.STALE]
@@ -213,7 +214,7 @@ class LogRows:
         self.touches[rows] = 0
         self.stale[rows] = 0
         placed = rows[order]
-        older_data = (self.kinds[placed] == RecordKind.DATA) & ~last
+        older_data = (self.kinds[placed] != RecordKind.TOMBSTONE) & ~last
         self.states[placed] = np.where(older_data, RowState.STALE, RowState.OBSOLETE)
         heads = placed[last]
         self.stale[heads] = np.bincount(group[older_data], minlength=len(heads)).astype(np.uint32)
@@ -236,8 +237,8 @@ class LogRows:
         self.section_counts[rows] = entries["section_count"]
 
     def _drop_idle(self, heads: Rows) -> Rows:
-        """Takes out of the table what hides nothing, neither stale records nor data of its own."""
-        idle = heads[(self.kinds[heads] != RecordKind.DATA) & (self.stale[heads] == 0)]
+        """Takes tombstones out of the table that hide nothing."""
+        idle = heads[(self.kinds[heads] == RecordKind.TOMBSTONE) & (self.stale[heads] == 0)]
         table_remove(idle, self._header, self._buckets, self.keys)
         self.states[idle] = RowState.OBSOLETE
         return idle
@@ -289,8 +290,8 @@ class LogRows:
         counts = np.bincount(owners, minlength=len(self.states)).astype(np.uint32)
         assert (counts[heads] == self.stale[heads]).all()
         assert (self.sequences[stale] < self.sequences[owners]).all()
-        assert (self.stale[heads[self.kinds[heads] != RecordKind.DATA]] > 0).all()
-        assert (self.kinds[stale] == RecordKind.DATA).all()
+        assert (self.stale[heads[self.kinds[heads] == RecordKind.TOMBSTONE]] > 0).all()
+        assert (self.kinds[stale] != RecordKind.TOMBSTONE).all()
         free = self._free[: self._free_count]
         assert len(np.unique(free)) == len(free)
         assert (self.states[free] == RowState.FREE).all()

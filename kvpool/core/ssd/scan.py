@@ -33,7 +33,9 @@ from kvpool.core.ssd.format import (
 #: Bytes of a segment from an offset on, uint8; fewer than asked for where the file ends or can't be read.
 Fetch: TypeAlias = Callable[[int, int], NDArray[np.uint8]]
 
-_SEARCH_BYTES: Final = 1 << 20
+#: A search begins with little, since what is left of older segments is full of descriptors, and then takes more.
+_SEARCH_BYTES_MIN: Final = 4 << 10
+_SEARCH_BYTES_MAX: Final = 1 << 20
 _HASH_BYTES: Final = 1 << 20
 
 
@@ -126,8 +128,9 @@ def _next_record(fetch: Fetch, position: int, end: int, seed: int) -> tuple[int,
 
 
 def _next_magic(fetch: Fetch, position: int, end: int) -> int | None:
+    size = _SEARCH_BYTES_MIN
     while position < end:
-        data = fetch(position, min(_SEARCH_BYTES, end - position))
+        data = fetch(position, min(size, end - position))
         units = len(data) // UNIT_BYTES
         if units == 0:
             return None
@@ -136,6 +139,7 @@ def _next_magic(fetch: Fetch, position: int, end: int) -> int | None:
         if len(hits):
             return position + int(hits[0]) * UNIT_BYTES
         position += units * UNIT_BYTES
+        size = min(2 * size, _SEARCH_BYTES_MAX)
     return None
 
 

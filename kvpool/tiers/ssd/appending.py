@@ -14,6 +14,7 @@ from kvpool.core.ssd.format import (
     DESCRIPTOR,
     DESCRIPTOR_BYTES,
     FOOTER_ENTRY,
+    PACKED_BYTES_MAX,
     PAGE_BYTES,
     FooterEntries,
     RecordKind,
@@ -23,6 +24,7 @@ from kvpool.core.ssd.format import (
     pack_footer,
     pack_segment_header,
     record_bytes,
+    record_bytes_of,
     segment_name,
     sign_descriptors,
 )
@@ -63,7 +65,9 @@ class LogAppender:
         Returns: how many are durable now, and in the index; 0 if the segment has no room for even one; None if they
             can't be written.
         """
-        picked = rows[: self._group_length(batch, rows)].tolist()
+        picked = rows[:GROUP_RECORDS].tolist()
+        in_place = _taken_in_place([batch.payloads[row] for row in picked], direct=self._log.files.direct)
+        picked = picked[: _group_length(batch, picked, in_place)]
         names = [batch.names[row] if batch.names else b"" for row in picked]
         core = self._log.core
         with self._log.lock:
@@ -79,7 +83,7 @@ class LogAppender:
         picked, names = picked[: len(placed)], names[: len(placed)]
         descriptors = _describe(batch, picked, names, kind, placed, segment.seed)
         try:
-            self._write(segment, placed, descriptors, names, [batch.payloads[row] for row in picked])
+            self._write(segment, placed, descriptors, names, [batch.payloads[row] for row in picked], in_place)
         except OSError as error:
             self._abandon(segment, placed, error)
             return None
@@ -141,29 +145,14 @@ class LogAppender:
             used_bytes, segment = log.core.segments[number].used_bytes, log.segments[number]
         write_footer(log, segment, used_bytes, entries)
 
-    def _group_length(self, batch: RecordBatch, rows: NDArray[np.int64]) -> int:
-        """How many of the first records go into one group: at least one."""
-        staged = total = 0
-        direct = self._log.files.direct
-        for count, row in enumerate(rows[:GROUP_RECORDS].tolist()):
-            payload = batch.payloads[row]
-            total += payload.size
-            if is_packed(payload.size):
-                staged += record_bytes(payload.size, len(batch.names[row]) if batch.names else 0)
-            else:
-                staged += 2 * PAGE_BYTES if not direct or is_aligned(payload) else 2 * PAGE_BYTES + payload.size
-            if count and (total > GROUP_BYTES or staged > ARENA_BYTES - PAGE_BYTES):
-                return count
-        return min(len(rows), GROUP_RECORDS)
-
     def _write(
         self, segment: SegmentFile, placed: Placement, descriptors: NDArray[np.void], names: list[bytes],
-        payloads: list[Bytes],
+        payloads: list[Bytes], in_place: NDArray[np.bool_],
     ) -> None:  # fmt: skip
         self._arena.reset()
         offset, writes = placed.start, 0
         under_way: list[Callable[[], None]] = []
-        buffers = _lay_out(self._arena, placed, descriptors, names, payloads, self._log.files.direct)
+        buffers = _lay_out(self._arena, placed, descriptors, names, payloads, in_place)
         try:
             for some in _portions(buffers):
                 parts = cut(some, offset, WRITE_BYTES)
@@ -213,9 +202,34 @@ def write_footer(log: OpenLog, segment: SegmentFile, used_bytes: int, entries: F
     return True
 
 
-def fits(segment_bytes: int, size_bytes: int, name_bytes: int) -> bool:
-    """Whether a record can be in a segment at all."""
-    return PAGE_BYTES + align(record_bytes(size_bytes, name_bytes)) + footer_bytes(1) <= segment_bytes
+def fit(segment_bytes: int, sizes: NDArray[np.uint64], name_bytes: NDArray[np.uint16]) -> NDArray[np.bool_]:
+    """Which records can be in a segment at all; bool (n)."""
+    left_bytes = segment_bytes - PAGE_BYTES - footer_bytes(1)
+    fitting: NDArray[np.bool_] = record_bytes_of(sizes, name_bytes) <= left_bytes // PAGE_BYTES * PAGE_BYTES
+    return fitting
+
+
+def sizes_of(batch: RecordBatch, rows: Sequence[int]) -> tuple[NDArray[np.uint64], NDArray[np.uint16]]:
+    """Of some records: bytes of payload, uint64 (n); bytes of name, uint16 (n)."""
+    sizes = np.array([batch.payloads[row].size for row in rows], np.uint64)
+    names = [len(batch.names[row]) for row in rows] if batch.names else [0] * len(rows)
+    return sizes, np.array(names, np.uint16)
+
+
+def _taken_in_place(payloads: Sequence[Bytes], *, direct: bool) -> NDArray[np.bool_]:
+    """Which payloads can be written from where they lie; bool (n)."""
+    if not direct:
+        return np.ones(len(payloads), np.bool_)
+    return np.array([not is_packed(payload.size) and is_aligned(payload) for payload in payloads], np.bool_)
+
+
+def _group_length(batch: RecordBatch, rows: list[int], in_place: NDArray[np.bool_]) -> int:
+    """How many of the first records go into one group: at least one."""
+    sizes, name_bytes = sizes_of(batch, rows)
+    copied = np.where(in_place, 2 * PAGE_BYTES, 2 * PAGE_BYTES + sizes.astype(np.int64))
+    staged = np.where(sizes <= PACKED_BYTES_MAX, record_bytes_of(sizes, name_bytes), copied)
+    too_much = (np.cumsum(sizes) > GROUP_BYTES) | (np.cumsum(staged) > ARENA_BYTES - PAGE_BYTES)
+    return max(1, int(np.argmax(too_much))) if too_much.any() else len(rows)
 
 
 def _describe(
@@ -246,24 +260,22 @@ def _entries(descriptors: NDArray[np.void], placed: Placement) -> FooterEntries:
 
 def _lay_out(
     arena: Arena, placed: Placement, descriptors: NDArray[np.void], names: list[bytes], payloads: list[Bytes],
-    direct: bool,
+    in_place: NDArray[np.bool_],
 ) -> Iterator[memoryview]:  # fmt: skip
     """The group as contiguous buffers of whole pages; padding is zero."""
     raw = descriptors.view(np.uint8).reshape(-1, DESCRIPTOR_BYTES)
     offsets = placed.offsets.tolist()
     row = 0
     while row < len(offsets):
-        payload, name = payloads[row], names[row]
-        if not is_packed(payload.size):
-            page = arena.take(PAGE_BYTES)
-            _fill(page, [raw[row], np.frombuffer(name, np.uint8)])
-            yield page.data
-            yield from _lay_payload(arena, payload, direct)
+        first, packed = row, is_packed(payloads[row].size)
+        while row < len(offsets) and is_packed(payloads[row].size) == packed:
             row += 1
+        if not packed:
+            heads = _lay_heads(arena, raw[first:row], names[first:row])
+            for head, payload, stays in zip(heads, payloads[first:row], in_place[first:row].tolist(), strict=True):
+                yield head.data
+                yield from _lay_payload(arena, payload, in_place=stays)
             continue
-        first = row
-        while row < len(offsets) and is_packed(payloads[row].size):
-            row += 1
         end = offsets[row - 1] + record_bytes(payloads[row - 1].size, len(names[row - 1]))
         area = arena.take(align(end - offsets[first]))
         for i in range(first, row):
@@ -300,10 +312,21 @@ def _finish_all(under_way: Sequence[Callable[[], None]]) -> None:
         raise failures[0]
 
 
-def _lay_payload(arena: Arena, payload: Bytes, direct: bool) -> list[memoryview]:
+def _lay_heads(arena: Arena, descriptors: Bytes, names: Sequence[bytes]) -> Bytes:
+    """Descriptors, uint8 (n, 256), and names on a page each; uint8 (n, 4096)."""
+    pages = arena.take(len(descriptors) * PAGE_BYTES).reshape(-1, PAGE_BYTES)
+    pages[:, :DESCRIPTOR_BYTES] = descriptors
+    pages[:, DESCRIPTOR_BYTES:] = 0
+    for page, name in zip(pages, names, strict=True):
+        if name:
+            page[DESCRIPTOR_BYTES : DESCRIPTOR_BYTES + len(name)] = np.frombuffer(name, np.uint8)
+    return pages
+
+
+def _lay_payload(arena: Arena, payload: Bytes, *, in_place: bool) -> list[memoryview]:
     size = payload.size
     full = size // PAGE_BYTES * PAGE_BYTES
-    if direct and not is_aligned(payload):
+    if not in_place:
         staged = arena.take(align(size))
         _fill(staged, [payload])
         return [staged.data]

@@ -20,6 +20,9 @@ from kvpool.core.ssd.format import PAGE_BYTES
 #: Errors of a file system that has no more room, for this user or at all.
 FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
+#: Name of a file that was set aside. What a process before has left is discarded: see `Files.set_aside`.
+SPARE = "spare"
+
 Buffers = Sequence[memoryview]
 
 
@@ -53,12 +56,21 @@ class Files(Protocol):
     def names(self) -> list[str]: ...
 
     def create(self, name: str, size_bytes: int) -> File:
-        """A new file, all of its space allocated and zero. A file of this name is replaced."""
+        """A new file, all of its space allocated, holding anything. A file of this name is replaced."""
         ...
 
     def open(self, name: str) -> File: ...
 
     def remove(self, name: str) -> None: ...
+
+    def set_aside(self, name: str) -> None:
+        """Removes a name. Its space may serve the next `create`, once `sync_names` has made that durable.
+
+        Space that was written before is written faster: the file system has nothing left to note about it. Nobody may
+        read the file any more. Only what this process has set aside is used again: whoever gives each file a higher
+        number than all that he found or made before never finds in one what was written under its number.
+        """
+        ...
 
     def sync_names(self) -> None:
         """Returns when created and removed names are durable."""
@@ -146,15 +158,24 @@ class DiskFiles:
                 ) from error
             raise NoSsd(f"{folder} can't be used: {error.strerror}") from error
         self.direct = direct and self._takes_direct()
+        # Size of the spare: of one whose name is not durable yet, and of one that may be used; 0: there is none.
+        self._set_aside_bytes = self._spare_bytes = 0
+        self._discard_spare()
 
     def names(self) -> list[str]:
         return sorted(os.listdir(self._folder))  # noqa: PTH208 - names, not paths
 
     def create(self, name: str, size_bytes: int) -> DiskFile:
         path = self._folder / name
-        path.unlink(missing_ok=True)
-        fd = os.open(path, self._flags() | os.O_CREAT | os.O_EXCL, 0o600)
+        if size_bytes == self._spare_bytes:
+            self._spare_bytes = 0
+            (self._folder / SPARE).rename(path)
+            fd = os.open(path, self._flags())
+        else:
+            path.unlink(missing_ok=True)
+            fd = os.open(path, self._flags() | os.O_CREAT | os.O_EXCL, 0o600)
         try:
+            # Also of a spare: one that was cut off once, and got a footer later, has a hole.
             os.posix_fallocate(fd, 0, size_bytes)
         except BaseException:
             os.close(fd)
@@ -169,12 +190,29 @@ class DiskFiles:
     def remove(self, name: str) -> None:
         (self._folder / name).unlink(missing_ok=True)
 
+    def set_aside(self, name: str) -> None:
+        path = self._folder / name
+        with contextlib.suppress(FileNotFoundError):
+            size_bytes = path.stat().st_size
+            self._spare_bytes = 0
+            path.rename(self._folder / SPARE)
+            self._set_aside_bytes = size_bytes
+
     def sync_names(self) -> None:
+        set_aside_bytes = self._set_aside_bytes
         os.fsync(self._names)
+        if set_aside_bytes:
+            self._spare_bytes, self._set_aside_bytes = set_aside_bytes, 0
 
     def close(self) -> None:
+        self._discard_spare()
         os.close(self._names)
         os.close(self._lock)
+
+    def _discard_spare(self) -> None:
+        self._set_aside_bytes = self._spare_bytes = 0
+        with contextlib.suppress(OSError):
+            (self._folder / SPARE).unlink(missing_ok=True)
 
     def _flags(self) -> int:
         return os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_DIRECT if self.direct else 0)

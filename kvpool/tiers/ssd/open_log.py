@@ -69,7 +69,7 @@ class OpenLog:
             segment = self.segments[number]
             if not self.idle.wait_for(lambda: segment.readers == 0, timeout_s):
                 raise OSError(f"reads of segment {number} do not end")
-        self.files.remove(segment_name(number))
+        self.files.set_aside(segment_name(number))
         # Until the name is gone for good, tombstones that hide its records must stay.
         self.files.sync_names()
         with self.lock:

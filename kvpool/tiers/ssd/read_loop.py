@@ -68,7 +68,7 @@ _preadv = types.ExternalFunction("preadv", types.intp(types.int32, types.uint64,
 
 
 @intrinsic  # type: ignore[untyped-decorator,unused-ignore]
-def _take_next(typing_context: Any, address: Any) -> Any:
+def take_next(typing_context: Any, address: Any) -> Any:
     """The uint64 at an address, which becomes one more; each caller gets another number."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -196,7 +196,7 @@ def read_runs(
     stage, raw_at, raw_step = array_address(memory), array_address(raw), np.uint64(raw.shape[1])
     counter_at, buffers_at = array_address(counter), array_address(buffers)
     while True:
-        run = np.int64(_take_next(counter_at))
+        run = np.int64(take_next(counter_at))
         if run >= len(runs) - 1:
             break
         first, last = runs[run], runs[run + 1]

@@ -33,7 +33,7 @@ from kvpool.core.ssd.rows import RowState
 from kvpool.core.ssd.scan import scan_segment
 from kvpool.tiers.ssd.appending import write_footer
 from kvpool.tiers.ssd.files import File, Files
-from kvpool.tiers.ssd.lanes import Arena
+from kvpool.tiers.ssd.lanes import Arena, Lanes
 from kvpool.tiers.ssd.open_log import OpenLog
 
 _WINDOW_BYTES: Final = 8 << 20
@@ -181,6 +181,15 @@ def _recover(log: OpenLog, found: list[Found], numbers: Sequence[int]) -> Damage
     return Damage(_suspects(core, suspect), damaged)
 
 
+def make_durable(log: OpenLog, lanes: Lanes) -> None:
+    """Syncs all that was found: a process that was killed may have written it and never come to its sync.
+
+    Before it is relied on: what is absent now may be put in memory alone, and must not be back when the power goes.
+    Raises: OSError.
+    """
+    lanes.run([log.files.sync_names, *(segment.file.sync for segment in log.segments.values())])
+
+
 def remove_files(files: Files, names: Sequence[str]) -> None:
     """Removes segments for good. Raises: OSError: they may come back, and with them what is not true any more."""
     for name in names:
@@ -206,6 +215,7 @@ def _open_store(files: Files, segment_bytes: int) -> tuple[bytes, int]:
         try:
             page = Arena(PAGE_BYTES).take(PAGE_BYTES)
             done = file.read([page.data], 0)
+            file.sync()
         finally:
             file.close()
         header = read_store_header(page[:done].tobytes())

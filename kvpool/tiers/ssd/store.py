@@ -40,7 +40,7 @@ from kvpool.tiers.ssd.direct_reading import warm_up
 from kvpool.tiers.ssd.files import DiskFiles, Files
 from kvpool.tiers.ssd.lanes import Bytes, Lanes
 from kvpool.tiers.ssd.open_log import OpenLog
-from kvpool.tiers.ssd.recovery import Damage, open_log, remove_files, seal_scanned
+from kvpool.tiers.ssd.recovery import Damage, make_durable, open_log, remove_files, seal_scanned
 from kvpool.tiers.ssd.writer import LogWriter, Request
 
 TIMEOUT_S: Final = 30.0
@@ -138,6 +138,7 @@ class SsdStore:
 
         In this order, since damage that is not seen any more must not have left anything behind.
         """
+        make_durable(self._log, self._writes)
         if damage.suspects:
             # It took records that may have replaced or removed these objects: better none than an old one.
             keys = np.frombuffer(b"".join(damage.suspects), np.uint8).reshape(-1, KEY_BYTES)

@@ -15,7 +15,7 @@ from kvpool.core.ids import KeyArray
 from kvpool.core.ssd.format import RecordKind
 from kvpool.core.ssd.records import RecordBatch
 from kvpool.core.ssd.rows import NO_ROW, Rows, RowState
-from kvpool.tiers.ssd.appending import GROUP_BYTES, distinct_prefix, fits
+from kvpool.tiers.ssd.appending import GROUP_BYTES, distinct_prefix, fit, sizes_of
 from kvpool.tiers.ssd.cleaning import LogCleaner, Writing
 from kvpool.tiers.ssd.open_log import OpenLog
 
@@ -156,11 +156,8 @@ class LogWriter:
         batch = _joined([request.batch for request in requests if request.batch is not None])
         acknowledged = self._already_there(batch)
         size = self._log.core.config.segment_bytes
-        possible = [
-            fits(size, payload.size, len(batch.names[row]) if batch.names else 0)
-            for row, payload in enumerate(batch.payloads)
-        ]
-        rows = np.flatnonzero(~acknowledged & np.array(possible, np.bool_))
+        sizes, name_bytes = sizes_of(batch, range(len(batch)))
+        rows = np.flatnonzero(~acknowledged & fit(size, sizes, name_bytes))
         at = stored = 0
         while at < len(rows):
             count = distinct_prefix(batch.keys[rows[at:]])
@@ -171,7 +168,6 @@ class LogWriter:
             at += count
             if done < count:
                 break
-        sizes = np.array([payload.size for payload in batch.payloads], np.int64)
         self._log.count(
             appended=stored, appended_bytes=int(sizes[rows][acknowledged[rows]].sum()),
             append_refused=len(batch) - int(acknowledged.sum()),
@@ -212,7 +208,7 @@ class LogWriter:
         with self._log.lock:
             heads = core.rows.heads(distinct)
             held = np.flatnonzero(heads != NO_ROW)
-            held = held[core.rows.kinds[heads[held]] == RecordKind.DATA]
+            held = held[core.rows.kinds[heads[held]] != RecordKind.TOMBSTONE]
             namespace_ids = core.namespace_ids(heads[held])
             live = core.rows.live(distinct[held])
             removed = int(np.count_nonzero(live != NO_ROW))

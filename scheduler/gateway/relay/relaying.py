@@ -26,7 +26,8 @@ from scheduler.gateway.models import Model
 from scheduler.gateway.placement import SchedulerClient, refusal_or_error
 from scheduler.gateway.relay.answers import StreamedAnswer, whole_answer
 from scheduler.gateway.relay.asks import COMPLETIONS, HANDOFFS, Ask
-from scheduler.gateway.relay.upstream import ServerLost, Upstream
+from scheduler.gateway.relay.masks import KeyMasks
+from scheduler.gateway.relay.upstream import Patience, ServerLost, Upstream
 from scheduler.gateway.submission import WAIT_SHARE
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 _UNREAD_BLOCKS_MAX = 256
 #: Longer prompts are hashed beside the event loop.
 _INLINE_TOKENS_MAX = 4096
+#: A first token that takes so many times as long as predicted does not come.
+PREDICTED_TIMES = 4.0
 _REASONS: dict[int, Reason] = {int(reason): reason for reason in Reason}
 
 
@@ -48,6 +51,7 @@ class RelayBackends:
     metrics: Metrics
     #: Models whose servers tell a chat's thoughts from its answer, as seen so far.
     reasoning: dict[str, None] = field(default_factory=dict)
+    masks: KeyMasks = field(default_factory=KeyMasks)
 
 
 @dataclass
@@ -186,8 +190,7 @@ class Relay:
             self._note_first(attempt)
         attempt.asked = placement.decode.instance_id
         # Nobody says when such an answer begins. The scheduler would take its prefill for work to come until the end.
-        expected_s = max(0, placement.predicted_ttft_us - placement.waited_us) / 1e6
-        begun = asyncio.get_running_loop().call_later(expected_s, self._note_expected, attempt)
+        begun = asyncio.get_running_loop().call_later(_predicted_s(placement), self._note_expected, attempt)
         try:
             reply = await self._backends.upstream.whole(
                 placement.decode.address + self.ask.path,
@@ -233,7 +236,8 @@ class Relay:
         body = ask.tokens_body(context, answer.tokens_left(), transfer) if context else ask.whole_body(transfer)
         attempt.asked = attempt.placement.decode.instance_id
         url = attempt.placement.decode.address + path
-        chunks = self._backends.upstream.chunks(url, body, ask.attempt_id(attempt.number))
+        patience = patience_of(self._backends.config, attempt.placement)
+        chunks = self._backends.upstream.chunks(url, body, ask.attempt_id(attempt.number), patience)
         async with aclosing(chunks):
             async for chunk in chunks:
                 block = answer.chunk(chunk, from_tokens=bool(context))
@@ -247,7 +251,13 @@ class Relay:
         path, body = self.ask.prefill_body(self._answer.context(), self._backends.config.handoff)
         attempt.asked = attempt.placement.prefill.instance_id
         url = attempt.placement.prefill.address + path
-        return await self._backends.upstream.whole(url, body, f"{self.ask.attempt_id(attempt.number)}-prefill")
+        request_id = f"{self.ask.attempt_id(attempt.number)}-prefill"
+        time_s = patience_of(self._backends.config, attempt.placement).first_s
+        reply = await self._backends.upstream.whole(url, body, request_id, time_s)
+        naming, told = self._model.naming, reply.get("kv_transfer_params")
+        if naming is not None and self._backends.masks.differs(attempt.asked, told, naming.mask):
+            self._backends.metrics.other_masks.labels(self._model.name).inc()
+        return reply
 
     # ------------------------------------------------------------ placement
 
@@ -399,6 +409,17 @@ class Relay:
         if self._answer.tokens > 1 and self._first_at and self.ask.streamed:
             share_s = (self._last_at - self._first_at) / (self._answer.tokens - 1)
             metrics.tpot.labels(model).observe(share_s)
+
+
+def patience_of(config: GatewayConfig, placement: scheduler_pb2.Placement) -> Patience:
+    """How long the servers of a placement may be silent."""
+    first_s = max(config.first_token_timeout_s, PREDICTED_TIMES * _predicted_s(placement))
+    return Patience(first_s, config.next_token_timeout_s)
+
+
+def _predicted_s(placement: scheduler_pb2.Placement) -> float:
+    """From its placement to a request's first token."""
+    return max(0, placement.predicted_ttft_us - placement.waited_us) / 1e6
 
 
 __all__ = ["HANDOFFS", "Relay", "RelayBackends"]

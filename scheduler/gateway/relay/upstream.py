@@ -6,15 +6,18 @@ import asyncio
 import contextlib
 import json
 import socket
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Mapping
 from contextlib import aclosing
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import httpx
 
 from kvpool.core.errors import Overloaded
 from scheduler.gateway.errors import ApiError
 from scheduler.gateway.relay.sse import SseReader
+
+Awaited = TypeVar("Awaited")
 
 _CONNECT_S = 3.0
 _CONNECTIONS_MAX = 4096
@@ -58,6 +61,14 @@ class ServerAnswer(ApiError):
         return self._body
 
 
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a server may send nothing: before the first chunk of an answer, and after each."""
+
+    first_s: float
+    next_s: float
+
+
 class Upstream:
     """Connections to all servers. Ending a call ends the request at its server."""
 
@@ -69,17 +80,24 @@ class Upstream:
             ),
             socket_options=_KEEPALIVE,
         )
-        # How long an answer may take is the request's own deadline.
+        # How long an answer may take is said with each call.
         timeout = httpx.Timeout(None, connect=_CONNECT_S)
         self._client = httpx.AsyncClient(headers=headers, timeout=timeout, transport=transport, trust_env=False)
 
     async def close(self) -> None:
         await self._client.aclose()
 
-    async def whole(self, url: str, body: Mapping[str, Any], request_id: str) -> dict[str, Any]:
-        """The answer to a request that is not streamed. Raises: ServerLost, ServerAnswer."""
+    async def whole(
+        self, url: str, body: Mapping[str, Any], request_id: str, time_s: float | None = None
+    ) -> dict[str, Any]:
+        """The answer to a request that is not streamed.
+
+        Args: time_s: all the time that it may take; default: the caller's.
+        Raises: ServerLost, ServerAnswer.
+        """
         try:
-            response = await self._client.post(url, content=_encoded(body), headers=_headers(request_id))
+            sent = self._client.post(url, content=_encoded(body), headers=_headers(request_id))
+            response = await _within(time_s, url, sent)
         except httpx.HTTPError as error:
             raise _lost(url, error) from error
         reply = _decoded(response.content)
@@ -89,19 +107,37 @@ class Upstream:
             _check_end(url, choice)
         return reply
 
-    async def chunks(self, url: str, body: Mapping[str, Any], request_id: str) -> AsyncGenerator[dict[str, Any], None]:
-        """The chunks of a streamed answer. Raises: ServerLost (also for an answer that breaks off), ServerAnswer."""
+    async def chunks(
+        self, url: str, body: Mapping[str, Any], request_id: str, patience: Patience
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """The chunks of a streamed answer.
+
+        Raises: ServerLost, also for an answer that breaks off, or does not come in time; ServerAnswer.
+        """
+        clock = asyncio.get_running_loop().time
+        begun_at = clock()
+        request = self._client.build_request("POST", url, content=_encoded(body), headers=_headers(request_id))
         try:
-            async with self._client.stream(
-                "POST", url, content=_encoded(body), headers=_headers(request_id)
-            ) as response:
+            response = await _within(patience.first_s, url, self._client.send(request, stream=True))
+            async with aclosing(response):
+                wait_s = patience.first_s - (clock() - begun_at)
                 if response.status_code != 200:
-                    raise _failed(url, response.status_code, _decoded(await response.aread()))
+                    raise _failed(url, response.status_code, _decoded(await _within(wait_s, url, response.aread())))
                 async with aclosing(_events(url, response)) as events:
-                    async for chunk in events:
+                    while (chunk := await _within(wait_s, url, anext(events, None))) is not None:
                         yield chunk
+                        wait_s = patience.next_s
         except httpx.HTTPError as error:
             raise _lost(url, error) from error
+
+
+async def _within(time_s: float | None, url: str, awaited: Awaitable[Awaited]) -> Awaited:
+    """What is awaited. Raises: ServerLost if that takes longer."""
+    try:
+        async with asyncio.timeout(time_s):
+            return await awaited
+    except TimeoutError as error:
+        raise ServerLost(f"{url} has sent nothing for {time_s or 0:.0f} s") from error
 
 
 async def _events(url: str, response: httpx.Response) -> AsyncGenerator[dict[str, Any], None]:

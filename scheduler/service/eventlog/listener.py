@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from google.protobuf.message import DecodeError
 
 from kvpool.core.errors import KvpoolError
+from kvpool.core.ids import Role
 from kvpool.v1 import event_log_pb2
 from scheduler.core import events
 from scheduler.core.cluster import State
@@ -58,6 +59,9 @@ class RemoteLine:
 
     def close(self, reason: str) -> None:
         self.closed()
+
+    def change_role(self, role: Role) -> None:
+        """Roles are changed by the scheduler that has the life line."""
 
     def end(self) -> events.Event:
         return events.SourceDetached(self.stream) if self.kind == "source" else events.InstanceLeft(self.stream)

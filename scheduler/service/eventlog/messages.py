@@ -63,6 +63,7 @@ def report_item(event: events.InstanceReported, *, restated: bool = False) -> Lo
         kv_tokens_free=event.kv_tokens_free,
         finished_prefills=event.finished_prefills,
         draining=event.draining,
+        role=None if event.role is None else int(event.role),  # type: ignore[arg-type]
     )
     for p in event.prefill:
         report.prefill.add(new_tokens=p.new_tokens, cached_tokens=p.cached_tokens, duration_us=p.duration_us)

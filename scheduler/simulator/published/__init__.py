@@ -1,0 +1,1 @@
+"""Experiments of published papers, as the simulator can run them. Pure."""
