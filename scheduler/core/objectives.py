@@ -51,14 +51,17 @@ def stall_us(appraiser: Appraiser, option: Option, begin_us: int) -> int:
     """By how much a split holds up its own decode: prefill work left there when it begins, and the hand-off.
 
     The hand-off lies between the first token and the second. What of that is within the objective does no harm; what is
-    little above counts for less, since hand-offs are predicted roughly and one long interval seldom breaks it.
+    little above counts for less, since hand-offs are predicted roughly and one long interval seldom breaks it. A guess
+    counts for nothing, for one hand-off at a time: links that are never used are never measured.
     """
     if not option.split:
         return 0
     left_us = appraiser.book.on(option.decode.id).queue_left_us(appraiser.now_us)
     objective_us = appraiser.request.tpot_slo_us
-    excess_us = max(option.handoff_us + option.step_us - objective_us, 0)
+    excess_us = max(option.gap_us + option.step_us - objective_us, 0)
     gap_us = excess_us * min(excess_us / max(GAP_COUNTED * objective_us, 1.0), 1.0)
+    if option.handoff_guessed and not appraiser.book.guessed:
+        gap_us = 0.0
     return max(left_us - (begin_us - appraiser.now_us), 0) + int(gap_us)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from scheduler.core import loads, objectives, sharing
 from scheduler.core.calibration import Calibration
@@ -24,6 +25,8 @@ from scheduler.core.waiting import Line, Order
 NO_HANDOFF, TOO_LONG, NO_CAPACITY, SLOW = "no hand-off", "context", "capacity", "SLO"
 #: By how much of its prefill, and of time, a request may be held up to learn what a kind of link can do.
 TRIAL_SHARE, TRIAL_US = 0.1, 100_000
+#: What a kind of link costs is a guess until it has been measured so often.
+GUESSED_BELOW = 3
 
 
 @dataclass(slots=True)
@@ -48,6 +51,8 @@ class Option:
     announced_us: int = 0  # TTFT from arrival, corrected by what predictions have been worth
     awaits: Owner | None = None  # the placement whose blocks this option counts on
     interval_us: int = 0  # that it makes where others decode, at most
+    gap_us: int = 0  # between the first token and the second, by links that were measured, or else are tried
+    handoff_guessed: bool = False  # nobody has measured a link of the kind that blocks are pulled over
 
     @property
     def feasible(self) -> bool:
@@ -67,6 +72,17 @@ class Option:
     def order(self) -> tuple[int, str, str]:
         """Cheapest first; ids break ties."""
         return self.cost_us, self.prefill.id, self.decode.id
+
+
+class Handoff(NamedTuple):
+    """From prefill to decode. Fields as in Option; left_us: what is left of it when the prefill ends."""
+
+    left_us: int
+    gap_us: int
+    guessed: bool
+
+
+NO_GAP = Handoff(0, 0, False)
 
 
 @dataclass(slots=True)
@@ -292,7 +308,7 @@ class Appraiser:
         """Prefill on one instance, decode on another, the blocks going through the prefill instance's node."""
         p = prospect or self.prospect(prefill)
         load = self.load(decode)
-        handoff_us, reason = self._handoff(prefill, decode, p)
+        handoff, reason = self._handoff(prefill, decode, p)
         return self._finish(
             Option(
                 prefill=prefill,
@@ -303,13 +319,15 @@ class Appraiser:
                 queue_us=p.queue_us,
                 pull_us=p.pull_us,
                 prefill_us=p.prefill_us,
-                handoff_us=handoff_us + load.wait_us,
+                handoff_us=handoff.left_us + load.wait_us,
                 harm_us=p.prefill_us * self.load(prefill).batch + load.slow_us,
                 step_us=load.step_with_us,
                 cost_us=0,
                 kv_tokens_left=self.kv_tokens_left(decode),
                 reason=reason,
                 awaits=p.awaits,
+                gap_us=handoff.gap_us,
+                handoff_guessed=handoff.guessed,
             )
         )
 
@@ -330,16 +348,16 @@ class Appraiser:
             return f"{NO_HANDOFF}: node {node.id} has no address"
         return ""
 
-    def _handoff(self, prefill: Instance, decode: Instance, p: Prospect) -> tuple[int, str]:
-        """What of publishing and pulling is left when the prefill ends, and why there is no way, if so.
+    def _handoff(self, prefill: Instance, decode: Instance, p: Prospect) -> tuple[Handoff, str]:
+        """What of publishing and pulling is left when the prefill ends, and why there is no way.
 
         Blocks travel while later ones are computed; the last block can't.
         """
         reason = self.handoff_obstacle(prefill, decode)
         if reason:
-            return 0, reason
+            return NO_GAP, reason
         node = self.cluster.sources[prefill.info.node_source_id]
-        total_us, last_us = 0.0, 0.0
+        total_us, last_us, unproved_us, guessed = 0.0, 0.0, 0.0, False
         block_bytes = 0
         for group in prefill.info.namespace.groups:
             block_bytes += group.block_bytes * group.shard_count
@@ -352,10 +370,17 @@ class Appraiser:
             kind = link_class(node.attached.host_id == instance.info.host_id, node.attached.tier)
             link = self.costs.link_costs(instance.id, node.id, kind, self.now_us)
             if link is None:
-                return 0, f"{NO_HANDOFF}: the link from {instance.id} to {node.id} is down"
-            total_us += link[0] + link[1] * (block_bytes * max(blocks, 1))
+                return NO_GAP, f"{NO_HANDOFF}: the link from {instance.id} to {node.id} is down"
+            hop_us = link[0] + link[1] * (block_bytes * max(blocks, 1))
+            total_us += hop_us
             last_us += link[0] + link[1] * block_bytes
-        return max(int(total_us) - p.prefill_us, int(last_us)), ""
+            measured = self.costs.measured(instance.id, node.id) or self.costs.samples(kind) >= GUESSED_BELOW
+            if instance is decode:
+                guessed = not measured
+            elif not measured:  # nor will be: publishing teaches nothing, so that this guess would never be put right
+                unproved_us = hop_us
+        left_us = max(int(total_us) - p.prefill_us, int(last_us))
+        return Handoff(left_us, max(int(total_us - unproved_us) - p.prefill_us, 0), guessed), ""
 
     def _finish(self, option: Option) -> Option:
         """Adds up the cost and finds out whether the option is feasible."""

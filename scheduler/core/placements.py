@@ -49,6 +49,7 @@ class Placement:
     waited_us: int = 0
     queue_us: int = 0
     announced_us: int = 0
+    handoff_guessed: bool = False  # as in Option
     compared: bool = False  # whether the prediction was compared with what happened
     peer: str = ""  # scheduler that made it; empty = this one
 
@@ -113,6 +114,8 @@ class PlacementBook:
     holdings: dict[str, Holdings] = field(default_factory=dict)
     #: Source -> placements that pull from it, with the predicted end of that.
     pulls: dict[str, dict[Owner, int]] = field(default_factory=dict)
+    #: Those that try links which nobody has measured.
+    guessed: dict[Owner, None] = field(default_factory=dict)
     #: Instances that have got free for something, and prefills that are over, since `take_news`.
     freed: dict[str, None] = field(default_factory=dict)
     finished: dict[Owner, None] = field(default_factory=dict)
@@ -150,6 +153,8 @@ class PlacementBook:
                 other.stall_us += other.stalled_us(placement.prefill_us, placement.interval_us)
         for source_id in placement.pulls:
             self.pulls.setdefault(source_id, {})[owner] = placement.pull_ends_us
+        if placement.handoff_guessed:
+            self.guessed[owner] = None
 
     def finish_prefill(self, owner: Owner, now_us: int) -> None:
         """Takes a prefill out of its queue. Does nothing if that happened before or the placement has ended."""
@@ -180,6 +185,7 @@ class PlacementBook:
         self.finish_prefill(owner, now_us)
         self.freed[placement.decode_id] = self.touched[placement.decode_id] = None
         del self.placements[owner]
+        self.guessed.pop(owner, None)
         of_gateway = self.by_gateway[owner[0]]
         del of_gateway[owner]
         if not of_gateway:
@@ -274,6 +280,7 @@ class PlacementBook:
                 _use(source, p, p.prefill_kv_tokens)
                 for source_id in p.pulls:
                     pulls.setdefault(source_id, {})[owner] = p.pull_ends_us
+        assert list(self.guessed) == [owner for owner, p in self.placements.items() if p.handoff_guessed]
         assert pulls == self.pulls and not _NOBODY and Holdings() == _NOTHING
         assert sum(len(owners) for owners in self.by_gateway.values()) == len(self.placements)
         assert recount.keys() == self.holdings.keys()

@@ -328,6 +328,7 @@ def _open(core: SchedulerCore, event: PlaceRequested, option: Option, appraiser:
         waited_us=option.waited_us,
         queue_us=option.queue_us,
         announced_us=option.announced_us,
+        handoff_guessed=option.handoff_guessed,
     )
     core.book.open(placement)
     core.expiries.set(("placement", *placement.owner), placement.expires_us)

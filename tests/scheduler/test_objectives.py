@@ -62,15 +62,20 @@ def test_an_answer_that_has_come_for_long_may_be_held_up_for_longer() -> None:
 def test_a_split_is_charged_for_its_own_hand_off() -> None:
     """What of the gap between the first and the second token is beyond the objective."""
 
-    def held_up_us(handoff_us: int, split: bool = True) -> int:
+    def held_up_us(handoff_us: int, split: bool = True, guessed: bool = False, on_trial: bool = False) -> int:
+        book = PlacementBook(guessed={("g", "other"): None} if on_trial else {})
         appraiser: Any = SimpleNamespace(
-            book=PlacementBook(), now_us=0, request=SimpleNamespace(tpot_slo_us=200_000, max_tokens=100)
+            book=book, now_us=0, request=SimpleNamespace(tpot_slo_us=200_000, max_tokens=100)
         )
         decode = SimpleNamespace(id="d")
-        option: Any = SimpleNamespace(split=split, decode=decode, handoff_us=handoff_us, step_us=30_000)
+        option: Any = SimpleNamespace(
+            split=split, decode=decode, gap_us=handoff_us, step_us=30_000, handoff_guessed=guessed
+        )
         return objectives.stall_us(appraiser, option, SECOND_US)
 
     assert held_up_us(0) == held_up_us(170_000) == 0, "within the objective"
     assert 0 < held_up_us(200_000) < 30_000, "little above it counts for less"
     assert held_up_us(2_600_000) == 2_430_000
     assert held_up_us(2_600_000, split=False) == 0
+    assert held_up_us(2_600_000, guessed=True) == 0, "else nobody would ever measure such links"
+    assert held_up_us(2_600_000, guessed=True, on_trial=True) == 2_430_000, "one at a time"

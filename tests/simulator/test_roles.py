@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from scheduler.core.config import SECOND_US
-from scheduler.simulator.driver import Simulation
+from scheduler.simulator.driver import Simulation, simulate
 from scheduler.simulator.faults import Fault, FaultKind
 from scheduler.simulator.metrics import Result
 from scheduler.simulator.settings import SimulationConfig
@@ -56,3 +56,14 @@ def test_an_instance_that_dies_while_it_changes_costs_no_request(
     assert all(r.end == "done" for r in result.records)
     assert changes[0] == first and all(c["id"] != first["id"] for c in changes[1:])
     assert result.scheduler_counts["roles_ordered"] == len(changes) <= 2
+
+
+def test_links_that_look_too_slow_for_hand_offs_are_tried() -> None:
+    """Long prompts and short answers, where all do both: prefills hold up answers unless some instances only decode.
+
+    The network carries a prompt in 0.04 s, which nobody knows at first: what is assumed of it would break objectives.
+    """
+    trace = shifting_trace([Stretch(96, 2.6, 12_000, 100)])
+    result = simulate(trace, replace(cluster(), split=None))
+    figures = result.figures()
+    assert figures["goodput"] > 0.8 and figures["split_ratio"] > 0.5, figures
