@@ -357,7 +357,9 @@ class Appraiser:
         if reason:
             return NO_GAP, reason
         node = self.cluster.sources[prefill.info.node_source_id]
-        total_us, last_us, unproved_us, guessed = 0.0, 0.0, 0.0, False
+        hops: list[float] = []
+        known: list[bool] = []
+        last_us = 0.0
         block_bytes = 0
         for group in prefill.info.namespace.groups:
             block_bytes += group.block_bytes * group.shard_count
@@ -371,16 +373,14 @@ class Appraiser:
             link = self.costs.link_costs(instance.id, node.id, kind, self.now_us)
             if link is None:
                 return NO_GAP, f"{NO_HANDOFF}: the link from {instance.id} to {node.id} is down"
-            hop_us = link[0] + link[1] * (block_bytes * max(blocks, 1))
-            total_us += hop_us
+            hops.append(link[0] + link[1] * (block_bytes * max(blocks, 1)))
             last_us += link[0] + link[1] * block_bytes
-            measured = self.costs.measured(instance.id, node.id) or self.costs.samples(kind) >= GUESSED_BELOW
-            if instance is decode:
-                guessed = not measured
-            elif not measured:  # nor will be: publishing teaches nothing, so that this guess would never be put right
-                unproved_us = hop_us
+            known.append(self.costs.measured(instance.id, node.id) or self.costs.samples(kind) >= GUESSED_BELOW)
+        total_us = hops[0] + hops[1]
+        # Publishing teaches nothing, so that a guess at it would never be put right: it takes no longer than pulling.
+        gap_us = total_us if known[0] else min(hops[0], hops[1]) + hops[1]
         left_us = max(int(total_us) - p.prefill_us, int(last_us))
-        return Handoff(left_us, max(int(total_us - unproved_us) - p.prefill_us, 0), guessed), ""
+        return Handoff(left_us, max(int(gap_us) - p.prefill_us, 0), not known[1]), ""
 
     def _finish(self, option: Option) -> Option:
         """Adds up the cost and finds out whether the option is feasible."""

@@ -18,10 +18,6 @@ def _ttfts(case: Loss) -> tuple[dict[str, float], dict[str, float]]:
     return {policy: case.ttft_s(result) for policy, result in results.items()}, goodput
 
 
-@pytest.mark.xfail(
-    reason="risks are reckoned for answers whose lengths spread; those of one length are kept apart for nothing",
-    strict=False,
-)
 def test_long_prompts_on_h200_stay_where_they_are() -> None:
     """Ours does as well as the better of splitting and staying."""
     case = CASES["long_prompts"]
