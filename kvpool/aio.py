@@ -230,6 +230,7 @@ class AsyncClusterClient(_Threaded):
     get_objects = _verb(ClusterClient.get_objects)
     lookup = _verb(ClusterClient.lookup)
     lookup_objects = _verb(ClusterClient.lookup_objects)
+    object_sizes = _verb(ClusterClient.object_sizes)
     remove = _verb(ClusterClient.remove)
     remove_all = _verb(ClusterClient.remove_all)
     remove_objects = _verb(ClusterClient.remove_objects)

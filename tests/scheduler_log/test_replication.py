@@ -168,9 +168,11 @@ def test_the_same_process_by_another_line_keeps_what_it_has() -> None:
     assert d.core.cluster.instances["w0"].peer == ""
     d.tell(made.reported(1, running=9))  # of a line that speaks for nobody
     assert d.core.cluster.instances["w0"].running == 0
+    d.tell(made.joined(3, role=Role.DECODE))  # its role may change while it runs
+    assert len(d.core.book.placements) == 1 and d.core.cluster.instances["w0"].info.role is Role.DECODE
     # Another process, and one that is not what it was.
-    d.tell(made.joined(3, role=Role.DECODE))
+    d.tell(made.joined(4, kv_tokens_total=4096))
     assert not d.core.book.placements
-    d.tell(joined_by("s1", 4, epoch=2))
-    commands = d.tell(joined_by("s2", 5, epoch=1))
-    assert [c.stream for c in commands if isinstance(c, CloseStream)] == [5]
+    d.tell(joined_by("s1", 5, epoch=2))
+    commands = d.tell(joined_by("s2", 6, epoch=1))
+    assert [c.stream for c in commands if isinstance(c, CloseStream)] == [6]
