@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from scheduler.core import loads, objectives, sharing
+from scheduler.core import handoffs, loads, objectives, sharing
 from scheduler.core.calibration import Calibration
-from scheduler.core.cluster import Cluster, Instance, State
+from scheduler.core.cluster import Cluster, Instance
 from scheduler.core.config import SchedulerConfig
-from scheduler.core.cost import CostBook, link_class
+from scheduler.core.cost import CostBook
 from scheduler.core.events import PlaceRequested
 from scheduler.core.fleet import Fleet
 from scheduler.core.loads import Load
@@ -22,11 +21,9 @@ from scheduler.core.promises import Ahead
 from scheduler.core.waiting import Line, Order
 
 #: Why an option can't be taken; the start of its `reason`. The order is that of refusals: the last met is the closest.
-NO_HANDOFF, TOO_LONG, NO_CAPACITY, SLOW = "no hand-off", "context", "capacity", "SLO"
+NO_HANDOFF, TOO_LONG, NO_CAPACITY, SLOW = handoffs.NO_HANDOFF, "context", "capacity", "SLO"
 #: By how much of its prefill, and of time, a request may be held up to learn what a kind of link can do.
 TRIAL_SHARE, TRIAL_US = 0.1, 100_000
-#: What a kind of link costs is a guess until it has been measured so often.
-GUESSED_BELOW = 3
 
 
 @dataclass(slots=True)
@@ -72,17 +69,6 @@ class Option:
     def order(self) -> tuple[int, str, str]:
         """Cheapest first; ids break ties."""
         return self.cost_us, self.prefill.id, self.decode.id
-
-
-class Handoff(NamedTuple):
-    """From prefill to decode. Fields as in Option; left_us: what is left of it when the prefill ends."""
-
-    left_us: int
-    gap_us: int
-    guessed: bool
-
-
-NO_GAP = Handoff(0, 0, False)
 
 
 @dataclass(slots=True)
@@ -308,7 +294,7 @@ class Appraiser:
         """Prefill on one instance, decode on another, the blocks going through the prefill instance's node."""
         p = prospect or self.prospect(prefill)
         load = self.load(decode)
-        handoff, reason = self._handoff(prefill, decode, p)
+        handoff, reason = handoffs.handoff(self, prefill, decode, p)
         return self._finish(
             Option(
                 prefill=prefill,
@@ -333,54 +319,7 @@ class Appraiser:
 
     def handoff_obstacle(self, prefill: Instance, decode: Instance) -> str:
         """Why blocks can't go from one instance to the other; empty if they can."""
-        if not self.request.use_pool:
-            return f"{NO_HANDOFF}: the request does not use the pool"
-        if prefill.info.namespace != decode.info.namespace:
-            return f"{NO_HANDOFF}: the instances have different namespaces"
-        if not decode.info.node_source_id:
-            return f"{NO_HANDOFF}: {decode.id} has no node"
-        node = self.cluster.sources.get(prefill.info.node_source_id)
-        if node is None:
-            return f"{NO_HANDOFF}: the node of {prefill.id} is not there"
-        if node.state is not State.ALIVE:
-            return f"{NO_HANDOFF}: node {node.id} is {node.state.value}"
-        if not node.attached.address:
-            return f"{NO_HANDOFF}: node {node.id} has no address"
-        return ""
-
-    def _handoff(self, prefill: Instance, decode: Instance, p: Prospect) -> tuple[Handoff, str]:
-        """What of publishing and pulling is left when the prefill ends, and why there is no way.
-
-        Blocks travel while later ones are computed; the last block can't.
-        """
-        reason = self.handoff_obstacle(prefill, decode)
-        if reason:
-            return NO_GAP, reason
-        node = self.cluster.sources[prefill.info.node_source_id]
-        hops: list[float] = []
-        known: list[bool] = []
-        last_us = 0.0
-        block_bytes = 0
-        for group in prefill.info.namespace.groups:
-            block_bytes += group.block_bytes * group.shard_count
-        prompt_blocks = -(-self.request.prompt_tokens // self.prefix.block_tokens)
-        decode_own = self.prefix.own_blocks(decode.info.hbm_source_id)
-        for instance, blocks in (
-            (prefill, prompt_blocks - p.own_blocks),
-            (decode, prompt_blocks - decode_own),
-        ):
-            kind = link_class(node.attached.host_id == instance.info.host_id, node.attached.tier)
-            link = self.costs.link_costs(instance.id, node.id, kind, self.now_us)
-            if link is None:
-                return NO_GAP, f"{NO_HANDOFF}: the link from {instance.id} to {node.id} is down"
-            hops.append(link[0] + link[1] * (block_bytes * max(blocks, 1)))
-            last_us += link[0] + link[1] * block_bytes
-            known.append(self.costs.measured(instance.id, node.id) or self.costs.samples(kind) >= GUESSED_BELOW)
-        total_us = hops[0] + hops[1]
-        # Publishing teaches nothing, so that a guess at it would never be put right: it takes no longer than pulling.
-        gap_us = total_us if known[0] else min(hops[0], hops[1]) + hops[1]
-        left_us = max(int(total_us) - p.prefill_us, int(last_us))
-        return Handoff(left_us, max(int(gap_us) - p.prefill_us, 0), not known[1]), ""
+        return handoffs.obstacle(self, prefill, decode)
 
     def _finish(self, option: Option) -> Option:
         """Adds up the cost and finds out whether the option is feasible."""

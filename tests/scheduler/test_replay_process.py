@@ -54,9 +54,11 @@ def test_the_journal_of_a_process(tmp_path: Path) -> None:
     data = json.loads(other.stdout)
     assert data["requests"] == 42 and data["changed"] > 0
     then, now = data["then"], data["now"]
-    assert then["refused_by_reason"] == now["refused_by_reason"] == {"context_too_long": 1, "unknown_model": 1}
-    # Slower answers keep their instances longer, so how many still wait when the record ends is a matter of its pace.
-    assert then["placed"] == 40 and now["placed"] + now["unanswered"] == 40 and now["placed"] >= 20
+    impossible = {"context_too_long": 1, "unknown_model": 1}
+    assert then["placed"] == 40 and then["refused_by_reason"] == impossible
+    # Slower answers keep their instances longer: how many still wait or are refused in the end is a matter of the pace.
+    assert impossible.items() <= now["refused_by_reason"].items() and now["placed"] >= 20
+    assert now["placed"] + now["refused"] + now["unanswered"] == 42
 
 
 async def _use(address: str) -> None:

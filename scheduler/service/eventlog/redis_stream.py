@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 
 #: A command that takes longer means that Redis is down.
 COMMAND_TIMEOUT_S = 2.0
+CANCEL_AGAIN_S = 1.0
 READ_BLOCK_MS = 500
 READ_ENTRIES = 32
 WRITE_ENTRIES = 32
@@ -96,9 +97,12 @@ class RedisStream:
         if self.up:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), flush_timeout_s)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        left = set(self._tasks)
+        while left:
+            for task in left:
+                task.cancel()
+            # One that meets a timeout in the library is lost with it: said again until it is heard.
+            _, left = await asyncio.wait(left, timeout=CANCEL_AGAIN_S)
         self._tasks = []
 
     def wake(self) -> None:
