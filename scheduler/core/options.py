@@ -312,7 +312,7 @@ class Appraiser:
                 kv_tokens_left=self.kv_tokens_left(decode),
                 reason=reason,
                 awaits=p.awaits,
-                gap_us=handoff.gap_us,
+                gap_us=handoff.gap_us + load.wait_us,
                 handoff_guessed=handoff.guessed,
             )
         )
