@@ -282,6 +282,8 @@ class OnTerminal:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "kvpool.cli.kvctl", *arguments], stdin=inner, stdout=inner, stderr=inner,
             env={**os.environ, "TERM": "xterm", "COLUMNS": "160"}, start_new_session=True,
+            # Whoever runs these tests in the background ignores it, and so would their children.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         os.close(inner)
         self.shown = b""
@@ -295,13 +297,6 @@ class OnTerminal:
 
     def type(self, text: bytes) -> None:
         os.write(self._terminal, text)
-
-    def interrupt(self) -> None:
-        """Ctrl-C, as often as it takes: Python drops one that comes while an object is being finalised."""
-        while self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(30)
 
     def end(self) -> int:
         """Its exit code."""
@@ -326,7 +321,7 @@ def test_progress_on_a_terminal_and_an_interruption(filled: Any) -> None:
     # At this pace it would take an hour.
     verify = OnTerminal("verify", "--node", "node-0", "--rate", "100B", "--scheduler", pool.address)
     verify.wait_for(b"verifying node-0")
-    verify.interrupt()
+    verify.process.send_signal(signal.SIGINT)
     assert verify.end() == 130
     assert b"interrupted after" in verify.shown and b"Traceback" not in verify.shown
     assert eventually(lambda: client.stats().pins == 0)
