@@ -259,7 +259,12 @@ def told(rows: Sequence[dict[str, Any]], tuned: dict[str, Any], code: str) -> st
         "# The grid",
         "",
         "Modelled. Made by `python tools/bench/grid.py` (`tune`, `run`, `report`); the rows are in `grid.jsonl.gz`,",
-        "the settings that tuning found in `tuning.json`. What a cell is, and what the bound is the bound of:",
+        (
+            "the settings that tuning found in `tuning.json`."
+            if tuned
+            else "all settings are the defaults: nothing was tuned."
+        )
+        + " What a cell is, and what the bound is the bound of:",
         "[scheduling](../scheduling.md#the-grid).",
         "",
         f"{len(rows)} simulations, {cpu_min:.0f} min of one core; code {code}. Of {summary['cells']} cells, at least "
