@@ -6,10 +6,9 @@ digests before they count as found. The connection comes back by itself; what wa
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from kvpool.channels.base import Memory
 from kvpool.channels.links import Links
 from kvpool.channels.tls import TlsConfig
-from kvpool.core.errors import BadArgument, KvpoolError, NoSpace
+from kvpool.core.errors import BadArgument, NoSpace
 from kvpool.core.hashing import object_keys
 from kvpool.core.ids import Fidelity, NamespaceId
 from kvpool.core.namespace import NamespaceSpec
@@ -46,6 +45,7 @@ from kvpool.service.client_types import (
     SectionsResult,
     Waited,
 )  # fmt: skip
+from kvpool.service.client_writes import Lot
 from kvpool.service.source_calls import DEFAULT_CHANNELS, Keys, check_keys, key_list
 from kvpool.v1 import block_source_pb2 as pb
 
@@ -112,16 +112,37 @@ class PoolClient(SectionCalls):
         own = np.arange(len(keys), dtype=np.int64) if rows is None else as_rows(rows, len(keys))
         common = Common(group, shard, parent, tenant, hold, ttl_s)
         if fidelity is Fidelity.EXACT:
-            return self._put(namespace, keys, blocks, own, common, begin_s)
+            return self._put(namespace, keys, in_one(blocks, own), common, begin_s)
         codec = self._codec(namespace, group)
         encoded, within = codec.encode(blocks, own)
         sizes = np.full(int(within.sum()), codec.stored_bytes, dtype=np.uint64)
         places = np.flatnonzero(within)
-        lossy = self._put(namespace, keys[within], encoded, places, common, begin_s, sizes, fidelity)
+        lossy = self._put(namespace, keys[within], in_one(encoded, places), common, begin_s, sizes, fidelity)
         if within.all():
             return lossy
-        exact = self._put(namespace, keys[~within], blocks, own[~within], common, begin_s)
+        exact = self._put(namespace, keys[~within], in_one(blocks, own[~within]), common, begin_s)
         return merged(within, lossy, exact)
+
+    def put_lots(
+        self,
+        namespace: NamespaceId,
+        keys: Keys,
+        lots: Callable[[NDArray[np.int64]], Iterable[Lot]],
+        *,
+        group: int = 0,
+        shard: int = 0,
+        parent: bytes = b"",
+        tenant: str = "",
+        ttl_s: float = 30.0,
+    ) -> PutResult:
+        """As `put`, of blocks that are brought together lot by lot, and only those that are to be stored.
+
+        Args: lots: given the keys that are (int64), makes them, as `fill` takes them; those it leaves out are not
+            stored. Called at most once.
+        """
+        begin_s = time.monotonic()
+        check_keys(keys)
+        return self._put(namespace, keys, lots, Common(group, shard, parent, tenant, None, ttl_s), begin_s)
 
     def get(
         self,
@@ -208,7 +229,7 @@ class PoolClient(SectionCalls):
             )
         except NoSpace:
             return nothing_stored(len(names), begin_s)
-        return self._fill(reservation, arrays, None, ttl_s, begin_s)
+        return self._filled(reservation, in_one(arrays, np.arange(len(arrays))), ttl_s, begin_s)
 
     def get_objects(
         self,
@@ -247,8 +268,7 @@ class PoolClient(SectionCalls):
         self,
         namespace: NamespaceId,
         keys: Keys,
-        memory: Memory,
-        rows: NDArray[np.int64],
+        lots: Callable[[NDArray[np.int64]], Iterable[Lot]],
         common: Common,
         begin_s: float,
         sizes: NDArray[np.uint64] | None = None,
@@ -261,34 +281,29 @@ class PoolClient(SectionCalls):
             )  # fmt: skip
         except NoSpace:
             return nothing_stored(len(keys), begin_s)
-        return self._fill(reservation, memory, rows, common.ttl_s, begin_s)
+        return self._filled(reservation, lots, common.ttl_s, begin_s)
 
-    def _fill(
+    def _filled(
         self,
         reservation: Reservation,
-        memory: Memory,
-        rows: NDArray[np.int64] | None,
+        lots: Callable[[NDArray[np.int64]], Iterable[Lot]],
         ttl_s: float,
         begin_s: float,
     ) -> PutResult:
         """Writes and commits what was reserved."""
-        indices = np.flatnonzero(reservation.status == RESERVED)
+        reserved = np.flatnonzero(reservation.status == RESERVED)
         stored = np.zeros(len(reservation.status), dtype=np.bool_)
-        moved = 0
-        if len(indices):
-            try:
-                own_rows = indices if rows is None else rows[indices]
-                digests = self.write(reservation, indices, memory, own_rows, deadline_s=ttl_s)
-                self.commit(reservation, indices, digests)
-            except BaseException:
-                with contextlib.suppress(KvpoolError):
-                    self.abort(reservation)
-                raise
-            stored[indices] = True
-            moved = int(reservation.slots.sizes[indices].sum(dtype=np.uint64))
+        if len(reserved):
+            stored[self.fill(reservation, lots(reserved), deadline_s=ttl_s)] = True
+        moved = int(reservation.slots.sizes[stored].sum(dtype=np.uint64))
         existed: Bools = reservation.status == EXISTS
         kind = reservation.session.channel.write_kind
         return PutResult(stored, existed, moved, time.monotonic() - begin_s, kind)
+
+
+def in_one(memory: Memory, rows: NDArray[np.int64]) -> Callable[[NDArray[np.int64]], Iterable[Lot]]:
+    """All that is to be stored as one lot; rows: of `memory` for each key."""
+    return lambda indices: [(indices, memory, rows[indices])]
 
 
 def as_bytes(name: str, value: Buffer) -> NDArray[np.uint8]:

@@ -1,4 +1,4 @@
-"""Nodes for any test, and at the end of a run how long each part of the suite took (docs/testing.md has a table)."""
+"""Nodes for any test, random histories that don't depend on the machine's pace, and how long each part took."""
 
 from __future__ import annotations
 
@@ -10,6 +10,17 @@ import pytest
 
 from kvpool.core.kernels import copying, probing
 from tests.pool.node_process import NodeProcess
+
+try:
+    from hypothesis import HealthCheck, settings
+except ImportError:
+    pass  # a Python with a GPU may have no more than pytest
+else:
+    # How long an example takes says nothing: the machine may be busy, or compiling.
+    settings.register_profile(
+        "any pace", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+    )
+    settings.load_profile("any pace")
 
 
 @pytest.fixture
@@ -43,6 +54,7 @@ def kernels() -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How long each part of the suite took (docs/testing.md has a table)."""
     tests: dict[str, set[str]] = defaultdict(set)
     seconds: dict[str, float] = defaultdict(float)
     for reports in terminalreporter.stats.values():

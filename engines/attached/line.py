@@ -24,6 +24,7 @@ from kvpool.core.errors import DeadlineExceeded, KvpoolError, Unavailable
 from kvpool.core.ids import NamespaceId
 from kvpool.core.kernels import copying, probing
 from kvpool.core.namespace import NamespaceSpec
+from kvpool.service.client_writes import Lot
 
 Bools = NDArray[np.bool_]
 #: uint8 (blocks, 16).
@@ -102,7 +103,7 @@ class NodeLine:
         if not len(keys) or not self.is_up or self._loads.now:
             return missed
         try:
-            if not self._client.is_connected:
+            if not self._client.connected:
                 raise Unavailable("its session has ended")
             if not self._asks.now:
                 try:
@@ -166,10 +167,8 @@ class NodeLine:
 
         Args: others_s: how long a block that another engine is storing right now is waited for.
         """
-        there = np.zeros(len(keys), dtype=np.bool_)
-        if not len(keys) or not self.is_up or self._stores.now or timeout_s <= 0:
-            return there
-        try:
+
+        def store() -> Bools:
             result = self._client.put(
                 namespace, keys, blocks, rows=rows, group=group, shard=shard, parent=parent, ttl_s=timeout_s,
                 tenant=tenant,
@@ -177,9 +176,29 @@ class NodeLine:
             there = result.stored | result.existed
             if others_s and not there.all():
                 self._await_others(namespace, group, shard, keys, there, others_s)
-        except Exception as error:
-            self._failed(error, self._stores)
-        return there
+            return there
+
+        return self._stored(store, len(keys), timeout_s)
+
+    def put_lots(
+        self, namespace: NamespaceId, group: int, shard: int, keys: Keys, lots: Callable[[Int64s], Iterable[Lot]],
+        timeout_s: float,
+    ) -> Bools:  # fmt: skip
+        """As `put`, of blocks that `lots` brings together: see `PoolClient.put_lots`."""
+
+        def store() -> Bools:
+            result = self._client.put_lots(namespace, keys, lots, group=group, shard=shard, ttl_s=timeout_s)
+            return result.stored | result.existed
+
+        return self._stored(store, len(keys), timeout_s)
+
+    def _stored(self, store: Callable[[], Bools], count: int, timeout_s: float) -> Bools:
+        if count and self.is_up and not self._stores.now and timeout_s > 0:
+            try:
+                return store()
+            except Exception as error:
+                self._failed(error, self._stores)
+        return np.zeros(count, dtype=np.bool_)
 
     def _await_others(
         self, namespace: NamespaceId, group: int, shard: int, keys: Keys, there: Bools, wait_s: float

@@ -123,7 +123,12 @@ class StoreConnection:
         """0: it answers; 1: no `setup`; 2: it does not answer."""
         if self._pool is None:
             return 1
-        return 0 if self._ask(lambda pool: bool(pool.exists(["health"]).any()), None) is not None else 2
+
+        def check(pool: ObjectPool) -> int:
+            pool.check()
+            return Code.OK
+
+        return 0 if self._code(check) == Code.OK else 2
 
     # ------------------------------------------------------------ memory
 

@@ -6,7 +6,6 @@ they are not negative.
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
@@ -19,7 +18,7 @@ from engines.mooncake.memory import Bytes
 from engines.mooncake.values import Values
 from kvpool.client import BEING_WRITTEN, EXISTS, NO_SPACE, OVER_QUOTA, RESERVED, PoolClient, Reservation
 from kvpool.cluster import ClusterClient
-from kvpool.core.errors import BadArgument, KvpoolError, NoSpace, Unavailable
+from kvpool.core.errors import BadArgument, NoSpace, Unavailable
 from kvpool.core.hashing import object_keys
 from kvpool.core.ids import NamespaceId
 from kvpool.service.client_types import ObjectsResult
@@ -80,6 +79,10 @@ class ObjectPool(Protocol):
 
     def pin(self, names: Sequence[str], ttl_s: float) -> None:
         """Holds objects against eviction."""
+        ...
+
+    def check(self) -> None:
+        """Asks the pool itself: shared memory can still be read when nobody is behind it. Raises: as every call."""
         ...
 
     def close(self) -> None: ...
@@ -156,17 +159,8 @@ class NodePool(Reads):
     ) -> None:
         place_of = np.zeros(int(rows.max()) + 1, dtype=np.int64)
         place_of[rows] = np.arange(len(rows))
-        try:
-            written, digests = [], []
-            for lot_rows, lot in values.lend(rows[reserved]):
-                places = place_of[lot_rows]
-                digests.append(self._client.write(reservation, places, lot, deadline_s=TRANSFER_S))
-                written.append(places)
-            self._client.commit(reservation, np.concatenate(written), np.concatenate(digests))
-        except BaseException:
-            with contextlib.suppress(KvpoolError):
-                self._client.abort(reservation)
-            raise
+        lots = ((place_of[lot_rows], lot, None) for lot_rows, lot in values.lend(rows[reserved]))
+        self._client.fill(reservation, lots, deadline_s=TRANSFER_S)
 
     def in_memory(self, names: Sequence[str]) -> Bools:
         keys = object_keys(self.namespace, names)
@@ -201,6 +195,9 @@ class NodePool(Reads):
     def pin(self, names: Sequence[str], ttl_s: float) -> None:
         for key in object_keys(self.namespace, names):
             self._client.pin(self.namespace, key.reshape(1, -1), ttl_s=ttl_s, owner=pin_owner(key.tobytes()))
+
+    def check(self) -> None:
+        self._client.stats()
 
     def close(self) -> None:
         self._client.close()
@@ -250,6 +247,9 @@ class ClusterPool(Reads):
 
     def pin(self, names: Sequence[str], ttl_s: float) -> None:
         """Copies are chosen by the pool, which keeps what is used: there is no pin over several nodes."""
+
+    def check(self) -> None:
+        self._client.refresh()
 
     def close(self) -> None:
         self._client.close()

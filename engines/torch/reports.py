@@ -121,10 +121,12 @@ class SchedulerLink:
     def _join(self, channel: grpc.Channel) -> None:
         ended = threading.Event()
         self._heard_s, self._beats = time.monotonic(), False
+        self._rejoining = False  # what has changed before this call is said by it
         call = scheduler_pb2_grpc.SchedulerStub(channel).Join(self._messages(ended))
         self._call = call
         try:
-            if self._closing.is_set():
+            # While there was no call to cut: its facts may be those of before.
+            if self._closing.is_set() or self._rejoining:
                 return
             for message in call:
                 self._joined.set()

@@ -17,8 +17,9 @@ TOKENS = "kvpool_tokens"
 #: with what is needed to know the blocks in the pool by vLLM's hashes: hex of the namespace's id, and of the mask that
 #: the first 16 bytes of a hash are combined with (exclusive or) to a block's key.
 NAMESPACE, MASK = "kvpool_namespace", "kvpool_key_mask"
-#: Between two looks into the pool, at first and at last.
-LOOK_INTERVAL_S_MIN, LOOK_INTERVAL_S_MAX = 0.001, 0.032
+#: Between two looks into the pool, at least and at most; in between this share of the time that was waited so far, so
+#: that little is lost by looking late, and a long wait asks seldom.
+LOOK_INTERVAL_S_MIN, LOOK_INTERVAL_S_MAX, LOOK_SHARE = 0.001, 0.032, 0.1
 
 
 def asks(parameters: Mapping[str, Any] | None) -> bool:
@@ -39,9 +40,8 @@ def answer(stored_tokens: int, namespace: bytes, mask: bytes) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class _Wait:
-    until_s: float
+    began_s: float
     look_s: float
-    interval_s: float = LOOK_INTERVAL_S_MIN
     over: bool = False
 
 
@@ -61,11 +61,22 @@ class HandoffWaits:
         """Something has not come yet: whether to go on waiting for it. Once not, the wait is over for good."""
         wait = self.waits.get(request_id)
         if wait is None:
-            wait = self.waits[request_id] = _Wait(now_s + self.wait_s, now_s)
-        wait.look_s = now_s + wait.interval_s
-        wait.interval_s = min(2 * wait.interval_s, LOOK_INTERVAL_S_MAX)
-        wait.over = now_s >= wait.until_s
+            wait = self.waits[request_id] = _Wait(now_s, now_s)
+        waited_s = now_s - wait.began_s
+        wait.look_s = now_s + min(max(LOOK_SHARE * waited_s, LOOK_INTERVAL_S_MIN), LOOK_INTERVAL_S_MAX)
+        wait.over = waited_s >= self.wait_s
         return not wait.over
+
+    def came(self, request_id: str) -> None:
+        """All is there: the wait, if there was one, is over."""
+        wait = self.waits.get(request_id)
+        if wait is not None:
+            wait.over = True
+
+    @property
+    def any(self) -> bool:
+        """Whether some request waits."""
+        return any(not wait.over for wait in self.waits.values())
 
     def is_over(self, request_id: str) -> bool:
         wait = self.waits.get(request_id)

@@ -50,6 +50,7 @@ class StepPlan:
 
     number: int = 0
     idle: bool = False  # nothing is computed in this step
+    awaits: bool = False  # some request waits for blocks that another engine stores
     ahead: bool = False  # requests wait to hear that their loads are through
     loads: list[Transfer] = field(default_factory=list)
     saves: dict[int, list[Transfer]] = field(default_factory=dict)

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from engines.attached.line import NodeLine
+from engines.attached.line import Int64s, NodeLine
 from engines.vllm.cores import leave_kernel_cores
 from engines.vllm.prefixes import Bools, Keys
 from engines.vllm.settings import ConnectorSettings
 from kvpool.channels.base import Memory
 from kvpool.core.ids import NamespaceId
 from kvpool.core.namespace import NamespaceSpec
+from kvpool.service.client_writes import Lot
 
 #: Below vLLM's own logger, whose settings it shares.
 log = logging.getLogger("vllm.kvpool")
 
-#: For a store of one batch; nobody waits for it but the thread that stores.
+#: For the blocks of a request in a step; nobody waits for it but the thread that stores.
 STORE_TIMEOUT_S = 30.0
 
 
@@ -70,6 +71,10 @@ class PoolLink:
         fair_s = self._settings.load_timeout_s / 2
         return self._line.get(self._namespace, group, shard, keys, out, timeout_s, fair_s=fair_s)
 
-    def put(self, group: int, shard: int, keys: Keys, blocks: Memory) -> int:
-        """Stores blocks; returns how many are there now. None while the node is away."""
-        return int(np.count_nonzero(self._line.put(self._namespace, group, shard, keys, blocks, STORE_TIMEOUT_S)))
+    def put(self, group: int, shard: int, keys: Keys, lots: Callable[[Int64s], Iterable[Lot]]) -> int:
+        """Stores blocks that `lots` brings together (see `PoolClient.put_lots`); returns how many are there now.
+
+        None while the node is away.
+        """
+        there = self._line.put_lots(self._namespace, group, shard, keys, lots, STORE_TIMEOUT_S)
+        return int(np.count_nonzero(there))

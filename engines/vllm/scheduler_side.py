@@ -136,6 +136,8 @@ class SchedulerSide:
             if self._handoffs.lacks(number, now_s):
                 return None, False
             log.warning("kvpool: the blocks of request %s did not come in time", number)
+        elif awaited:
+            self._handoffs.came(number)
         return tokens, tokens > 0 and self._loads is LoadMode.AHEAD
 
     def allocated(self, request: Request, block_ids: Sequence[Sequence[int]], external_tokens: int) -> None:
@@ -217,6 +219,7 @@ class SchedulerSide:
         return StepPlan(
             number=self._steps,
             idle=not scheduled.total_num_scheduled_tokens,
+            awaits=self._handoffs.any,
             ahead=self._loads is LoadMode.AHEAD,
             loads=loads,
             saves=self._saving.take_confirmed(),

@@ -10,16 +10,18 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from engines.attached.line import Int64s
 from engines.attached.quiet_log import QuietLog
 from engines.vllm.cache_memory import GroupMemory
 from engines.vllm.cores import leave_kernel_cores
 from engines.vllm.plans import Counts, GroupBlocks, StepPlan, Transfer
 from engines.vllm.pool_link import PoolLink
 from engines.vllm.prefixes import KEY_BYTES
+from kvpool.service.client_writes import Lot
 
 #: Below vLLM's own logger, whose settings it shares.
 log = logging.getLogger("vllm.kvpool")
@@ -29,7 +31,8 @@ log = logging.getLogger("vllm.kvpool")
 BATCH_BYTES = 8 << 20
 #: Saves that wait for the thread; beyond it they are reported as done without being stored.
 SAVES_MAX = 1024
-#: How long a step that computes nothing waits for saves: also the longest that a new request waits for such a step.
+#: How long a step that computes nothing waits for saves, here or elsewhere: also the longest that a new request waits
+#: for such a step. Engines that step as fast as they can take the processor from whoever stores.
 IDLE_WAIT_S = 0.002
 #: What a batch that is being stored when the engine ends may still take.
 LAST_BATCH_S = 6.0
@@ -143,9 +146,9 @@ class WorkerSide:
             except queue.Full:
                 self._done(number, 0, sum(len(transfer.block_ids) for transfer in transfers), 0, 0.0)
         if plan.idle:
-            # The engine steps only to hear that saves are through: it need not do so all the time.
+            # The engine steps only to hear that saves are through, or to look for blocks: not all the time.
             with self._all_saved:
-                self._all_saved.wait_for(lambda: not self._saving, IDLE_WAIT_S)
+                self._all_saved.wait_for(lambda: not self._saving and not plan.awaits, IDLE_WAIT_S)
 
     def take_saved(self) -> list[int]:
         """Numbers of the saves whose blocks are no longer read."""
@@ -179,15 +182,20 @@ class WorkerSide:
         there = self._link.shows(part.group, self._shard, keys)  # others may have computed the same
         saved = int(np.count_nonzero(there))
         keys, block_ids = keys[~there], block_ids[~there]
+        return saved + self._link.put(
+            part.group, self._shard, keys, lambda rows: self._gathered(memory, block_ids, rows)
+        )
+
+    def _gathered(self, memory: GroupMemory, block_ids: Int64s, rows: Int64s) -> Iterator[Lot]:
+        """The engine's blocks `block_ids[rows]` out of its cache, some at a time, until the engine ends."""
         step = max(len(self._save_buffer) // memory.block_bytes, 1)
-        for first in range(0, len(keys), step):
+        for first in range(0, len(rows), step):
             if self._closing_s is not None and time.monotonic() > self._closing_s:
-                break
-            some = slice(first, first + step)
-            rows = self._save_buffer[: len(keys[some]) * memory.block_bytes].reshape(-1, memory.block_bytes)
-            memory.gather(block_ids[some], rows)
-            saved += self._link.put(part.group, self._shard, keys[some], rows)
-        return saved
+                return
+            some = rows[first : first + step]
+            out = self._save_buffer[: len(some) * memory.block_bytes].reshape(-1, memory.block_bytes)
+            memory.gather(block_ids[some], out)
+            yield some, out, None
 
     def _done(self, number: int, saved: int, unsaved: int, moved: int, seconds: float) -> None:
         with self._lock:

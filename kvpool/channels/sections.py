@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from kvpool.channels.base import ChannelError
 from kvpool.core.arrays import Descriptors
-from kvpool.core.errors import BadArgument
+from kvpool.core.errors import BadArgument, Reason
 from kvpool.core.hashing import section_seed
 from kvpool.core.ids import KEY_BYTES, KeyArray
 from kvpool.core.kernels import copying
@@ -237,7 +237,8 @@ def _in_slices(copy: Callable[[slice], None], sizes: U64, end_s: float) -> None:
     def run(first: int, last: int) -> None:
         for some in (slice(first, last),) if total < SPLIT_BYTES_MIN else _cuts(sizes, first, last):
             if time.monotonic() > end_s:
-                raise ChannelError(f"{some.start - first} of {last - first} blocks were copied by the deadline")
+                done = f"{some.start - first} of {last - first} blocks were copied by the deadline"
+                raise ChannelError(done, reason=Reason.DEADLINE)
             copy(some)
 
     other: Future[None] | None = None

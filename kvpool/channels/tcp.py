@@ -325,6 +325,8 @@ class TcpChannel:
         try:
             sock = socket.create_connection(self._address, timeout=min(deadline.left_s(), CONNECT_TIMEOUT_S))
         except OSError as error:
+            if isinstance(error, TimeoutError):
+                deadline.left_s()  # no fault of the link where it was the caller's time that was over
             raise ChannelError(f"tcp: nothing answers at {self._address[0]}:{self._address[1]}: {error}") from error
         try:
             wire.prepare(sock)

@@ -14,10 +14,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
+
+import grpc
 
 from kvpool.channels.tls import TlsConfig
 from kvpool.cli.flags import tls_environment
 from kvpool.cli.processes import Interrupted, Process, ProcessFailed, Supervisor
+from kvpool.service import rpc
+from kvpool.v1 import common_pb2, directory_pb2, directory_pb2_grpc, scheduler_pb2, scheduler_pb2_grpc
 
 READY_TIMEOUT_S = 120.0
 #: Names nodes of clusters that one process supervises: node-local-<its process id>.
@@ -103,14 +108,31 @@ class LocalCluster:
             raise
 
     def _wait_served(self, stop: threading.Event | None) -> None:
-        """Workers join the scheduler by themselves once they are ready; the gateway then lists their model."""
+        """Node and workers join the scheduler by themselves once they are ready; the gateway then lists their model.
+
+        All of them: where only those that prefill have joined, a request would be refused.
+        """
         deadline = time.monotonic() + READY_TIMEOUT_S
-        while not self._models():
-            if stop is not None and stop.is_set():
-                raise Interrupted
-            if time.monotonic() > deadline:
-                raise ProcessFailed(f"no worker has joined after {READY_TIMEOUT_S:.0f} s")
-            time.sleep(0.1)
+        options = self.options
+        with rpc.make_channel(self.scheduler_address, credential=options.credential, tls=options.tls) as channel:
+            while not (self._joined(channel) and self._models()):
+                if stop is not None and stop.is_set():
+                    raise Interrupted
+                if time.monotonic() > deadline:
+                    raise ProcessFailed(f"node and workers have not all joined after {READY_TIMEOUT_S:.0f} s")
+                time.sleep(0.1)
+
+    def _joined(self, channel: grpc.Channel) -> bool:
+        """Whether the scheduler knows every worker as alive, and the node for what they hand over."""
+        scheduler: Any = scheduler_pb2_grpc.SchedulerStub(channel)  # type: ignore[no-untyped-call]
+        directory: Any = directory_pb2_grpc.DirectoryStub(channel)  # type: ignore[no-untyped-call]
+        try:
+            status = scheduler.GetStatus(scheduler_pb2.GetStatusRequest())
+            listed = directory.ListSources(directory_pb2.ListSourcesRequest())
+        except grpc.RpcError:  # too busy to answer
+            return False
+        nodes = [one for one in listed.sources if one.source.tier == common_pb2.TIER_DRAM]
+        return bool(status.instances_alive == len(self._roles()) and nodes)
 
     def _models(self) -> list[str]:
         with urllib.request.urlopen(f"{self.gateway_url}/v1/models", timeout=READY_TIMEOUT_S) as reply:

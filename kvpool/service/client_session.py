@@ -21,7 +21,7 @@ from kvpool.channels.failover import FailoverChannel
 from kvpool.channels.links import Links
 from kvpool.channels.shared_index import SharedIndex
 from kvpool.channels.tls import TlsConfig
-from kvpool.core.errors import KvpoolError, ReservationExpired, Unavailable
+from kvpool.core.errors import DeadlineExceeded, KvpoolError, ReservationExpired, Unavailable
 from kvpool.core.ids import NamespaceId
 from kvpool.service import wire
 from kvpool.service.host import host_id
@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 BACKOFF_MIN_S, BACKOFF_MAX_S = 0.1, 1.0
 CLOSE_TIMEOUT_S = 5.0
+_SLOW_HINT = "is it overloaded, or the channel slow to open? give a longer timeout_s"
 
 
 class WritesUnderWay:
@@ -133,7 +134,7 @@ class SessionKeeper:
                 raise Unavailable("this client is closed")
             raise self._error or Unavailable(
                 f"no answer from {self.address} within {timeout_s:.1f} s",
-                hint="is it overloaded, or the channel slow to open? give a longer timeout_s",
+                hint=_SLOW_HINT,
             )
 
     def forget(self, session: Session) -> None:
@@ -164,7 +165,7 @@ class SessionKeeper:
                 self._live_once()
                 error: KvpoolError = Unavailable(f"{self.address} ended the session")
             except grpc.RpcError as rpc_error:
-                error = from_rpc_error(rpc_error, self.address)
+                error = _no_session(from_rpc_error(rpc_error, self.address))
             except KvpoolError as kvpool_error:
                 error = kvpool_error
             except OSError as os_error:
@@ -273,3 +274,11 @@ class SessionKeeper:
                     channel.close()
                     raise
         return channel, shared
+
+
+def _no_session(error: KvpoolError) -> KvpoolError:
+    """What callers hear: why the source refuses, if it said so; else `Unavailable`, however gRPC came to notice it."""
+    if isinstance(error, DeadlineExceeded):
+        return Unavailable(str(error), hint=_SLOW_HINT)
+    said = type(error) is not KvpoolError or error.reason is not KvpoolError.reason
+    return error if said else Unavailable(str(error), hint=error.hint)

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvpool.channels.base import ChannelError, Memory, Rows
 from kvpool.core.arrays import Descriptors
-from kvpool.core.errors import ReservationExpired, Unavailable, UnknownReservation
+from kvpool.core.errors import KvpoolError, ReservationExpired, Unavailable, UnknownReservation
 from kvpool.core.ids import Fidelity, NamespaceId, qualify
 from kvpool.service import wire
 from kvpool.service.client_session import Session
-from kvpool.service.client_types import Hold, Reservation
+from kvpool.service.client_types import RESERVED, Hold, Reservation
 from kvpool.service.source_calls import Keys, SourceCalls, key_list, ms
 from kvpool.v1 import block_source_pb2 as pb
 from kvpool.v1 import common_pb2
+
+#: What is written in one piece: which keys of a reservation, their memory, and the row of each in it (None = row i).
+Lot = tuple[NDArray[np.int64], Memory, NDArray[np.int64] | None]
 
 
 class WritingCalls(SourceCalls):
@@ -104,6 +108,34 @@ class WritingCalls(SourceCalls):
                 session.lock.leave()
         self._count(bytes_written=int(slots.sizes.sum(dtype=np.uint64)))
         return digests
+
+    def fill(
+        self, reservation: Reservation, lots: Iterable[Lot], *, deadline_s: float | None = None
+    ) -> NDArray[np.int64]:
+        """Writes lot after lot and commits them together; what is reserved and in no lot is given back.
+
+        Args:
+            lots: each is taken when the one before is written, so that all may use the same memory.
+            deadline_s: for each lot.
+        Returns: which keys of the reservation were written, and are readable; int64.
+        Raises: as `write` and `commit`, and what `lots` raises; all is given back then.
+        """
+        written, digests = [np.empty(0, dtype=np.int64)], []
+        try:
+            for indices, blocks, rows in lots:
+                digests.append(self.write(reservation, indices, blocks, rows, deadline_s=deadline_s))
+                written.append(indices)
+            if digests:
+                self.commit(reservation, np.concatenate(written), np.concatenate(digests))
+        except BaseException:
+            with contextlib.suppress(KvpoolError):
+                self.abort(reservation)
+            raise
+        done = np.concatenate(written)
+        if len(done) < np.count_nonzero(reservation.status == RESERVED):
+            with contextlib.suppress(KvpoolError):
+                self.abort(reservation)
+        return done
 
     def commit(self, reservation: Reservation, indices: NDArray[np.int64], digests: NDArray[np.uint64]) -> int:
         """Commits whole blocks; digests as `write` returned them. Returns how many became readable."""

@@ -116,6 +116,7 @@ class SourceCalls:
 
     @property
     def connected(self) -> bool:
+        """Whether a session is open, so that a call need not wait for one."""
         return self._keeper.current is not None
 
     @property
@@ -283,11 +284,6 @@ class SourceCalls:
         if not 0 <= group < len(spec.groups):
             raise BadArgument(f"group {group} is not one of the namespace's {len(spec.groups)}")
         return spec.groups[group]
-
-    @property
-    def is_connected(self) -> bool:
-        """Whether a session is open, so that a call need not wait for one."""
-        return self._keeper.current is not None
 
     def _session(self, timeout_s: float | None = None) -> Session:
         """The live session, waited for at most `timeout_s` and the client's own time. Raises: Unavailable."""

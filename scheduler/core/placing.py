@@ -141,6 +141,9 @@ def weigh(core: SchedulerCore, request: Request) -> Verdict:
         verdict.option = best
         if late:
             _bind_late(core, request, best, verdict)
+            if verdict.option is not None and best.awaits is not None:
+                # Its time is up before those blocks are there: now what counts is what is there already.
+                return weigh(core, replace(request, final=True))
     else:
         _find_wait(core, request, late, verdict)
     return verdict

@@ -36,7 +36,7 @@ class EngineLink:
         credential: str,
         tls: TlsConfig | None = None,
         commands_max: int,
-        on_closed: Callable[[], None],
+        on_closed: Callable[[EngineLink], None],
     ) -> None:
         self.address = address
         self._gateway_id = gateway_id
@@ -141,7 +141,7 @@ class EngineLink:
         routes, self._routes = self._routes, {}
         if routes:
             log.warning("%s: %d requests are affected", self._why, len(routes))
-        self._on_closed()
+        self._on_closed(self)
         for route in routes.values():
             self._lose(route, self._why)
 
@@ -185,7 +185,7 @@ class EngineLinks:
                 credential=self._credential,
                 tls=self._tls,
                 commands_max=self._commands_max,
-                on_closed=lambda: self._drop(key),
+                on_closed=lambda link: self._drop(key, link),
             )
             self._metrics.links.set(len(self._links))
         return self._links[key]
@@ -193,13 +193,17 @@ class EngineLinks:
     async def close_idle(self) -> None:
         """Closes links without a request for longer than the limit."""
         oldest = asyncio.get_running_loop().time() - self._idle_s
-        idle = [link for link in self._links.values() if not link.requests and link.idle_since < oldest]
-        await asyncio.gather(*(link.close() for link in idle))
+        idle = {key: link for key, link in self._links.items() if not link.requests and link.idle_since < oldest}
+        # Nobody finds one that is on its way out: a request that comes meanwhile opens another.
+        for key, link in idle.items():
+            self._drop(key, link)
+        await asyncio.gather(*(link.close() for link in idle.values()))
 
     async def close(self) -> None:
         """Closes all; the workers abort what came over them."""
         await asyncio.gather(*(link.close() for link in list(self._links.values())))
 
-    def _drop(self, key: tuple[str, int]) -> None:
-        self._links.pop(key, None)
+    def _drop(self, key: tuple[str, int], link: EngineLink) -> None:
+        if self._links.get(key) is link:
+            del self._links[key]
         self._metrics.links.set(len(self._links))

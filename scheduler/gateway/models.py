@@ -105,11 +105,11 @@ class Models:
         except KvpoolError as error:
             log.debug("models not listed: %s", error)
             return
-        self._refreshed_at = time.monotonic()
         for info in infos:
             await self._update(info)
         self._served = tuple(sorted(info.model for info in infos))
-        self._listed = True
+        # Not before: whoever names a model that is being loaded waits for it.
+        self._refreshed_at, self._listed = time.monotonic(), True
 
     async def _update(self, info: scheduler_pb2.ModelInfo) -> None:
         """Takes over a new or changed model."""

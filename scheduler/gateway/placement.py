@@ -84,8 +84,8 @@ class SchedulerClient:
             self._connected.clear()
         self._metrics.scheduler_connected.set(1 if self.connected else 0)
         if not line.connected:
-            # Another one can take them: it tells those that are still there.
-            for outcome in line.take_unsure() if len(self._lines) > 1 else ():
+            # Another one can take them: it tells those that are still there. Else they wait until one is there.
+            for outcome in line.take_unsure():
                 self.report(outcome)
         elif self._orphans:
             orphans, self._orphans = self._orphans, deque()

@@ -145,7 +145,7 @@ class SchedulerLine:
         # gRPC may keep a dead call's messages going: they must not take the outcomes of the next one.
         while stream == self._stream_count:
             self._outcome_added.clear()
-            while self.outcomes:
+            while self.outcomes and stream == self._stream_count:
                 outcome = self.outcomes.popleft()
                 if not outcome.first_token:
                     self._said.append((asyncio.get_running_loop().time(), outcome))

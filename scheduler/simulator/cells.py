@@ -1,8 +1,8 @@
 """The grid in which policies are compared: workload x cluster x load, and the windows that seeds draw. Pure.
 
-Each workload has two halves by time. Policies are tuned on windows of the first and compared on windows of the second.
-A seed chooses the window and the noise. Load is relative: 1 is as much work as the cluster's busier phase can do if
-every prefix that came before is cached, so that cells of different workloads are alike.
+Each workload has two halves, one after the other. Policies are tuned on windows of the first and compared on windows of
+the second. A seed chooses the window and the noise. Load is relative: 1 is as much work as the cluster's busier phase
+can do if every prefix that came before is cached, so that cells of different workloads are alike.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
-
-import numpy as np
 
 from scheduler.core.config import SECOND_US, SchedulerConfig
 from scheduler.simulator.bound import goodput_max, least_prefill_us
@@ -23,7 +21,7 @@ from scheduler.simulator.workloads import generate
 
 #: Sequences that share the fixed cost of a decode step, for the work of a token. Load is nominal.
 BATCH_NOMINAL = 32
-#: Windows of a half that seeds choose from, evenly spread.
+#: Parts of a half that seeds have their windows in.
 SEEDS_SPREAD = 10
 POLICIES = (
     "kvpool", "mooncake_algorithm1", "dynamo", "sglang_cache_aware", "llmd", "always_split", "always_colocate",
@@ -58,11 +56,11 @@ class Workload:
 WORKLOADS: dict[str, Workload] = {
     workload.name: workload
     for workload in (
-        Workload("conversation", file="conversation_trace.jsonl.gz", requests=240),
-        Workload("azure_code", file="azure_code.csv", requests=300, ttft_slo_us=2 * SECOND_US, max_tokens=1024),
-        Workload("multi-turn", made=8000, requests=500, ttft_slo_us=2 * SECOND_US),
-        Workload("agentic", made=8000, made_per_s=2.0, requests=240, ttft_slo_us=5 * SECOND_US, max_tokens=1024),
-        Workload("long-document", made=4000, requests=160),
+        Workload("conversation", file="conversation_trace.jsonl.gz", requests=600),
+        Workload("azure_code", file="azure_code.csv", requests=440, ttft_slo_us=2 * SECOND_US, max_tokens=1024),
+        Workload("multi-turn", made=24_000, requests=1200, ttft_slo_us=2 * SECOND_US),
+        Workload("agentic", made=12_000, made_per_s=2.0, requests=600, ttft_slo_us=5 * SECOND_US, max_tokens=1024),
+        Workload("long-document", made=12_000, requests=600),
     )
 }
 #: Name -> nodes, and their split.
@@ -94,17 +92,24 @@ def all_cells() -> list[Cell]:
 
 
 def half(trace: Trace, report: bool) -> Trace:
-    """The first half of a trace by time, or the second with its clock set to zero."""
-    middle_us = int(trace.arrival_us[0]) + trace.duration_us // 2
-    end_us = int(trace.arrival_us[-1]) + 1
-    return trace.between(middle_us, end_us) if report else trace.between(int(trace.arrival_us[0]), middle_us)
+    """The first half of a trace's requests, or the second; their first comes at time zero."""
+    middle = len(trace) // 2
+    part = trace[middle:] if report else trace[:middle]
+    return replace(part, arrival_us=part.arrival_us - part.arrival_us[0])
 
 
 def window(trace: Trace, count: int, seed: int) -> Trace:
-    """`count` requests in a row from a place that the seed draws in its part of the trace; the first comes at zero."""
-    room = max(len(trace) - count, 0)
-    share = (seed % SEEDS_SPREAD + Random(seed).random()) / SEEDS_SPREAD
-    first = int(room * share)
+    """`count` requests in a row, from a place that the seed draws in its part of the trace; the first comes at zero.
+
+    Each of `SEEDS_SPREAD` seeds in a row has a part of its own, so their windows share no request. Windows longer than
+    a part are spread evenly too, and overlap.
+    """
+    number, drawn = seed % SEEDS_SPREAD, Random(seed).random()
+    part_requests = len(trace) // SEEDS_SPREAD
+    if count <= part_requests:
+        first = number * part_requests + int((part_requests - count + 1) * drawn)
+    else:
+        first = int(max(len(trace) - count, 0) * (number + drawn) / SEEDS_SPREAD)
     part = trace[first : first + count]
     return replace(part, arrival_us=part.arrival_us - part.arrival_us[0])
 
@@ -177,8 +182,3 @@ def bound_of(task: Task) -> float:
 def names_in(mean: Mapping[str, float]) -> list[str]:
     """Baselines of a cell, the best first; equal ones by name."""
     return sorted((name for name in mean if name != OURS), key=lambda name: (-mean[name], name))
-
-
-def decile_excess(ours: Sequence[float], other: Sequence[float]) -> float:
-    """By how much ours is above the other in the decile where it is worst."""
-    return float(np.max(np.asarray(ours) - np.asarray(other))) if len(ours) else 0.0

@@ -32,6 +32,7 @@ from kvpool.channels.tcp_server import TcpDataServer
 from kvpool.core.arrays import Descriptors, SourceArrays
 from kvpool.core.hashing import section_digest
 from kvpool.core.ids import LeaseId
+from kvpool.core.links import LinkConfig
 from kvpool.core.namespace import GroupKind, GroupSpec, NamespaceSpec
 from kvpool.core.results import SourceConfig
 from kvpool.core.source import SourceCore
@@ -40,8 +41,12 @@ from kvpool.tiers.dram import Segment
 from tests.channels.certificates import client_tls, server_tls
 
 ENTRIES = 512
-TTL_US = 60_000_000
+TTL_US = 600_000_000
 SECTIONS = 2
+#: Only for what hangs: how fast this machine is proves nothing.
+CLOSE_S = 60.0
+#: Of one link: nothing is to be heard of it but what the transfers of a test do.
+UNPROBED = LinkConfig(idle_us=1 << 60)
 
 
 class DataServer(Protocol):
@@ -51,7 +56,7 @@ class DataServer(Protocol):
 
     def close_session(self, session: int) -> None: ...
 
-    def close(self) -> bool: ...
+    def close(self, timeout_s: float = ...) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ def _open_tls(source: MadeSource, address: str) -> Channel:
 
 def _open_failover(source: MadeSource, address: str) -> Channel:
     offer = Offer("tcp", {"address": address, "token": source.token.hex()})
-    return FailoverChannel.open("made", [offer], {"tcp": TcpChannel.open}, Links())
+    return FailoverChannel.open("made", [offer], {"tcp": TcpChannel.open}, Links(UNPROBED))
 
 
 def _serve_tcp(source: MadeSource) -> DataServer:
@@ -236,7 +241,7 @@ class MadeSource:
 
     def close(self) -> None:
         for server in self.servers.values():
-            assert server.close()
+            assert server.close(CLOSE_S)
         self.grants.check_invariants()
         self.core.check_invariants()
         self.segment.close()
@@ -315,7 +320,7 @@ class HarmfulProxy:
             data[self.flip_at - first] ^= 0x10
         if self.stall_at is not None and self.passed > self.stall_at:
             self.stalled.set()
-            self.resume.wait(30)
+            self.resume.wait(100)
         return self.cut_at is None or self.passed <= self.cut_at
 
     def let_go(self) -> None:

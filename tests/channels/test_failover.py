@@ -22,9 +22,9 @@ from kvpool.core.errors import BadArgument, Reason, Unavailable
 from kvpool.core.links import LinkConfig, LinkState
 from tests.channels.source_made import HarmfulProxy, MadeSource
 
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 QUICK = LinkConfig(
-    backoff_us_min=10_000, backoff_us_max=50_000, restore_us=5_000, probe_timeout_us=2_000_000, idle_us=50_000,
+    backoff_us_min=10_000, backoff_us_max=50_000, restore_us=5_000, probe_timeout_us=60_000_000, idle_us=50_000,
     explore_us_min=100_000, explore_us_max=400_000,
 )  # fmt: skip
 NEVER = LinkConfig(idle_us=1 << 60, backoff_us_min=1 << 40, backoff_us_max=1 << 41)
@@ -88,6 +88,12 @@ class Two:
             proxy.close()
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No link is left because this machine was slow for a second; tests of links that stall say otherwise."""
+    monkeypatch.setattr(failover, "STALL_S_MIN", DEADLINE_S)
+
+
 @pytest.fixture
 def two(source: MadeSource) -> Iterator[Two]:
     with contextlib.closing(Two(source, QUICK)) as made:
@@ -140,6 +146,7 @@ def test_a_link_comes_back(two: Two) -> None:
     two.read()
     two.cut("near")
     two.read_until(lambda: two.state("near") in (LinkState.DOWN, LinkState.PROBING))
+    two.read(1)  # it may have been a probe that noticed it
     assert two.channel.kind == "far"
     two.mend("near")
     two.read_until(lambda: two.state("near") is LinkState.UP)
@@ -158,13 +165,14 @@ def test_an_idle_link_that_breaks_is_noticed_before_it_is_needed(two: Two) -> No
 
 
 def test_a_link_that_stalls_is_left_in_time(unprobed: Two, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(failover, "STALL_S_MIN", 0.2)
     for _ in range(5):
         unprobed.read(16)
+    assert unprobed.channel.kind == "near"
+    monkeypatch.setattr(failover, "STALL_S_MIN", 0.2)
     near = unprobed.proxies["near"]
     near.stall_at = near.passed + 4 * (64 << 10)
     unprobed.read(16, deadline_s=DEADLINE_S)
-    assert near.stalled.is_set() and unprobed.channel.kind == "far"
+    assert unprobed.channel.kind == "far"
 
 
 def test_without_any_link_calls_fail_at_once_and_say_why(unprobed: Two) -> None:
@@ -235,14 +243,14 @@ def test_kinds_that_only_read_are_not_written_to(source: MadeSource) -> None:
 # ------------------------------------------------------------ writes
 
 
-def _written(two: Two, monkeypatch: pytest.MonkeyPatch) -> tuple[int, np.ndarray, np.ndarray]:
+def _written(two: Two, monkeypatch: pytest.MonkeyPatch, deadline_s: float) -> tuple[int, np.ndarray, np.ndarray]:
     """Writes while the near link carries only the beginning. Returns the reservation, the keys and the data."""
-    monkeypatch.setattr(failover, "STALL_S_MIN", 0.3)
     two.channel.write(*_reserved(two.source)[:3], deadline_s=DEADLINE_S)  # now it is known how fast the link is
+    monkeypatch.setattr(failover, "STALL_S_MIN", 0.3)
     reservation, slots, data = _reserved(two.source)
     near = two.proxies["near"]
     near.hold_at = data.nbytes // 4
-    digests = two.channel.write(reservation, slots, data, deadline_s=3.0)
+    digests = two.channel.write(reservation, slots, data, deadline_s=deadline_s)
     assert two.channel.write_kind == "far"
     assert two.source.commit(reservation, digests) == len(data)
     return reservation, slots.keys, data
@@ -257,7 +265,7 @@ def test_a_write_goes_on_over_another_link_once_the_first_is_over(
     unprobed: Two, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unprobed.proxies["near"].hold_connections_max = 1
-    reservation, keys, data = _written(unprobed, monkeypatch)
+    reservation, keys, data = _written(unprobed, monkeypatch, DEADLINE_S)
     # Committed: the slots may be given to others from now on, so nothing of the first write may arrive any more.
     assert not unprobed.source.grants.busy([reservation])
     unprobed.proxies["near"].let_go()
@@ -270,7 +278,7 @@ def test_a_write_goes_on_over_another_link_once_the_first_is_over(
 def test_a_write_that_may_still_arrive_is_not_done_again(unprobed: Two, monkeypatch: pytest.MonkeyPatch) -> None:
     """The near link is silent altogether: nobody can tell the source to give the first write up."""
     with pytest.raises(ChannelError, match="not certain") as caught:
-        _written(unprobed, monkeypatch)
+        _written(unprobed, monkeypatch, 3.0)
     assert caught.value.hint
     assert unprobed.proxies["far"].passed == 0, "two writers of the same slots"
 
@@ -287,7 +295,7 @@ def test_readers_do_not_notice_as_long_as_one_link_is_up(two: Two, seed: int) ->
 
     def read(number: int) -> int:
         own, reads = np.random.default_rng(number), 0
-        while not stop.is_set():
+        while not (stop.is_set() and reads):
             picked = own.permutation(48)[:12]
             out = np.zeros((12, data.shape[1]), np.uint8)
             some = blocks.take(picked)

@@ -84,7 +84,7 @@ def shared(source):
 
 def read_all(shared, found, size=4096, **options):
     out = np.zeros((len(found), size), dtype=np.uint8)
-    return shared.read(found, out, deadline_s=10, **options), out
+    return shared.read(found, out, deadline_s=60, **options), out
 
 
 def test_what_is_stored_is_found_and_read(source, shared):
@@ -129,17 +129,17 @@ def test_rows_of_any_order_sizes_and_memory(source, shared):
     assert found.hit.tolist() == [True] * 3 + [False] + [True] * 3
     out = np.zeros((9, 8000), dtype=np.uint8)
     rows = np.array([8, 0, 4, 1, 2, 7, 6], dtype=np.int64)
-    good = shared.read(found, out, rows, deadline_s=10)
+    good = shared.read(found, out, rows, deadline_s=60)
     assert (good == found.hit).all() and not out[[1, 3, 5]].any()
     assert np.array_equal(out[[8, 0, 4], :1000], small_data) and np.array_equal(out[[2, 7, 6]], large_data)
 
     hits = found.take(found.hit)
     memory = [np.zeros(int(size), dtype=np.uint8) for size in hits.sizes]
-    assert shared.read(hits, memory, deadline_s=10).all()
+    assert shared.read(hits, memory, deadline_s=60).all()
     expected = [*small_data, *large_data]
     assert all(np.array_equal(one, other) for one, other in zip(memory, expected, strict=True))
     with pytest.raises(BadArgument, match="can't hold"):
-        shared.read(hits, np.zeros((9, 7999), dtype=np.uint8), deadline_s=10)
+        shared.read(hits, np.zeros((9, 7999), dtype=np.uint8), deadline_s=60)
 
 
 def test_reading_marks_as_used_and_finding_does_not(source, shared):

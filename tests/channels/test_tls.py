@@ -20,7 +20,7 @@ from kvpool.core.errors import BadArgument, Reason
 from tests.channels.certificates import client_tls, server_tls
 from tests.channels.source_made import HarmfulProxy, MadeSource
 
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 Serve = Callable[[TlsConfig | None], TcpDataServer]
 
 

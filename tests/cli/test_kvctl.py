@@ -33,7 +33,7 @@ DOMAIN = "files"
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
     with (
         running_pool(tmp_path_factory.mktemp("pool"), ["host-a", "host-b"]) as pool,
-        ClusterClient(pool.address, timeout_s=10.0) as client,
+        ClusterClient(pool.address, timeout_s=60.0) as client,
     ):
         assert pool.joined(client, 2)
         yield pool
@@ -42,7 +42,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
 @pytest.fixture
 def filled(pool: Pool, request: pytest.FixtureRequest) -> Iterator[tuple[Pool, PoolClient, list[str], np.ndarray]]:
     """Ten blocks and two objects on node-0, none on node-1."""
-    with PoolClient(pool.nodes["node-0"].address, timeout_s=10.0) as client:
+    with PoolClient(pool.nodes["node-0"].address, timeout_s=60.0) as client:
         namespace = client.register(namespace_spec(request.node.name))
         objects = client.register_objects(DOMAIN)
         keys, data = random_blocks(10, [1, *namespace])
@@ -50,9 +50,20 @@ def filled(pool: Pool, request: pytest.FixtureRequest) -> Iterator[tuple[Pool, P
         client.put_objects(objects, ["a/one", "b/two"], [b"1" * 1000, b"2" * 2000])
         yield pool, client, [key.tobytes().hex() for key in keys], data
     for node in pool.nodes.values():
-        with PoolClient(node.address, timeout_s=10.0) as client:
+        with PoolClient(node.address, timeout_s=60.0) as client:
             client.remove_all(client.register(namespace_spec(request.node.name)))
             client.remove_all(client.register_objects(DOMAIN))
+            assert empty(client)
+
+
+def empty(client: PoolClient) -> bool:
+    """Whether a node comes to hold nothing: leases and what was removed under them go a moment after their session."""
+
+    def nothing() -> bool:
+        stats = client.stats()
+        return not (stats.blocks or stats.leases or stats.pins)
+
+    return eventually(nothing, 60.0)
 
 
 def run(*arguments: str, code: int = 0, scheduler: str = "127.0.0.1:1", words: str = "") -> str:
@@ -85,7 +96,7 @@ def test_ls_and_inspect(filled: Any) -> None:
     (named,) = data_of(pool, "inspect", "b/two", "--objects", DOMAIN)["copies"]
     assert named["size"] == 2000 and named["name"] == "b/two" and len(named["digests"]) == 1
     assert not data_of(pool, "inspect", "00" * 16, code=1)["copies"]
-    assert client.stats().leases == 0
+    assert eventually(lambda: client.stats().leases == 0, 60.0)
 
 
 def test_names_are_shown_not_obeyed(filled: Any) -> None:
@@ -127,7 +138,7 @@ def test_evict_and_rm(filled: Any) -> None:
 
 
 def test_evict_passes_over_nodes_that_never_heard_of_the_domain(pool: Pool) -> None:
-    with PoolClient(pool.nodes["node-0"].address, timeout_s=10.0) as client:
+    with PoolClient(pool.nodes["node-0"].address, timeout_s=60.0) as client:
         domain = client.register_objects("known on one node")
         client.put_objects(domain, ["x"], [b"1"])
         evicted = data_of(pool, "evict", "x", "--objects", "known on one node")["evicted"]
@@ -187,8 +198,8 @@ def test_bench_leaves_nothing(pool: Pool) -> None:
     assert all(figures[name]["gb_per_s"] > 0 for name in ("memcpy", "put", "get"))
     assert all(figures[name]["keys_per_s"] > 0 for name in ("lookup", "lookup of one"))
     assert "GB/s" in run(*arguments, scheduler=pool.address)
-    with PoolClient(pool.nodes["node-0"].address) as client:
-        assert client.stats().blocks == 0
+    with PoolClient(pool.nodes["node-0"].address, timeout_s=60.0) as client:
+        assert empty(client)
     run("bench", scheduler=pool.address, code=2, words="--node")
     run("bench", "--node", "node-0", "--channel", "pigeon", scheduler=pool.address, code=1, words="pigeon")
 
@@ -269,7 +280,7 @@ def test_progress_is_silent_without_a_terminal(filled: Any) -> None:
     pool, *_ = filled
     done = subprocess.run(
         [sys.executable, "-m", "kvpool.cli.kvctl", "verify", "--scheduler", pool.address], capture_output=True,
-        text=True, timeout=90, check=True,
+        text=True, timeout=250, check=True,
     )  # fmt: skip
     assert done.stderr == "" and "node-0" in done.stdout
 
@@ -324,4 +335,4 @@ def test_progress_on_a_terminal_and_an_interruption(filled: Any) -> None:
     verify.process.send_signal(signal.SIGINT)
     assert verify.end() == 130
     assert b"interrupted after" in verify.shown and b"Traceback" not in verify.shown
-    assert eventually(lambda: client.stats().pins == 0)
+    assert eventually(lambda: client.stats().pins == 0, 60.0)

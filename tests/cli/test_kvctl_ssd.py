@@ -26,7 +26,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
     folder = tmp_path_factory.mktemp("pool")
     # From the first block on everything goes down to the SSD.
     options = {"ssd_dir": str(folder), "ssd_bytes": SSD_BYTES, "ssd_demote_from": 0.0}
-    with running_pool(folder, ["a", "b"], **options) as pool, ClusterClient(pool.address, timeout_s=10.0) as client:
+    with running_pool(folder, ["a", "b"], **options) as pool, ClusterClient(pool.address, timeout_s=60.0) as client:
         assert pool.joined(client, 2)
         yield pool
 
@@ -35,19 +35,31 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
 def below(pool: Pool, request: pytest.FixtureRequest) -> Iterator[tuple[Pool, list[str], np.ndarray]]:
     """Ten blocks and two objects on the SSD of node-0 alone."""
     spec = namespace_spec(request.node.name)
-    with PoolClient(pool.nodes["node-0"].address, timeout_s=10.0) as client:
+    with PoolClient(pool.nodes["node-0"].address, timeout_s=60.0) as client:
         namespace, objects = client.register(spec), client.register_objects(DOMAIN)
         keys, data = random_blocks(10, [3, *namespace])
         assert client.put(namespace, keys, data).stored.all()
         client.put_objects(objects, ["a/one", "b/two"], [b"1" * 1000, b"2" * 2000])
-        assert eventually(lambda: client.stats().ssd.records == 12)
+        # Until the writes that brought them down have let go of them.
+        assert eventually(lambda: (client.stats().ssd.records, client.stats().leases) == (12, 0), 60.0)
         evicted = asked(pool, "evict", "--bytes", "1GiB", "--node", "node-0")["evicted"]["node-0"]["blocks"]
         assert evicted == 12 and client.stats().blocks == 0
         yield pool, [key.tobytes().hex() for key in keys], data
     for node in pool.nodes.values():
-        with PoolClient(node.address, timeout_s=10.0) as client:
+        with PoolClient(node.address, timeout_s=60.0) as client:
             client.remove_all(client.register(spec))
             client.remove_all(client.register_objects(DOMAIN))
+            assert empty(client)
+
+
+def empty(client: PoolClient) -> bool:
+    """Whether a node comes to hold nothing: what was removed under a lease goes with it."""
+
+    def nothing() -> bool:
+        stats = client.stats()
+        return not (stats.blocks or stats.leases or stats.ssd.records)
+
+    return eventually(nothing, 60.0)
 
 
 def run(pool: Pool, *arguments: str, code: int = 0) -> str:
@@ -62,10 +74,10 @@ def asked(pool: Pool, *arguments: str, code: int = 0) -> Any:
 
 def held_by(pool: Pool, node: str, keys: list[str], data: np.ndarray, model: str) -> bool:
     """Whether a node gives all blocks as they were put."""
-    with PoolClient(pool.nodes[node].address, timeout_s=10.0) as client:
+    with PoolClient(pool.nodes[node].address, timeout_s=60.0) as client:
         out = np.zeros_like(data)
         packed = np.frombuffer(bytes.fromhex("".join(keys)), dtype=np.uint8).reshape(-1, 16)
-        got = client.get(client.register(namespace_spec(model)), packed, out, ttl_s=20.0)
+        got = client.get(client.register(namespace_spec(model)), packed, out, ttl_s=60.0)
         return bool(got.found.all() and (out == data).all())
 
 
@@ -134,7 +146,7 @@ def test_an_ssd_that_did_not_open_is_in_the_row_of_its_node(pool: Pool, tmp_path
     blocked = tmp_path / "file"
     blocked.write_text("no folder")
     (node,) = pool.start(["c"], ssd_dir=str(blocked), ssd_bytes=SSD_BYTES)
-    with ClusterClient(pool.address, timeout_s=10.0) as client:
+    with ClusterClient(pool.address, timeout_s=60.0) as client:
         assert pool.joined(client, 3)
     try:
         row = next(line for line in run(pool, "nodes").splitlines() if f"{node.name} " in line)

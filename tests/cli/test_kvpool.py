@@ -20,7 +20,7 @@ MODULES = {"kvpool": "kvpool.cli.main", "kvctl": "kvpool.cli.kvctl"}
 def run(program: str, *arguments: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", MODULES[program], *arguments],
-        capture_output=True, text=True, timeout=60, check=False, cwd=cwd, env={**os.environ, **env},
+        capture_output=True, text=True, timeout=250, check=False, cwd=cwd, env={**os.environ, **env},
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ def write(words, value):
 
 @numba.njit(nogil=True)
 def spin(words, spins_max):
-    """Waits until word 0 changes, then raises word 1; None if it did not."""
+    """Raises word 1, then waits until word 0 changes; returns it, also if it did not."""
     before = load_acquire(words, 0)
     store_release(words, 1, before + words.dtype.type(1))
     for _ in range(spins_max):
@@ -81,12 +81,14 @@ def test_a_kernel_sees_what_another_thread_writes(dtype):
     spin(words, 1)  # compiled before the thread starts
     words[:] = (5, 0)
     result = []
-    thread = threading.Thread(target=lambda: result.append(spin(words, 2_000_000_000)))
+    # As good as for ever: this thread may be held up for as long as the host likes. A loop whose load was moved out of
+    # it ends at once, or is left behind.
+    thread = threading.Thread(target=lambda: result.append(spin(words, 1 << 62)), daemon=True)
     thread.start()
     while words[1] == 0 and thread.is_alive():  # until the kernel has read the old value
         pass
     words[0] = 9
-    thread.join()
+    thread.join(60)
     assert result == [9]
 
 

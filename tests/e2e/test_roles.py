@@ -16,7 +16,7 @@ from kvpool.cli.kvctl import app
 from kvpool.cli.local import LocalCluster
 from scheduler.replay.exact import replay_file
 from scheduler.replay.reading import files_of
-from tests.e2e.conftest import Running, eventually, options
+from tests.e2e.conftest import PATIENCE_S, Running, eventually, options
 
 pytestmark = pytest.mark.processes
 Cut = Callable[[int, int], list[int]]
@@ -44,7 +44,9 @@ def streamed(running: Running, prompt: list[int], begun: threading.Event) -> lis
     body = {"model": "tiny-llama", "prompt": prompt, "max_tokens": ANSWER_TOKENS, "temperature": 0, "ignore_eos": True,
             "stream": True, "return_token_ids": True, "kvpool": {"policy": "always_split"}}  # fmt: skip
     tokens: list[int] = []
-    with httpx.stream("POST", f"{running.local.gateway_url}/v1/completions", json=body, timeout=120) as response:
+    with httpx.stream(
+        "POST", f"{running.local.gateway_url}/v1/completions", json=body, timeout=2 * PATIENCE_S
+    ) as response:
         for line in response.iter_lines():
             if not line.startswith("data: {"):
                 continue
@@ -59,12 +61,13 @@ def roles(running: Running) -> dict[str, str]:
 
 
 def set_role(running: Running, worker: str, role: str) -> dict[str, object]:
-    done = CliRunner().invoke(app, ["role", worker, role, "-s", running.local.scheduler_address, "--json"])
+    where = ["-s", running.local.scheduler_address, "--timeout", str(PATIENCE_S)]
+    done = CliRunner().invoke(app, ["role", worker, role, *where, "--json"])
     assert done.exit_code == 0, done.output
     return json.loads(done.stdout)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 def test_workers_change_their_roles_under_load(
     changeable: Running, prompts: Cut, reference: Generate, tmp_path: Path
 ) -> None:
@@ -72,12 +75,12 @@ def test_workers_change_their_roles_under_load(
     with concurrent.futures.ThreadPoolExecutor(len(asked)) as pool:
         begun = [threading.Event() for _ in asked]
         answers = [pool.submit(streamed, changeable, *each) for each in zip(asked, begun, strict=True)]
-        assert all(first.wait(60) for first in begun)
+        assert all(first.wait(PATIENCE_S) for first in begun)
         assert set_role(changeable, "decode-0", "prefill")["role"] == "prefill"
         assert roles(changeable) == {"prefill-0": "prefill", "decode-0": "prefill", "decode-1": "decode"}
         # Whatever was being decoded there goes on, and comes to its end with the right tokens.
         for prompt, answer in zip(asked, answers, strict=True):
-            assert answer.result(120) == reference(prompt, ANSWER_TOKENS)
+            assert answer.result(2 * PATIENCE_S) == reference(prompt, ANSWER_TOKENS)
     eventually(lambda: not changeable.control.plan()["changes"], "the change is over")
     prompt = prompts(7, 300)
     answer = changeable.complete(prompt, 12, policy="always_split")

@@ -35,6 +35,8 @@ class LateBlocks:
         self.block_count, self.block_bytes = below.block_count, below.block_bytes
         self.batch_blocks_max = 4
         self.pending: list[LateEvent] = []
+        #: Copies are begun in threads of the worker, and ended in that of the test.
+        self._lock = threading.Lock()
         self.staged = 0
         self.automatic = False
 
@@ -60,21 +62,25 @@ class LateBlocks:
 
     def complete(self) -> None:
         """Ends all copies begun so far."""
-        pending, self.pending = self.pending, []
+        with self._lock:
+            pending, self.pending = self.pending, []
         for event in pending:
             event.complete()
 
     def _area(self, blocks: NDArray[np.int64]) -> NDArray[np.uint8]:
         assert len(blocks) <= self.batch_blocks_max
-        self.staged += 1
+        with self._lock:
+            self.staged += 1
         return np.full((len(blocks), self.block_bytes), POISON, dtype=np.uint8)
 
     def _event(self, action: Callable[[], None]) -> LateEvent:
         event = LateEvent(action)
-        self.pending.append(event)
+        with self._lock:
+            self.pending.append(event)
         if self.automatic:
             event.complete()
         return event
 
     def _release(self) -> None:
-        self.staged -= 1
+        with self._lock:
+            self.staged -= 1

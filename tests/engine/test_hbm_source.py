@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,10 +24,10 @@ from kvpool.v1 import directory_pb2
 
 from .conftest import EXACT
 from .driving import cached_contents, prompt
-from .serving import Gateway, all_free, eventually, expected, worker
+from .serving import PATIENCE_S, Gateway, all_free, eventually, expected, worker
 from .test_worker import late_memory
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
 STAGING_BYTES = 4 << 20
 
 
@@ -43,7 +44,8 @@ def holder(model: LoadedModel, folder: Path, name: str = "holder", **changes: ob
 
 
 def reader(own: EngineWorker, stack: ExitStack, **more: object) -> PoolClient:
-    client = stack.enter_context(PoolClient(own.address, client="reader", **more))  # type: ignore[arg-type]
+    made = PoolClient(own.address, client="reader", timeout_s=PATIENCE_S, **more)  # type: ignore[arg-type]
+    client = stack.enter_context(made)
     client.register(own.engine.namespace)
     return client
 
@@ -150,13 +152,17 @@ def test_nothing_is_readable_before_its_copy_is_over(llama: LoadedModel, tmp_pat
     eventually(lambda: client.lookup(spec.id(), keys).all(), "computed blocks are known")
     out = np.zeros((4, spec.groups[0].block_bytes), dtype=np.uint8)
     found: list[np.ndarray] = []
-    thread = threading.Thread(target=lambda: found.append(client.get(spec.id(), keys, out, promote_s=30.0).found))
+
+    def read() -> None:
+        found.append(client.get(spec.id(), keys, out, ttl_s=PATIENCE_S, promote_s=PATIENCE_S).found)
+
+    thread = threading.Thread(target=read)
     thread.start()
     eventually(lambda: len(made[0].pending) == 1, "the copy is begun")
     assert {block.state for block in client.list_blocks()} == {"writing"}, "readable before the copy's event"
     assert not found and not all_free(own), "the engine's blocks are held meanwhile"
     made[0].complete()
-    thread.join(20)
+    thread.join(PATIENCE_S)
     truth = blocks_of(llama, tokens)
     assert found[0].all() and all(out[i].tobytes() == truth[keys[i].tobytes()] for i in range(4))
     eventually(lambda: all_free(own) and made[0].staged == 0 and nothing_held(client), "everything released")
@@ -188,13 +194,16 @@ def test_reading_while_the_engine_reuses_its_blocks(llama: LoadedModel, tmp_path
     for thread in threads:
         thread.start()
     try:
-        for n in range(24):
+        # Readers that were slow to begin have their time.
+        n, end_s = 0, time.monotonic() + PATIENCE_S
+        while n < 24 or not (hits or time.monotonic() > end_s):
             gateway.submit(str(n), prompts[n % 6], max_tokens=2)
             gateway.tokens(str(n))
+            n += 1
     finally:
         done.set()
         for thread in threads:
-            thread.join(30)
+            thread.join(PATIENCE_S)
     assert not wrong and hits > 0
     assert client.counters.digest_errors == 0
     eventually(lambda: all_free(own) and nothing_held(client), "everything released")

@@ -95,10 +95,10 @@ def test_a_staging_area_is_nobody_elses_before_its_last_copy_is_over() -> None:
     with pytest.raises(DeadlineExceeded):
         areas.take(timeout_s=0.01)
     with ThreadPoolExecutor(2) as threads:
-        waiting = [threads.submit(areas.take, 20.0) for _ in range(2)]
+        waiting = [threads.submit(areas.take, 60.0) for _ in range(2)]
         areas.give(second, Done())
         copy.over.set()
-        assert {id(taken.result(20)) for taken in waiting} == {id(first), id(second)}
+        assert {id(taken.result(60)) for taken in waiting} == {id(first), id(second)}
     with pytest.raises(DeadlineExceeded):
         areas.take(timeout_s=0.01)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -20,15 +21,17 @@ from engines.torch.model import LoadedModel
 from engines.torch.publishing import Handoff, Publisher, PublishJob
 from engines.torch.request import BlockSet
 from engines.torch.worker import EngineWorker
-from kvpool.client import BEING_WRITTEN, RESERVED, Hold, PoolClient
+from kvpool.client import Hold, PoolClient
 from kvpool.core.hashing import block_keys
 from kvpool.v1 import engine_pb2
 
 from .driving import prompt
-from .serving import Gateway, Node, all_free, eventually, expected, split, worker
+from .serving import PATIENCE_S, Gateway, Node, Still, all_free, eventually, expected, split, worker
+
+pytestmark = pytest.mark.timeout(300)
 
 PREFILL, DECODE = engine_pb2.PHASE_PREFILL, engine_pb2.PHASE_DECODE
-TRIES_MAX = 48
+TRIES_S = 200.0
 CHUNK_BLOCKS = 4  # of 16 tokens, as `serving.worker` has it
 
 
@@ -63,7 +66,7 @@ def test_metrics_are_served() -> None:
     meter.add(Exposure(1000, 400, 1000))
     port, stop = serve_metrics(0, "w", counters.snapshot, meter.histograms)
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as reply:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE_S) as reply:
             lines = set(reply.read().decode().splitlines())
     finally:
         stop()
@@ -115,7 +118,7 @@ class Gate:
                 self._left -= 1
                 if self._left == 0:
                     self.reached.set()
-                    assert self.open.wait(60)
+                    assert self.open.wait(3 * PATIENCE_S)
             compute(running, plan)  # type: ignore[arg-type]
 
         own.engine._compute = gated  # type: ignore[method-assign]
@@ -124,25 +127,16 @@ class Gate:
 @pytest.mark.processes
 def test_blocks_are_read_while_later_chunks_are_computed(llama: LoadedModel, node: Node, stack: ExitStack) -> None:
     """And the last chunk's slots are reserved before it is computed: copy and commit are all that is left then."""
-    workers = [stack.enter_context(worker(llama, name, node.address)) for name in ("p", "d")]
+    workers = [stack.enter_context(worker(llama, name, node.address, pull_grace_s=PATIENCE_S)) for name in ("p", "d")]
     gate = Gate(workers[0], stack, chunk=5)
     prefill, decode = (stack.enter_context(Gateway(w)) for w in workers)
     tokens = prompt(40, 4 * 64 + 40)
     decode.submit("r", tokens, DECODE, handoff=node.address)
     prefill.submit("r", tokens, PREFILL)
-    assert gate.reached.wait(30)
+    assert gate.reached.wait(PATIENCE_S)
     eventually(lambda: workers[1].counters()["blocks_pulled"] == 4 * CHUNK_BLOCKS, "blocks of four chunks are read")
-    client = stack.enter_context(PoolClient(node.address))
-    client.register(workers[0].engine.namespace)
-    namespace, keys = workers[0].engine.namespace.id(), block_keys(workers[0].engine.namespace.id(), tokens, 16)
-
-    def being_written() -> bool:
-        tried = client.reserve(namespace, keys[16:18])
-        if (tried.status == RESERVED).any():
-            client.abort(tried)
-        return bool((tried.status == BEING_WRITTEN).all())
-
-    eventually(being_written, "the last chunk's slots are reserved")
+    # Two full blocks and the partial last one.
+    eventually(lambda: node.held()["blocks_writing"] == 3, "the last chunk's slots are reserved")
     gate.open.set()
     first = prefill.first("r")
     decode.first_token("r", first)
@@ -158,13 +152,12 @@ def test_blocks_are_read_while_later_chunks_are_computed(llama: LoadedModel, nod
 @pytest.mark.processes
 def test_an_aborted_prefill_gives_back_what_it_reserved_ahead(llama: LoadedModel, node: Node, stack: ExitStack) -> None:
     own = stack.enter_context(worker(llama, "p", node.address))
-    gate = Gate(own, stack, chunk=3)
+    Still(own, 2)
     gateway = stack.enter_context(Gateway(own))
     gateway.submit("r", prompt(41, 300), PREFILL)
-    assert gate.reached.wait(30)
+    eventually(lambda: own.counters()["blocks_published"] == 2 * CHUNK_BLOCKS, "blocks of two chunks are published")
     eventually(lambda: node.held()["blocks_writing"] == CHUNK_BLOCKS, "the third chunk's slots are reserved")
     gateway.abort("r")
-    gate.open.set()
     assert gateway.end("r").finish_reason == engine_pb2.FINISH_REASON_ABORT
     eventually(lambda: node.held()["blocks_writing"] == 0 and node.held()["reservations"] == 0, "slots are given back")
     eventually(lambda: all_free(own), "the worker releases everything")
@@ -193,7 +186,7 @@ def test_a_reservation_that_was_lost_is_made_again(llama: LoadedModel, node: Nod
     keys = np.random.default_rng(5).integers(0, 256, (6, 16)).astype(np.uint8)
     handoff = Handoff(node.address, Hold("lost", 60.0))
     publisher.submit(PublishJob(BlockSet("r", 0, keys[:2], np.arange(2), following=keys[2:]), node.address, handoff))
-    assert ended.acquire(timeout=20)
+    assert ended.acquire(timeout=PATIENCE_S)
     eventually(lambda: handoff.ahead is not None, "four blocks are reserved ahead")
     assert handoff.ahead is not None
     with links.client(node.address) as client:
@@ -201,7 +194,7 @@ def test_a_reservation_that_was_lost_is_made_again(llama: LoadedModel, node: Nod
     publisher.submit(
         PublishJob(BlockSet("r", 2, keys[2:], np.arange(2, 6), parent=keys[1].tobytes()), node.address, handoff)
     )
-    assert ended.acquire(timeout=20) and done == [2, 4]
+    assert ended.acquire(timeout=PATIENCE_S) and done == [2, 4]
     publisher.end(handoff)
     out = np.zeros((6, memory.block_bytes), dtype=np.uint8)
     with links.client(node.address) as client:
@@ -221,9 +214,10 @@ def test_under_a_tenth_of_the_transfer_is_exposed(
     compute_slowly(workers[0], 0.03)
     prefill, decode = (stack.enter_context(Gateway(w)) for w in workers)
     ratios: list[float] = []
+    end_s = time.monotonic() + TRIES_S
     while sum(ratio < 0.1 for ratio in ratios) < 3:
         # What is left is a few round trips: whoever else uses this machine makes them longer, but not each time.
-        assert len(ratios) < TRIES_MAX, sorted(ratios)
+        assert time.monotonic() < end_s, sorted(ratios)
         name, before = f"r{len(ratios)}", [w.counters() for w in workers]
         tokens = prompt(1000 * chunks + len(ratios), 96 * chunks - 5)
         split(prefill, decode, node, name, tokens, max_tokens=4)

@@ -11,14 +11,16 @@ import grpc
 import pytest
 
 from engines.torch.model import LoadedModel
-from engines.torch.reports import NodeWatch
+from engines.torch.reports import NodeWatch, SchedulerLink
 from kvpool.client import PoolClient
 from kvpool.core.errors import Unavailable
 from kvpool.core.ids import Tier
 from kvpool.v1 import directory_pb2, directory_pb2_grpc, engine_pb2, scheduler_pb2, scheduler_pb2_grpc
 
 from .driving import prompt
-from .serving import Gateway, eventually, worker
+from .serving import PATIENCE_S, Gateway, eventually, worker
+
+pytestmark = pytest.mark.timeout(300)
 
 
 class Recorder(scheduler_pb2_grpc.SchedulerServicer, directory_pb2_grpc.DirectoryServicer):
@@ -78,13 +80,13 @@ def recorder() -> Iterator[tuple[Recorder, str, list[grpc.Server]]]:
     server, address = serve(recorder)
     servers = [server]
     yield recorder, address, servers
-    servers[-1].stop(None).wait(5)
+    servers[-1].stop(None).wait(PATIENCE_S)
 
 
 def test_a_worker_reports_and_announces(llama: LoadedModel, recorder: tuple[Recorder, str, list[grpc.Server]]) -> None:
     heard, address, servers = recorder
     with worker(llama, "w7", scheduler=address, role="decode") as own:
-        assert own.wait_joined(20)
+        assert own.wait_joined(PATIENCE_S)
         info = heard.infos[0]
         assert (info.instance_id, info.role, info.model, info.address) == ("w7", 2, "llama", own.address)
         assert info.kv_tokens_total == 4096 and info.namespace.groups[0].block_tokens == 16
@@ -101,14 +103,14 @@ def test_a_worker_reports_and_announces(llama: LoadedModel, recorder: tuple[Reco
             cached = {key.tobytes() for key in own.engine.cached_keys()}
             eventually(lambda: heard.held == cached and len(cached) == 6, "HBM blocks are announced")
 
-            servers[-1].stop(None).wait(5)
+            assert servers[-1].stop(None).wait(PATIENCE_S)
             restarted = Recorder()
             servers.append(serve(restarted, address)[0])
             eventually(lambda: bool(restarted.infos and restarted.reports), "it joins a restarted scheduler")
             eventually(lambda: restarted.held == cached, "and announces all it holds")
             gateway.submit("s", prompt(2, 20))
             assert len(gateway.tokens("s")) == 12
-    assert restarted.ended.wait(5), "a worker that stops leaves at once"
+    assert restarted.ended.wait(PATIENCE_S), "a worker that stops leaves by itself"
 
 
 @pytest.mark.parametrize("changeable", [True, False])
@@ -130,13 +132,49 @@ def test_a_role_is_taken_by_those_that_agree(
             assert heard.reports[-1].role == engine_pb2.ROLE_DECODE
 
 
+def test_facts_that_change_while_it_joins_are_said_too(
+    recorder: tuple[Recorder, str, list[grpc.Server]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its call has asked for them, and is not in its hands yet, to be cut."""
+    heard, address, _ = recorder
+    node, asked = [""], threading.Event()
+
+    def info() -> engine_pb2.EngineInfo:
+        found = engine_pb2.EngineInfo(instance_id="w", node_source_id=node[0])
+        asked.set()
+        return found
+
+    class Stub(scheduler_pb2_grpc.SchedulerStub):
+        def __init__(self, channel: grpc.Channel) -> None:
+            super().__init__(channel)
+            join = self.Join
+
+            def and_then_a_node_is_found(messages: Iterator[scheduler_pb2.InstanceMessage]) -> object:
+                call = join(messages)
+                assert asked.wait(PATIENCE_S)
+                if not node[0]:
+                    node[0] = "node-7"
+                    link.rejoin()
+                return call
+
+            self.Join = and_then_a_node_is_found
+
+    monkeypatch.setattr(scheduler_pb2_grpc, "SchedulerStub", Stub)
+    link = SchedulerLink(address, info=info, report=scheduler_pb2.InstanceReport)
+    link.start()
+    try:
+        eventually(lambda: any(i.node_source_id == "node-7" for i in list(heard.infos)), "its node is known")
+    finally:
+        link.close()
+
+
 def test_an_hbm_that_can_be_read_is_announced_with_its_address(
     llama: LoadedModel, recorder: tuple[Recorder, str, list[grpc.Server]], tmp_path: Path
 ) -> None:
     heard, address, _ = recorder
     own = worker(llama, "w8", scheduler=address, hbm_staging_bytes=1 << 20, segment_dir=str(tmp_path))
     with own, PoolClient(own.address) as client:
-        assert own.wait_joined(20) and heard.hello is not None
+        assert own.wait_joined(PATIENCE_S) and heard.hello is not None
         assert heard.hello.address == own.address and heard.hello.tier == Tier.HBM
         assert client.source_id == heard.hello.source_id and client.epoch == heard.hello.epoch
 
@@ -152,5 +190,5 @@ def test_a_late_node_is_found(llama: LoadedModel) -> None:
 
     watch = NodeWatch(ask, found.set)
     watch.start()
-    assert watch.wait(10) and found.wait(10) and watch.source_id == "node-7"
+    assert watch.wait(PATIENCE_S) and found.wait(PATIENCE_S) and watch.source_id == "node-7"
     watch.close()

@@ -21,9 +21,9 @@ from kvpool.v1 import directory_pb2, engine_pb2
 
 from .driving import prompt
 from .late import LateBlocks
-from .serving import Gateway, Node, all_free, eventually, expected, split, worker
+from .serving import PATIENCE_S, Gateway, Node, Still, all_free, eventually, expected, split, worker
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
 PREFILL, DECODE = engine_pb2.PHASE_PREFILL, engine_pb2.PHASE_DECODE
 
 
@@ -54,7 +54,7 @@ def test_a_worker_alone_serves_many(llama: LoadedModel, stack: ExitStack) -> Non
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 100, 128])
 def test_split_requests_answer_like_one_engine(llama: LoadedModel, node: Node, stack: ExitStack, length: int) -> None:
-    workers = [stack.enter_context(worker(llama, name, node.address)) for name in ("p", "d")]
+    workers = [stack.enter_context(worker(llama, name, node.address, pull_grace_s=PATIENCE_S)) for name in ("p", "d")]
     prefill, decode = (stack.enter_context(Gateway(w)) for w in workers)
     tokens = prompt(100 + length, length)
     answer = split(prefill, decode, node, "first", tokens, temperature=0.7, seed=3, max_tokens=30)
@@ -106,7 +106,7 @@ def test_generated_blocks_are_pulled_by_another_worker(llama: LoadedModel, node:
     times = other.end("turn2").times
     assert (times.cached_tokens_pool, times.pull_failures) == (80, 1) and times.computed_tokens == len(longer) - 80
     assert times.bytes_pulled == 5 * second.engine.namespace.groups[0].block_bytes
-    assert first.counters()["blocks_published"] == 5
+    eventually(lambda: first.counters()["blocks_published"] == 5, "they are counted")
     eventually(node.nothing_held, "leases are released")
 
 
@@ -153,7 +153,9 @@ def test_nothing_is_computed_before_pulled_blocks_are_copied_in(
     prefill = stack.enter_context(
         worker(llama, "p", node.address, memory=lambda cache: late_memory(cache, made, automatic=True))
     )
-    decode = stack.enter_context(worker(llama, "d", node.address, memory=lambda cache: late_memory(cache, made)))
+    decode = stack.enter_context(
+        worker(llama, "d", node.address, pull_grace_s=PATIENCE_S, memory=lambda cache: late_memory(cache, made))
+    )
     memory = made[1]
     first_side, second_side = stack.enter_context(Gateway(prefill)), stack.enter_context(Gateway(decode))
     tokens = prompt(450, 100)
@@ -215,6 +217,7 @@ def test_blocks_that_never_come_are_computed(llama: LoadedModel, node: Node, sta
 
 def test_aborts_and_ended_streams_leave_nothing(llama: LoadedModel, node: Node, stack: ExitStack) -> None:
     own = stack.enter_context(worker(llama, "w", node.address))
+    still = Still(own, 1)
     gateway = stack.enter_context(Gateway(own))
     gateway.submit("decoding", prompt(700, 40), max_tokens=900)
     gateway.submit("handed", prompt(701, 40), DECODE, handoff=node.address)
@@ -224,12 +227,14 @@ def test_aborts_and_ended_streams_leave_nothing(llama: LoadedModel, node: Node, 
     for name in ("decoding", "handed"):
         assert gateway.end(name).finish_reason == engine_pb2.FINISH_REASON_ABORT
     eventually(lambda: all_free(own), "aborted requests release everything")
+    still.more(1)
     with Gateway(own) as other:
         other.submit("waits", prompt(703, 40), DECODE, handoff=node.address)
         other.submit("lost", prompt(702, 40), max_tokens=900)
         other.first("lost")
     eventually(lambda: all_free(own), "requests of an ended stream release everything")
     assert own.counters()["streams_lost"] == 1 and own.counters()["requests_aborted"] == 4
+    still.go.set()
     gateway.submit("alive", prompt(704, 20))
     assert gateway.tokens("alive") == expected(llama, prompt(704, 20), 12)
     eventually(node.nothing_held, "holds and waits end")
@@ -264,6 +269,7 @@ GARBAGE = [
 
 def test_garbage_is_refused_and_leaves_nothing(llama: LoadedModel, stack: ExitStack) -> None:
     own = stack.enter_context(worker(llama))
+    Still(own, 1)
     gateway = stack.enter_context(Gateway(own))
     good = gateway.submit("good", prompt(1, 20), max_tokens=200)
     for i, (change, words) in enumerate(GARBAGE):

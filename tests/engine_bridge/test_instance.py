@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import msgspec
 import pytest
 
@@ -16,6 +15,7 @@ from engines.openai_server.instance import AgentContext, ServerInstance
 from engines.openai_server.settings import ServerSettings
 from kvpool.core.ids import Role
 from scheduler.core.commands import RoleRefused
+from scheduler.core.config import SECOND_US, SchedulerConfig
 from scheduler.core.events import RoleOrdered
 from scheduler.gateway.config import GatewayConfig
 from scheduler.gateway.server import GatewayServer
@@ -23,11 +23,13 @@ from scheduler.gateway.text import Tokenizer
 from scheduler.service.server import SchedulerServer, SchedulerServerConfig
 from tests.engine_bridge.recorded import BLOCK_TOKENS, PROMPT, frames
 from tests.engine_bridge.test_event_feed import Publisher
-from tests.gateway.cluster_made import MODEL, Changes, expected_tokens, run
+from tests.gateway.cluster_made import MODEL, Changes, expected_tokens, http_client, ready, run
 from tests.gateway.made_tokenizer import make_tokenizer
 from tests.gateway.server_made import ServerMade
 
-WAIT_S = 20.0
+WAIT_S = 60.0
+#: This process is all there is: where it stands still for a moment, nobody has been silent.
+PATIENT = SchedulerConfig(suspect_us=600 * SECOND_US, gone_us=1200 * SECOND_US)
 
 
 def metrics(*, started: float = 1.0, running: int = 0, usage: float = 0.0, block_tokens: int = 4) -> str:
@@ -63,7 +65,7 @@ class Joined:
 async def joined(
     tokenizer: str, *extras: dict[str, object], before: Callable[[Joined], None] = lambda made: None, **page: int
 ) -> AsyncIterator[Joined]:
-    scheduler = SchedulerServer(SchedulerServerConfig(listen="127.0.0.1:0"))
+    scheduler = SchedulerServer(SchedulerServerConfig(listen="127.0.0.1:0", core=PATIENT))
     await scheduler.startup()
     servers = [
         ServerMade(f"server-{i}", Changes(), Tokenizer(tokenizer), metrics=metrics(**page)) for i in range(len(extras))
@@ -107,35 +109,35 @@ def test_a_server_is_given_another_role_if_it_may(tokenizer: str, changeable: bo
                 assert [type(command) for command in commands] == [RoleRefused]
                 return
             await made.until(lambda: instances["server-0"].info.role is Role.DECODE)
-            assert not made.scheduler.shell.core.roles.changes
+            await made.until(lambda: not made.scheduler.shell.core.roles.changes)
 
-    asyncio.run(test())
+    run(test())
 
 
 def test_a_server_joins_reports_and_leaves(tokenizer: str) -> None:
     async def test() -> None:
         async with joined(tokenizer, {"role": "decode", "batch_max": 7}) as made:
-            instance = made.scheduler.shell.core.cluster.instances["server-0"]
-            info = instance.info
+            instances = made.scheduler.shell.core.cluster.instances
+            info = instances["server-0"].info
             assert (info.role, info.model, info.batch_max, info.kv_tokens_total) == (Role.DECODE, MODEL, 7, 4000)
             assert info.address == made.servers[0].address and info.version == "vllm 0.32.0"
             assert info.protocol == "openai" and info.hbm_source_id == ""
             # Equal for servers that differ in memory: else they could not hand over to each other.
             assert info.namespace.groups[0].block_bytes == 2 << 20
             made.servers[0].metrics = metrics(running=3, usage=0.5)
-            await made.until(lambda: instance.running == 3 and instance.kv_tokens_free == 2000)
+            await made.until(lambda: (instances["server-0"].running, instances["server-0"].kv_tokens_free) == (3, 2000))
             epoch = info.epoch
             made.servers[0].metrics = metrics(started=2.0)  # another process
-            await made.until(
-                lambda: made.known and made.scheduler.shell.core.cluster.instances["server-0"].info.epoch > epoch
-            )
+            await made.until(lambda: made.known and instances["server-0"].info.epoch > epoch)
             await made.servers[0].stop()
             await made.until(lambda: not made.known)
 
     run(test())
 
 
-def test_its_cache_is_in_the_directory(tokenizer: str) -> None:
+def test_its_cache_is_in_the_directory(tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engines.openai_server.event_feed.REPLAY_S", WAIT_S)
+
     async def test() -> None:
         publisher = Publisher()
         try:
@@ -172,7 +174,8 @@ def test_the_mask_of_its_connector_is_asked_for(tokenizer: str) -> None:
                 made.servers[0].transfer = {"kvpool_tokens": 0, "kvpool_key_mask": mask}
 
             async with joined(tokenizer, extra, before=lambda made: tells(made, "ab" * 16)) as made:
-                assert f" {'ab' * 16} " in layout_of(made)
+                # A server that is slow to tell it is asked again, and joins again with it.
+                await made.until(lambda: f" {'ab' * 16} " in layout_of(made))
                 asked = made.servers[0].calls[0].body
                 assert asked["max_tokens"] == 1 and asked["kv_transfer_params"] == {"kvpool_handoff": True}
                 tells(made, "cd" * 16)
@@ -205,6 +208,10 @@ def test_the_gateway_places_on_servers(tokenizer: str, handoff: str) -> None:
             )
             await gateway.startup()
             try:
+                await ready(gateway)
+                if handoff == "nixl":
+                    sources = made.scheduler.shell.core.cluster.sources
+                    await made.until(lambda: sources.keys() == {"server-0/nixl", "server-1/nixl"})
                 prefill, decode = made.servers
                 prefill.transfer = {"remote_host": "h"}
                 options = {"policy": "always_split" if handoff == "nixl" else "kvpool"}
@@ -216,7 +223,7 @@ def test_the_gateway_places_on_servers(tokenizer: str, handoff: str) -> None:
                     "stream": True,
                     "temperature": 0,
                 }
-                async with httpx.AsyncClient(timeout=20) as http:
+                async with http_client() as http:
                     response = await http.post(f"http://{gateway.address}/v1/completions", json=body)
                     assert response.status_code == 200
                 text = decode.tokenizer.decode(expected_tokens(PROMPT[:11], 6))
@@ -226,7 +233,7 @@ def test_the_gateway_places_on_servers(tokenizer: str, handoff: str) -> None:
                     assert decode.calls[0].body["kv_transfer_params"] == {"remote_host": "h"}
                 else:
                     assert len(prefill.calls) + len(decode.calls) == 1
-                async with httpx.AsyncClient(timeout=20) as http:  # one answer of one token needs no two servers
+                async with http_client() as http:  # one answer of one token needs no two servers
                     single = await http.post(
                         f"http://{gateway.address}/v1/completions", json={**body, "max_tokens": 1, "stream": False}
                     )

@@ -6,12 +6,14 @@ Their "model" is a function of all tokens before: a continuation from a wrong co
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import grpc
+import httpx
 import numpy as np
 
 from kvpool.service import rpc
@@ -23,7 +25,9 @@ from tests.gateway.made_tokenizer import EOS, SPECIALS
 MODEL = "made"
 BLOCK_TOKENS = 4
 CONTEXT_TOKENS = 512
-TEST_DEADLINE_S = 30.0
+#: A machine that does other things too may be slow, and no test must fail for it.
+TEST_DEADLINE_S = 90.0
+LOOK_S = 0.05
 
 T = TypeVar("T")
 
@@ -31,6 +35,11 @@ T = TypeVar("T")
 def run(test: Coroutine[Any, Any, T]) -> T:
     """Runs an asyncio test with a deadline."""
     return asyncio.run(asyncio.wait_for(test, TEST_DEADLINE_S))
+
+
+def http_client(base_url: str = "") -> httpx.AsyncClient:
+    """One that has as long as the test: by itself httpx gives up after 5 s."""
+    return httpx.AsyncClient(base_url=base_url, timeout=TEST_DEADLINE_S)
 
 
 def next_token(context: list[int]) -> int:
@@ -59,7 +68,10 @@ def saying(tokens: list[int]) -> Callable[[list[int]], int]:
 
 
 class Changes:
-    """Lets a test wait for something to become true, without polling."""
+    """Lets a test wait for something to become true.
+
+    It looks at each change that is told, and now and then by itself: the gateway, for one, tells of none.
+    """
 
     def __init__(self) -> None:
         self._changed = asyncio.Event()
@@ -68,9 +80,11 @@ class Changes:
         self._changed.set()
 
     async def until(self, holds: Callable[[], object]) -> None:
-        while not holds():
-            self._changed.clear()
-            await asyncio.wait_for(self._changed.wait(), TEST_DEADLINE_S)
+        async with asyncio.timeout(TEST_DEADLINE_S):
+            while not holds():
+                self._changed.clear()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._changed.wait(), LOOK_S)
 
 
 @dataclass
@@ -118,18 +132,21 @@ class EngineMade(engine_pb2_grpc.EngineServicer):
         self, commands: AsyncIterator[engine_pb2.EngineCommand], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[engine_pb2.EngineEvents]:
         out: asyncio.Queue[engine_pb2.RequestEvent] = asyncio.Queue()
-        reader = asyncio.create_task(self._read(commands, out))
+        mine: list[str] = []
+        reader = asyncio.create_task(self._read(commands, out, mine))
         try:
             while True:
                 yield engine_pb2.EngineEvents(events=[await out.get()])
         finally:
             reader.cancel()
-            for request_id in list(self.running):
+            # What came over this stream alone: another one may have begun before this one is known to have ended.
+            for request_id in mine:
                 self._abort(request_id)
 
     async def _read(
-        self, commands: AsyncIterator[engine_pb2.EngineCommand], out: asyncio.Queue[engine_pb2.RequestEvent]
-    ) -> None:
+        self, commands: AsyncIterator[engine_pb2.EngineCommand], out: asyncio.Queue[engine_pb2.RequestEvent],
+        mine: list[str],
+    ) -> None:  # fmt: skip
         async for command in commands:
             match command.WhichOneof("command"):
                 case "hello":
@@ -137,6 +154,7 @@ class EngineMade(engine_pb2_grpc.EngineServicer):
                 case "submit":
                     submit = command.submit
                     self.submits.append(submit)
+                    mine.append(submit.request_id)
                     self.running[submit.request_id] = asyncio.create_task(self._run(submit, out))
                 case "first_token":
                     self.first_tokens[command.first_token.request_id] = command.first_token.token_id
@@ -328,6 +346,14 @@ class ClusterMade:
         return not any(e.running for e in self.engines) and not self.gateway.active
 
 
+async def ready(gateway: GatewayServer) -> None:
+    """Until a gateway that has begun has its scheduler, and knows the model."""
+    async with asyncio.timeout(TEST_DEADLINE_S):
+        while not (gateway._scheduler.connected and gateway._models.served()):
+            await gateway._models.refresh()
+            await asyncio.sleep(LOOK_S)
+
+
 @asynccontextmanager
 async def cluster(tokenizer: str, engines: int = 2, **config: Any) -> AsyncIterator[ClusterMade]:
     """Starts everything, and checks at the end that nothing is left running anywhere."""
@@ -337,10 +363,11 @@ async def cluster(tokenizer: str, engines: int = 2, **config: Any) -> AsyncItera
         await engine.start()
     scheduler = SchedulerMade(made, tokenizer, changes)
     await scheduler.start()
-    settings = {"listen": "127.0.0.1:0", "drain_timeout_s": 1.0, "place_timeout_s": 5.0, **config}
+    settings = {"listen": "127.0.0.1:0", "drain_timeout_s": 1.0, "place_timeout_s": 30.0, **config}
     gateway = GatewayServer(GatewayConfig(scheduler=scheduler.address, **settings))
     await gateway.startup()
     try:
+        await ready(gateway)
         yield ClusterMade(scheduler, made, changes, gateway)
     finally:
         await gateway.shutdown()

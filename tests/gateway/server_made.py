@@ -27,6 +27,7 @@ from tests.gateway.cluster_made import (
     ClusterMade,
     SchedulerMade,
     next_token,
+    ready,
 )
 from tests.gateway.made_tokenizer import EOS
 
@@ -285,10 +286,11 @@ async def served(tokenizer: str, servers: int = 2, **config: Any) -> AsyncIterat
         await server.start()
     scheduler = SchedulerMade(made, tokenizer, changes, layout=NAMING.layout, protocol="openai")  # type: ignore[arg-type]
     await scheduler.start()
-    settings = {"listen": "127.0.0.1:0", "drain_timeout_s": 1.0, "place_timeout_s": 5.0, **config}
+    settings = {"listen": "127.0.0.1:0", "drain_timeout_s": 1.0, "place_timeout_s": 30.0, **config}
     gateway = GatewayServer(GatewayConfig(scheduler=scheduler.address, **settings))
     await gateway.startup()
     try:
+        await ready(gateway)
         yield ClusterMade(scheduler, made, changes, gateway)  # type: ignore[arg-type]
     finally:
         await gateway.shutdown()

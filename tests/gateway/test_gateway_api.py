@@ -19,6 +19,7 @@ from tests.gateway.cluster_made import (
     ClusterMade,
     cluster,
     expected_tokens,
+    http_client,
     run,
     saying,
     split,
@@ -105,7 +106,7 @@ def test_stop_strings_cross_tokens_and_characters_stay_whole(tokenizer: str, str
 
 def test_end_of_sequence_is_no_text(tokenizer: str) -> None:
     async def test() -> None:
-        async with cluster(tokenizer) as c, httpx.AsyncClient(base_url=c.url) as http:
+        async with cluster(tokenizer) as c, http_client(c.url) as http:
             hello = load_tokenizer(tokenizer).encode("hello").tolist()
             c.engines[0].next_token = saying(hello)
             ask = {"model": MODEL, "prompt": "w", "max_tokens": 9, "return_token_ids": True}
@@ -127,7 +128,7 @@ def test_end_of_sequence_is_no_text(tokenizer: str) -> None:
 
 def test_prompts_in_every_form(tokenizer: str) -> None:
     async def test() -> None:
-        async with cluster(tokenizer) as c, httpx.AsyncClient(base_url=c.url) as http:
+        async with cluster(tokenizer) as c, http_client(c.url) as http:
             text = load_tokenizer(tokenizer)
             ids = [text.encode(t).tolist() for t in ("hello", "world")]
             expected = [text.decode(expected_tokens(i, 6)) for i in ids]
@@ -165,7 +166,7 @@ def test_split_request(tokenizer: str) -> None:
     """Both legs get the same request; the first token goes to the client and to the decode worker."""
 
     async def test() -> None:
-        async with cluster(tokenizer) as c, httpx.AsyncClient(base_url=c.url) as http:
+        async with cluster(tokenizer) as c, http_client(c.url) as http:
             prefill, decode = c.engines
             c.scheduler.decide = lambda _: split(prefill, decode)
             prompt = list(range(20, 33))
@@ -231,13 +232,12 @@ def test_logprobs_and_gaps(tokenizer: str) -> None:
 
 def test_models_health_and_metrics(tokenizer: str) -> None:
     async def test() -> None:
-        async with cluster(tokenizer) as c, client_of(c) as client, httpx.AsyncClient() as http:
+        async with cluster(tokenizer) as c, client_of(c) as client, http_client() as http:
             assert [m.id async for m in client.models.list()] == [MODEL]
             assert (await client.models.retrieve(MODEL)).id == MODEL
             with pytest.raises(openai.NotFoundError):
                 await client.models.retrieve("no/such")
             base = c.url.removesuffix("/v1")
-            await c.until(lambda: c.scheduler.gateways)
             health = await http.get(f"{base}/health")
             assert health.status_code == 200 and health.json()["models"] == [MODEL]
             await client.completions.create(model=MODEL, prompt="hello", max_tokens=3)
@@ -279,7 +279,7 @@ def test_credentials_and_salts_keep_tenants_apart(tokenizer: str, tmp_path: Any)
                     with pytest.raises(openai.AuthenticationError) as caught:
                         await client.completions.create(model=MODEL, prompt="hello", max_tokens=1)
                     assert caught.value.code == "invalid_api_key"
-            async with httpx.AsyncClient(base_url=c.url) as http:
+            async with http_client(c.url) as http:
                 response = await http.get("/models")
                 assert response.status_code == 401 and response.headers["www-authenticate"] == "Bearer"
             for key, salt in (("secret-a", ""), ("secret-b", ""), ("secret-a", "x"), ("secret-a", "")):

@@ -13,7 +13,7 @@ from kvpool.core.errors import BadArgument, Reason
 from scheduler.gateway.credentials import Credentials
 from scheduler.gateway.errors import from_failure
 from scheduler.gateway.events import Failure, FailureKind
-from tests.gateway.cluster_made import MODEL, ClusterMade, cluster, refused, run
+from tests.gateway.cluster_made import MODEL, ClusterMade, cluster, http_client, refused, run
 
 COMPLETION = {"model": MODEL, "prompt": "hello", "max_tokens": 4}
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
@@ -126,7 +126,7 @@ def nothing_was_asked(c: ClusterMade) -> None:
 
 def test_bad_completions(tokenizer: str) -> None:
     async def test() -> None:
-        async with cluster(tokenizer) as c, httpx.AsyncClient(base_url=c.url) as http:
+        async with cluster(tokenizer) as c, http_client(c.url) as http:
             for change, status, param in COMPLETIONS:
                 body = json.dumps({**COMPLETION, **change}).encode()
                 error = check_error(await http.post("/completions", content=body), status, change)
@@ -140,7 +140,7 @@ def test_bad_completions(tokenizer: str) -> None:
 
 def test_bad_chats(tokenizer: str) -> None:
     async def test() -> None:
-        async with cluster(tokenizer) as c, httpx.AsyncClient(base_url=c.url) as http:
+        async with cluster(tokenizer) as c, http_client(c.url) as http:
             for change, status, param in CHATS:
                 body = json.dumps({**CHAT, **change}).encode()
                 error = check_error(await http.post("/chat/completions", content=body), status, change)
@@ -153,7 +153,7 @@ def test_bad_chats(tokenizer: str) -> None:
 
 def test_bad_bodies(tokenizer: str) -> None:
     async def test() -> None:
-        async with cluster(tokenizer, body_bytes_max=120_000) as c, httpx.AsyncClient(base_url=c.url) as http:
+        async with cluster(tokenizer, body_bytes_max=120_000) as c, http_client(c.url) as http:
             for body, status, code in BODIES[:-1]:
                 error = check_error(await http.post("/completions", content=body), status, body[:40])
                 assert error["code"] == code
@@ -169,7 +169,7 @@ def test_body_that_is_too_large(tokenizer: str, chunked: bool) -> None:
             yield b"x" * 4096
 
     async def test() -> None:
-        async with cluster(tokenizer, body_bytes_max=65_536) as c, httpx.AsyncClient(base_url=c.url) as http:
+        async with cluster(tokenizer, body_bytes_max=65_536) as c, http_client(c.url) as http:
             content = pieces() if chunked else b"x" * 70_000
             error = check_error(await http.post("/completions", content=content), 413, "size")
             assert error["code"] == "body_too_large"
@@ -179,7 +179,7 @@ def test_body_that_is_too_large(tokenizer: str, chunked: bool) -> None:
 
 def test_wrong_paths_and_methods(tokenizer: str) -> None:
     async def test() -> None:
-        async with cluster(tokenizer) as c, httpx.AsyncClient(base_url=c.url) as http:
+        async with cluster(tokenizer) as c, http_client(c.url) as http:
             check_error(await http.post("/embeddings", json={}), 404, "path")
             check_error(await http.get("/completions"), 405, "method")
 
@@ -199,7 +199,7 @@ def test_wrong_paths_and_methods(tokenizer: str) -> None:
 )
 def test_refusals_have_their_status(tokenizer: str, reason: Reason, status: int, again: bool) -> None:
     async def test() -> None:
-        async with cluster(tokenizer) as c, httpx.AsyncClient(base_url=c.url) as http:
+        async with cluster(tokenizer) as c, http_client(c.url) as http:
             c.scheduler.decide = lambda _: refused(int(reason), "not now", 2500)
             for stream in (False, True):
                 response = await http.post("/completions", json={**COMPLETION, "stream": stream})

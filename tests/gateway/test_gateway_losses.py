@@ -14,11 +14,13 @@ from scheduler.gateway.lifecycle import LifecycleLimits
 from scheduler.gateway.server import GatewayConfig, GatewayServer
 from tests.gateway.cluster_made import (
     MODEL,
+    TEST_DEADLINE_S,
     ClusterMade,
     SchedulerMade,
     cluster,
     colocated,
     expected_tokens,
+    http_client,
     run,
     split,
 )
@@ -38,7 +40,7 @@ class Reader:
         self.task = asyncio.create_task(self._read())
 
     async def _read(self) -> None:
-        async with httpx.AsyncClient(timeout=20) as http, http.stream("POST", self._url, json=self._body) as response:
+        async with http_client() as http, http.stream("POST", self._url, json=self._body) as response:
             assert response.status_code == 200, await response.aread()
             async for line in response.aiter_lines():
                 if line.startswith("data: {"):
@@ -51,7 +53,7 @@ class Reader:
     async def have(self, count: int) -> None:
         while len(self.tokens) < count:
             self._changed.clear()
-            await asyncio.wait_for(self._changed.wait(), 20)
+            await asyncio.wait_for(self._changed.wait(), TEST_DEADLINE_S)
 
 
 def test_decode_worker_lost_mid_stream(tokenizer: str) -> None:
@@ -126,7 +128,7 @@ def test_worker_that_is_not_there_at_all(tokenizer: str) -> None:
 
 def test_worker_that_reports_an_error_is_avoided(tokenizer: str) -> None:
     async def test() -> None:
-        async with cluster(tokenizer) as c, httpx.AsyncClient(base_url=c.url) as http:
+        async with cluster(tokenizer) as c, http_client(c.url) as http:
             c.engines[0].error = "no memory"
             reader = Reader(c)
             await reader.task
@@ -211,7 +213,7 @@ def test_client_that_does_not_read_is_cut_off(tokenizer: str) -> None:
 
 def test_deadline_ends_a_request(tokenizer: str) -> None:
     async def test() -> None:
-        async with cluster(tokenizer, request_timeout_s=0.3) as c, httpx.AsyncClient(base_url=c.url) as http:
+        async with cluster(tokenizer, request_timeout_s=0.3) as c, http_client(c.url) as http:
             c.engines[0].stop_after = 0
             response = await http.post("/completions", json={**ASK, "stream": False})
             assert response.status_code == 504 and response.json()["error"]["code"] == "deadline"
@@ -222,7 +224,7 @@ def test_deadline_ends_a_request(tokenizer: str) -> None:
 
 def test_too_many_requests(tokenizer: str) -> None:
     async def test() -> None:
-        async with cluster(tokenizer, active_requests_max=1) as c, httpx.AsyncClient(base_url=c.url) as http:
+        async with cluster(tokenizer, active_requests_max=1) as c, http_client(c.url) as http:
             c.engines[0].stop_after = 1
             reader = Reader(c)
             await reader.have(1)
@@ -239,7 +241,7 @@ def test_scheduler_away_and_back(tokenizer: str) -> None:
     """Running streams go on; a request that needs a place waits for the scheduler's return."""
 
     async def test() -> None:
-        async with cluster(tokenizer, place_timeout_s=15.0) as c, httpx.AsyncClient(base_url=c.url, timeout=20) as http:
+        async with cluster(tokenizer, place_timeout_s=60.0) as c, http_client(c.url) as http:
             c.engines[0].stop_after = 2
             running = Reader(c)
             await running.have(2)
@@ -261,16 +263,18 @@ def test_scheduler_away_and_back(tokenizer: str) -> None:
 
 def test_scheduler_that_never_comes(tokenizer: str) -> None:
     async def test() -> None:
-        async with cluster(tokenizer, place_timeout_s=0.3) as c, httpx.AsyncClient(base_url=c.url) as http:
+        async with cluster(tokenizer, place_timeout_s=0.3) as c, http_client(c.url) as http:
             await c.scheduler.stop()
             response = await http.post("/completions", json={**ASK, "stream": False})
             assert response.status_code == 503 and response.headers["retry-after"]
             assert response.json()["error"]["code"] == "scheduler_unreachable"
+            # Its life line may notice later than a call that fails.
+            await c.until(lambda: not c.gateway._scheduler.connected)
             health = await http.get(c.url.removesuffix("/v1") + "/health")
             assert health.status_code == 503
         gateway = GatewayServer(GatewayConfig(scheduler="127.0.0.1:1", listen="127.0.0.1:0", drain_timeout_s=1))
         await gateway.startup()
-        async with httpx.AsyncClient(base_url=f"http://{gateway.address}/v1") as http:
+        async with http_client(f"http://{gateway.address}/v1") as http:
             response = await http.post("/completions", json=ASK)
             assert response.status_code == 503
         await gateway.shutdown()
@@ -280,7 +284,7 @@ def test_scheduler_that_never_comes(tokenizer: str) -> None:
 
 def test_model_that_comes_later_and_loses_its_workers(tokenizer: str) -> None:
     async def test() -> None:
-        async with cluster(tokenizer, models_refresh_s=1000.0) as c, httpx.AsyncClient(base_url=c.url) as http:
+        async with cluster(tokenizer, models_refresh_s=1000.0) as c, http_client(c.url) as http:
             c.scheduler.serves_model = False
             assert (await http.get("/models")).json()["data"] == []
             # Known already: whether there is a place is the scheduler's to say.
@@ -293,7 +297,7 @@ def test_model_that_comes_later_and_loses_its_workers(tokenizer: str) -> None:
 
 def test_shutdown_lets_a_request_finish(tokenizer: str) -> None:
     async def test() -> None:
-        async with cluster(tokenizer, drain_timeout_s=20.0) as c:
+        async with cluster(tokenizer, drain_timeout_s=60.0) as c:
             c.engines[0].stop_after = 2
             reader = Reader(c)
             await reader.have(2)
@@ -305,7 +309,7 @@ def test_shutdown_lets_a_request_finish(tokenizer: str) -> None:
             assert reader.tokens == expected_tokens(PROMPT, 12)
             await ending
             with pytest.raises(httpx.ConnectError):
-                async with httpx.AsyncClient() as http:
+                async with http_client() as http:
                     await http.get(c.url)
 
     run(test())
@@ -322,7 +326,7 @@ def test_what_still_runs_at_the_drain_limit_hears_why_it_ends(tokenizer: str, as
             await c.gateway.main_loop()
             if asked_twice:
                 c.gateway.stop()
-            await asyncio.wait_for(c.gateway.shutdown(), 20)
+            await asyncio.wait_for(c.gateway.shutdown(), 60)
             await reader.task
             assert reader.chunks[-1]["error"]["code"] == "stopping"
             await c.until(c.nothing_left)
@@ -348,11 +352,17 @@ def test_idle_connections_are_closed(tokenizer: str) -> None:
     async def test() -> None:
         async with cluster(tokenizer, engines=1, link_idle_s=0.0) as c:
             await Reader(c).task
-            await c.gateway.links.close_idle()
-            assert not c.gateway.links.count
+            [engine] = c.engines
+            idle = c.gateway.links.link(engine.address, engine.epoch)
+            closing = asyncio.create_task(c.gateway.links.close_idle())
+            await asyncio.sleep(0)  # it has begun, and has not ended
+            assert not c.gateway.links.count and idle is not None and not idle.closed
             reader = Reader(c)
             await reader.task
             assert reader.tokens == expected_tokens(PROMPT, 12)
+            await closing
+            # Its end takes nothing from the one that was opened meanwhile.
+            assert idle.closed and len(c.scheduler.places) == 2
 
     run(test())
 
@@ -389,7 +399,7 @@ def test_a_bug_in_one_requests_events_leaves_the_others_of_its_worker_alone(toke
                 tokens = b"".join(t.to_bytes(4, "little") for t in PROMPT)
                 link.submit(engine_pb2.Submit(request_id=name, token_ids=tokens, sampling=sampling), route)
             for route in (bad, good):
-                await asyncio.wait_for(route.over.wait(), 20)
+                await asyncio.wait_for(route.over.wait(), 60)
             assert bad.lost and not good.lost and not link.closed
             assert good.tokens == expected_tokens(PROMPT, 6)
             await c.until(lambda: c.engines[0].aborts == ["bad"])

@@ -8,16 +8,25 @@ import signal
 import sys
 from typing import Any
 
-import httpx
 import pytest
 
 from kvpool.core.errors import BadArgument, Unavailable
 from kvpool.v1 import engine_pb2, scheduler_pb2
+from scheduler.gateway import scheduler_line
 from scheduler.gateway.engines import EngineLinks
 from scheduler.gateway.metrics import Metrics
 from scheduler.gateway.placement import SchedulerClient
 from scheduler.gateway.server import GatewayConfig, GatewayServer
-from tests.gateway.cluster_made import MODEL, Changes, EngineMade, cluster, expected_tokens, run
+from tests.gateway.cluster_made import (
+    MODEL,
+    Changes,
+    EngineMade,
+    SchedulerMade,
+    cluster,
+    expected_tokens,
+    http_client,
+    run,
+)
 
 PROMPT = list(range(20, 31))
 PROGRAM = """
@@ -36,7 +45,7 @@ async def start_gateway(scheduler: str, **config: Any) -> tuple[asyncio.subproce
         sys.executable, "-c", PROGRAM, settings, stdout=asyncio.subprocess.PIPE, limit=1 << 20
     )
     assert process.stdout is not None
-    return process, json.loads(await asyncio.wait_for(process.stdout.readline(), 20))
+    return process, json.loads(await asyncio.wait_for(process.stdout.readline(), 60))
 
 
 @pytest.mark.processes
@@ -50,7 +59,7 @@ def test_process_serves_and_ends_when_its_requests_have(tokenizer: str) -> None:
             told = False  # a second signal would end it at once
             body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 8, "stream": True, "return_token_ids": True}
             async with (
-                httpx.AsyncClient(base_url=facts["url"], timeout=20) as http,
+                http_client(facts["url"]) as http,
                 http.stream("POST", "/completions", json=body) as response,
             ):
                 async for line in response.aiter_lines():
@@ -61,7 +70,7 @@ def test_process_serves_and_ends_when_its_requests_have(tokenizer: str) -> None:
                         process.send_signal(signal.SIGTERM)
                         c.engines[0].go_on()
             assert got == expected_tokens(PROMPT, 8)
-            assert await asyncio.wait_for(process.wait(), 20) == 0
+            assert await asyncio.wait_for(process.wait(), 60) == 0
             assert "second" in c.scheduler.gateways
             await c.until(c.nothing_left)
 
@@ -74,7 +83,7 @@ def test_killed_gateway_leaves_nothing_running(tokenizer: str) -> None:
         async with cluster(tokenizer) as c:
             process, facts = await start_gateway(c.scheduler.address)
             c.engines[0].stop_after = 2
-            async with httpx.AsyncClient(base_url=facts["url"], timeout=20) as http:
+            async with http_client(facts["url"]) as http:
                 body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 8}
                 asking = asyncio.create_task(http.post("/completions", json=body))
                 await c.until(lambda: c.engines[0].running)
@@ -127,7 +136,7 @@ def test_worker_that_does_not_take_commands_counts_as_lost() -> None:
         for number, route in enumerate(routes):
             link.submit(engine_pb2.Submit(request_id=f"r{number}"), route)
         for route in routes:
-            assert "does not read its commands" in await asyncio.wait_for(route.lost, 10)
+            assert "does not read its commands" in await asyncio.wait_for(route.lost, 60)
         assert made.count == 0
         late = Collected()
         link.submit(engine_pb2.Submit(request_id="late"), late)
@@ -159,5 +168,31 @@ def test_outcomes_that_nobody_takes_are_dropped_and_counted() -> None:
             client.report(scheduler_pb2.Outcome(request_id=str(number)))
         assert b"kvpool_gateway_outcomes_dropped_total 2.0" in metrics.render()
         await client.close()
+
+    run(test())
+
+
+def test_outcomes_that_nobody_may_have_heard_are_said_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss takes what was said just before it; who hears an outcome twice changes nothing."""
+    monkeypatch.setattr(scheduler_line, "UNSURE_S", 600.0)
+
+    async def test() -> None:
+        changes = Changes()
+        first = SchedulerMade([], "", changes)
+        await first.start()
+        client = SchedulerClient(first.address, "gateway", Metrics())
+        client.start()
+        await changes.until(lambda: client.connected)
+        client.report(scheduler_pb2.Outcome(request_id="said"))
+        await changes.until(lambda: first.outcomes)
+        await first.stop()
+        await changes.until(lambda: not client.connected)
+        client.report(scheduler_pb2.Outcome(request_id="new"))
+        back = SchedulerMade([], "", changes, address=first.address)
+        await back.start()
+        await changes.until(lambda: len(back.outcomes) == 2)
+        assert [outcome.request_id for outcome in back.outcomes] == ["said", "new"]
+        await client.close()
+        await back.stop()
 
     run(test())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from types import SimpleNamespace
 from typing import Any
@@ -33,44 +33,50 @@ class _Scheduler:
 
 
 class _Links:
+    """Args: submitted: called, a moment later, when an engine has the request."""
+
+    def __init__(self, submitted: Callable[[], object]) -> None:
+        self._submitted = submitted
+
     def link(self, *_: Any) -> Any:
+        def submit(*_: Any) -> None:
+            asyncio.get_running_loop().call_soon(self._submitted)
+
         def nothing(*_: Any) -> None:
             return
 
-        return SimpleNamespace(submit=nothing, abort=nothing, release=nothing)
+        return SimpleNamespace(submit=submit, abort=nothing, release=nothing)
 
 
-def _generation(name: str, scheduler: Any = None) -> Generation:
+def _generation(name: str, scheduler: Any = None, *, says: tuple[int, ...] = ()) -> Generation:
+    """Args: says: tokens that its engine says at once."""
     model: Any = SimpleNamespace(
         name="m", namespace_id=bytes(16), eos_tokens=frozenset(), root_key=lambda _: bytes(16),
         block_keys=lambda *_: np.zeros((0, 16), dtype=np.uint8),
         tokenizer=SimpleNamespace(decode=lambda ids: "".join(chr(97 + i) for i in ids)),
     )  # fmt: skip
     spec = GenerationSpec(name, model, np.arange(3, dtype=np.uint32), 4, 0.0, 1.0, 1)
-    backends = Backends(GatewayConfig(), scheduler or _Scheduler(), _Links(), Metrics())  # type: ignore[arg-type]
-    return Generation(spec, backends, asyncio.get_running_loop().time())
-
-
-def _answer(generation: Generation) -> None:
-    """An engine's four tokens in two events, and its end: the second comes while the reader has the first."""
-    loop = asyncio.get_running_loop()
-    generation.feed(ev.DecodeTokens(0, (0, 1)))
-    loop.call_later(0.02, generation.feed, ev.DecodeTokens(0, (2, 3), last=True))
-    loop.call_later(0.02, generation.feed, ev.DecodeEnded(0, ev.Finish.LENGTH))
+    links = _Links(lambda: generation.feed(ev.DecodeTokens(0, says)) if says else None)
+    backends = Backends(GatewayConfig(), scheduler or _Scheduler(), links, Metrics())  # type: ignore[arg-type]
+    generation = Generation(spec, backends, asyncio.get_running_loop().time())
+    return generation
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_an_answer_that_ends_while_its_reader_is_busy_is_whole(count: int) -> None:
     async def test() -> None:
-        generations = [_generation(str(i)) for i in range(count)]
+        generations = [_generation(str(i), says=(0, 1)) for i in range(count)]
         whole = [Piece() for _ in generations]
-        asyncio.get_running_loop().call_later(0.02, lambda: [_answer(g) for g in generations])
         async with aclosing(merged(generations)) as pieces:
             async for index, piece in pieces:
+                begins = not whole[index].token_ids
                 whole[index].token_ids += piece.token_ids
                 whole[index].text += piece.text
                 whole[index].finish = piece.finish
-                await asyncio.sleep(0.1)
+                if begins:
+                    generations[index].feed(ev.DecodeTokens(0, (2, 3), last=True))
+                    generations[index].feed(ev.DecodeEnded(0, ev.Finish.LENGTH))
+                    await asyncio.sleep(0)
         assert [(w.token_ids, w.text, w.finish) for w in whole] == [([0, 1, 2, 3], "abcd", "length")] * count
 
     run(test())
@@ -78,16 +84,14 @@ def test_an_answer_that_ends_while_its_reader_is_busy_is_whole(count: int) -> No
 
 def test_what_came_before_a_failure_is_read_first() -> None:
     async def test() -> None:
-        generation = _generation("r")
-        loop = asyncio.get_running_loop()
-        loop.call_later(0.02, generation.feed, ev.DecodeTokens(0, (0,)))
-        loop.call_later(0.04, generation.feed, ev.DecodeTokens(0, (1,)))
-        loop.call_later(0.05, generation.feed, ev.DeadlinePassed())
+        generation = _generation("r", says=(0,))
         tokens: list[int] = []
         with pytest.raises(ApiError):
             async for piece in generation.pieces():
+                if not tokens:
+                    generation.feed(ev.DecodeTokens(0, (1,)))
+                    generation.feed(ev.DeadlinePassed())
                 tokens += piece.token_ids
-                await asyncio.sleep(0.1)
         assert tokens == [0, 1]
 
     run(test())
@@ -113,10 +117,9 @@ def test_a_bug_after_placing_ends_the_request(broken: str) -> None:
         raise ValueError("made")
 
     async def test() -> None:
-        generation = _generation("r")
+        generation = _generation("r", says=(0,))
         if broken == "tokenizer":
             generation._text.push = fail  # type: ignore[method-assign]
-            asyncio.get_running_loop().call_later(0.02, generation.feed, ev.DecodeTokens(0, (0,)))
         else:
             generation._backends.links.link = fail  # type: ignore[method-assign]
         with pytest.raises(ApiError) as caught:

@@ -4,8 +4,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from kvpool.channels.links import Links
 from kvpool.client import PoolClient
+from kvpool.core.links import LinkConfig
 from tests.pool.node_process import NodeProcess
+
+#: A link is not given up because this machine was slow for a second.
+PATIENT = LinkConfig(probe_timeout_us=60_000_000)
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +28,8 @@ def connect() -> Iterator[Callable[..., PoolClient]]:
     clients: list[PoolClient] = []
 
     def make(node: NodeProcess, **options: object) -> PoolClient:
-        clients.append(PoolClient(node.address, **{"timeout_s": 10.0, **options}))  # type: ignore[arg-type]
+        patient = {"timeout_s": 30.0, "links": Links(PATIENT), **options}
+        clients.append(PoolClient(node.address, **patient))  # type: ignore[arg-type]
         return clients[-1]
 
     yield make

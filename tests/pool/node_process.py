@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import random
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from numpy.typing import NDArray
 from kvpool.core.namespace import GroupKind, GroupSpec, NamespaceSpec
 from kvpool.v1 import block_source_pb2
 
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = END_TIMEOUT_S = 60.0
 BLOCK_BYTES = 32 << 10
 SECTIONS = 4
 HELD = ("sessions", "leases", "pins", "reservations", "quarantined", "waiters", "blocks_writing")
@@ -49,7 +52,11 @@ class NodeProcess:
         return Path(self.facts["segment"])
 
     def send(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
+        """SIGSTOP has taken effect on return."""
+        if number is signal.SIGSTOP:
+            stand_still(self.process)
+        else:
+            self.process.send_signal(number)
 
     def stop(self) -> int:
         """SIGTERM; the exit code."""
@@ -61,7 +68,7 @@ class NodeProcess:
         self._ended()
 
     def _ended(self) -> int:
-        code = self.process.wait(20)
+        code = self.process.wait(END_TIMEOUT_S)
         assert self.process.stdout is not None
         self.process.stdout.close()
         self._log.close()
@@ -82,8 +89,33 @@ def random_blocks(
     return keys, rng.integers(0, 256, (count, block_bytes), dtype=np.uint8)
 
 
-def eventually(holds: Callable[[], bool], timeout_s: float = 20.0) -> bool:
-    """Whether `holds` comes true in time."""
+def stand_still(process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> None:
+    """Stops a process, and returns once none of its threads does anything any more: a signal alone is only a word."""
+    process.send_signal(signal.SIGSTOP)
+    tasks = Path(f"/proc/{process.pid}/task")
+
+    def stopped() -> bool:
+        try:
+            # The state comes after the name, which may hold anything but ends with the last bracket.
+            states = [(task / "stat").read_text().rpartition(")")[2].split()[0] for task in tasks.iterdir()]
+        except (FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+            return False
+        return all(state == "T" for state in states)
+
+    assert eventually(stopped)
+
+
+def free_port() -> int:
+    """One for a server that is to come back at it: the kernel hands it out to nobody in between."""
+    first_of_kernel = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.SystemRandom().randrange(10_000, max(first_of_kernel, 20_000))
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+
+
+def eventually(holds: Callable[[], bool], timeout_s: float = 60.0) -> bool:
+    """Whether `holds` comes true in time: far more than it takes, since how fast this machine is proves nothing."""
     end_s = time.monotonic() + timeout_s
     while time.monotonic() < end_s:
         if holds():

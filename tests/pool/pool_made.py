@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kvpool.cluster import ClusterClient
-from tests.pool.node_process import START_TIMEOUT_S, NodeProcess, eventually
+from tests.pool.node_process import END_TIMEOUT_S, START_TIMEOUT_S, NodeProcess, eventually
 
 _SCHEDULER = """
 import json
@@ -63,7 +63,7 @@ class SchedulerProcess:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait(20)
+        self.process.wait(END_TIMEOUT_S)
         assert self.process.stdout is not None
         self.process.stdout.close()
 

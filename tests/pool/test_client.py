@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +29,7 @@ from kvpool.core.namespace import GroupKind, GroupSpec, NamespaceSpec
 from kvpool.service.sessions import WAITING_CALLS_MAX
 from kvpool.v1 import block_source_pb2 as pb
 from kvpool.v1 import common_pb2
-from tests.pool.node_process import SECTIONS, NodeProcess, eventually, held, namespace_spec, random_blocks
+from tests.pool.node_process import SECTIONS, NodeProcess, eventually, free_port, held, namespace_spec, random_blocks
 
 Connect = Callable[..., PoolClient]
 
@@ -101,7 +102,7 @@ def test_sections_wake_readers_as_they_come(client: PoolClient, namespace: Names
     keys, data = random_blocks(1, [7, *namespace])
     reservation = client.reserve(namespace, keys)
     assert client.reserve(namespace, keys).status.tolist() == [BEING_WRITTEN]
-    news = client.wait(namespace, keys, deadline_s=20)
+    news = client.wait(namespace, keys, deadline_s=60)
     digests = client.write(reservation, np.array([0]), data)
     for section in range(SECTIONS):
         client.commit_sections(reservation, np.array([0]), np.array([section]), digests[0, section : section + 1])
@@ -119,14 +120,14 @@ def test_one_waits_for_what_another_writes(
     states: dict[int, int] = {}
 
     def read() -> None:
-        for news in reader.wait(namespace, keys, deadline_s=20):
+        for news in reader.wait(namespace, keys, deadline_s=60):
             states.update(zip(news.indices.tolist(), news.states.tolist(), strict=True))
 
     thread = threading.Thread(target=read)
     thread.start()
     assert eventually(lambda: client.stats().waiters == 1)
     client.put(namespace, keys, data)
-    thread.join(20)
+    thread.join(60)
     assert states == dict.fromkeys(range(8), COMMITTED)
 
 
@@ -134,16 +135,16 @@ def test_waits_of_a_session_are_bounded(
     shared_node: NodeProcess, connect: Connect, client: PoolClient, namespace: NamespaceId
 ) -> None:
     keys, _ = random_blocks(1, [14, *namespace])
-    waits = [client.wait(namespace, keys, deadline_s=60) for _ in range(WAITING_CALLS_MAX)]
+    waits = [client.wait(namespace, keys, deadline_s=100) for _ in range(WAITING_CALLS_MAX)]
     with pytest.raises(Overloaded, match="of this session"):
-        next(client.wait(namespace, keys, deadline_s=60))
+        next(client.wait(namespace, keys, deadline_s=100))
     other = connect(shared_node, client="somebody else")
     other.register(namespace_spec())
-    news = other.wait(namespace, keys, deadline_s=60)
+    news = other.wait(namespace, keys, deadline_s=100)
     assert client.stats().waiters == WAITING_CALLS_MAX + 1
     waits.pop()  # nobody has it any more, and nobody ever asked it for news: it ends
     assert eventually(lambda: client.stats().waiters == WAITING_CALLS_MAX)
-    waits.append(client.wait(namespace, keys, deadline_s=60))
+    waits.append(client.wait(namespace, keys, deadline_s=100))
     for wait in [*waits, news]:
         wait.close()
     assert eventually(lambda: client.stats().waiters == 0)
@@ -162,10 +163,10 @@ def test_waits_end(client: PoolClient, namespace: NamespaceId) -> None:
                 states[i] = state
         return states
 
-    assert last_states(deadline_s=20, absent_is_abandoned=True) == [COMMITTED, ABANDONED, ABANDONED]
+    assert last_states(deadline_s=60, absent_is_abandoned=True) == [COMMITTED, ABANDONED, ABANDONED]
     assert last_states(deadline_s=0.05) == [COMMITTED, DEADLINE, DEADLINE]
     reservation = client.reserve(namespace, keys[1:])
-    waiting = client.wait(namespace, keys, deadline_s=20)
+    waiting = client.wait(namespace, keys, deadline_s=60)
     client.abort(reservation)
     final = [(i, s) for w in waiting for i, s in zip(w.indices.tolist(), w.states.tolist(), strict=True)]
     assert sorted(final) == [(0, COMMITTED), (1, ABANDONED), (2, ABANDONED)]
@@ -247,6 +248,8 @@ def test_a_lease_ends_whatever_else_its_release_says(client: PoolClient, namespa
     keys, data = random_blocks(2, [21, *namespace])
     client.put(namespace, keys, data)
     session = client._session()
+    # Of a client of the test before, which did not wait for the answer to its last release.
+    assert eventually(lambda: client.stats().leases == 0)
     named = common_pb2.KeyList(keys=keys.tobytes())
     for wrong in (
         {"corrupt": common_pb2.KeyList(keys=b"short")},
@@ -254,11 +257,11 @@ def test_a_lease_ends_whatever_else_its_release_says(client: PoolClient, namespa
         {"handed_off": named, "handoff_request_id": "r", "namespace_id": b"unknown"},
     ):
         lease = pb.LeaseRequest(session_id=session.id, namespace_id=namespace, keys=named, ttl_ms=600_000)
-        leased = session.stub.Lease(lease, timeout=10)
+        leased = session.stub.Lease(lease, timeout=60)
         assert client.stats().leases == 1
         with pytest.raises(grpc.RpcError):
             session.stub.Release(
-                pb.ReleaseRequest(session_id=session.id, lease_ids=[leased.lease_id], **wrong), timeout=10
+                pb.ReleaseRequest(session_id=session.id, lease_ids=[leased.lease_id], **wrong), timeout=60
             )
         assert client.stats().leases == 0, wrong
 
@@ -291,7 +294,7 @@ def test_bad_arguments(shared_node: NodeProcess, connect: Connect) -> None:
 
 
 def test_nobody_there(connect: Connect) -> None:
-    client = PoolClient("127.0.0.1:1", timeout_s=2.0)
+    client = PoolClient("127.0.0.1:1", timeout_s=30.0)
     try:
         for _ in range(3):
             with pytest.raises(Unavailable):
@@ -302,6 +305,18 @@ def test_nobody_there(connect: Connect) -> None:
         client.stats()
 
 
+def test_somebody_who_says_nothing(connect: Connect) -> None:
+    """It is no session that is missing, whether the wait for it ended first or the attempt to open it."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        client = PoolClient(f"127.0.0.1:{silent.getsockname()[1]}", timeout_s=0.2)
+        try:
+            for _ in range(4):
+                with pytest.raises(Unavailable):
+                    client.stats()
+        finally:
+            client.close()
+
+
 def test_credentials(start_node: Callable[..., NodeProcess], connect: Connect) -> None:
     node = start_node(credential="secret")
     with pytest.raises(KvpoolError, match="credential"):
@@ -310,7 +325,7 @@ def test_credentials(start_node: Callable[..., NodeProcess], connect: Connect) -
 
 
 def test_a_restarted_node_is_found_again(start_node: Callable[..., NodeProcess], connect: Connect) -> None:
-    node = start_node()
+    node = start_node(listen=f"127.0.0.1:{free_port()}")
     client = connect(node)
     namespace = client.register(namespace_spec())
     keys, data = random_blocks(2, [16, *namespace])

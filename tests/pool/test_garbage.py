@@ -138,7 +138,7 @@ CASES = [(name, i) for name, rows in TABLE.items() for i in range(len(rows))]
 
 @pytest.fixture(scope="module")
 def client(shared_node: NodeProcess) -> Iterator[PoolClient]:
-    with PoolClient(shared_node.address, client="garbage", timeout_s=10.0) as made:
+    with PoolClient(shared_node.address, client="garbage", timeout_s=30.0) as made:
         made.register(namespace_spec())
         yield made
 
@@ -152,7 +152,7 @@ def stub(shared_node: NodeProcess) -> Iterator[block_source_pb2_grpc.BlockSource
 def answer(call: Callable[..., object], request: object) -> KvpoolError:
     """The error that a call ends with."""
     with pytest.raises(grpc.RpcError) as raised:
-        result = call(request, timeout=20)
+        result = call(request, timeout=60)
         if hasattr(result, "__next__"):
             list(result)  # type: ignore[call-overload]
     assert raised.value.code() in (
@@ -188,7 +188,7 @@ def test_sessions_begin_with_hello(
     client: PoolClient, stub: block_source_pb2_grpc.BlockSourceStub, messages: list[pb.SessionPing]
 ) -> None:
     with pytest.raises(grpc.RpcError) as raised:
-        list(stub.OpenSession(iter(messages), timeout=20))
+        list(stub.OpenSession(iter(messages), timeout=60))
     assert raised.value.code() is Code.INVALID_ARGUMENT
     assert held(client.stats()) == {"sessions": 1}
 
@@ -200,11 +200,11 @@ def test_a_bad_writer_lock_only_costs_shm_writes(
     client: PoolClient, stub: block_source_pb2_grpc.BlockSourceStub, path: str
 ) -> None:
     hello = pb.SessionPing.Hello(client="odd", host_id=client.info().host_id, writer_lock=path)
-    call = stub.OpenSession(iter([pb.SessionPing(hello=hello)]), timeout=20)
+    call = stub.OpenSession(iter([pb.SessionPing(hello=hello)]), timeout=60)
     session = next(call).session_id
     request = pb.OpenChannelRequest(session_id=session, host_id=client.info().host_id, channels=["shm", "pigeon"])
     try:
-        offers = stub.OpenChannel(request, timeout=20).offers
+        offers = stub.OpenChannel(request, timeout=60).offers
         assert [(o.kind, o.parameters["writable"]) for o in offers] == [("shm", "0")]
     except grpc.RpcError as error:  # the stream of one message may have ended already
         assert error.code() is Code.NOT_FOUND
@@ -217,7 +217,7 @@ def test_a_request_of_100_mb(client: PoolClient, shared_node: NodeProcess) -> No
     with grpc.insecure_channel(shared_node.address, options=[("grpc.max_send_message_length", 2 * size)]) as channel:
         call = channel.unary_unary("/kvpool.v1.BlockSource/Lookup")
         with pytest.raises(grpc.RpcError) as raised:
-            call(bytes(size), timeout=30, metadata=[("kvpool-protocol", "1")])
+            call(bytes(size), timeout=100, metadata=[("kvpool-protocol", "1")])
     assert size > MESSAGE_BYTES_MAX and raised.value.code() is Code.RESOURCE_EXHAUSTED
     assert held(client.stats()) == {"sessions": 1}
 
@@ -226,7 +226,7 @@ def test_bytes_that_are_no_message(client: PoolClient, shared_node: NodeProcess)
     with grpc.insecure_channel(shared_node.address) as channel:
         call = channel.unary_unary("/kvpool.v1.BlockSource/Reserve")
         with pytest.raises(grpc.RpcError):
-            call(b"\xff" * 100, timeout=20)
+            call(b"\xff" * 100, timeout=60)
     assert held(client.stats()) == {"sessions": 1}
 
 
@@ -234,6 +234,6 @@ def test_another_protocol(shared_node: NodeProcess) -> None:
     with grpc.insecure_channel(shared_node.address) as channel:
         stub = block_source_pb2_grpc.BlockSourceStub(channel)
         with pytest.raises(grpc.RpcError) as raised:
-            stub.GetSourceInfo(pb.GetSourceInfoRequest(), timeout=20, metadata=[("kvpool-protocol", "99")])
+            stub.GetSourceInfo(pb.GetSourceInfoRequest(), timeout=60, metadata=[("kvpool-protocol", "99")])
     assert raised.value.code() is Code.FAILED_PRECONDITION
     assert from_rpc_error(raised.value).reason is Reason.PROTOCOL_MISMATCH

@@ -82,7 +82,7 @@ def test_a_reader_follows_a_writer_section_by_section(
     writer, reader = pair
     keys, blocks = random_blocks(4, [2, *namespace])
     out, seen = np.zeros_like(blocks), threading.Semaphore(0)
-    news = reader.wait(namespace, keys, deadline_s=30)
+    news = reader.wait(namespace, keys, deadline_s=100)
 
     def follow() -> None:
         for some in news:
@@ -103,9 +103,9 @@ def test_a_reader_follows_a_writer_section_by_section(
         digests = writer.write_sections(reservation, np.arange(4), sections, cut(blocks)[:, section].copy())
         writer.commit_sections(reservation, np.arange(4), sections, digests)
         for _ in range(4):
-            assert seen.acquire(timeout=20), f"section {section} was not read before the next one was written"
+            assert seen.acquire(timeout=60), f"section {section} was not read before the next one was written"
         assert np.array_equal(cut(out)[:, section], cut(blocks)[:, section])
-    thread.join(20)
+    thread.join(60)
     assert done == {0, 1, 2, 3}
 
 
@@ -115,7 +115,7 @@ def test_sections_of_a_block_that_is_given_up(pair: tuple[PoolClient, PoolClient
     reservation = writer.reserve(namespace, keys)
     digests = writer.write_sections(reservation, numbers(0), numbers(2), cut(blocks)[:, 2].copy())
     writer.commit_sections(reservation, numbers(0), numbers(2), digests)
-    news = reader.wait(namespace, keys, deadline_s=20)
+    news = reader.wait(namespace, keys, deadline_s=60)
     out = np.zeros((1, STEP), dtype=np.uint8)
     assert reader.read_sections(namespace, keys, numbers(2), out).found.all()
     assert writer.abort(reservation) == 1
@@ -177,7 +177,7 @@ def test_bad_arguments(pair: tuple[PoolClient, PoolClient], namespace: Namespace
 
 def test_asyncio_has_the_same_verbs(shared_node: NodeProcess) -> None:
     async def run() -> None:
-        async with AsyncPoolClient(shared_node.address, timeout_s=10.0) as pool:
+        async with AsyncPoolClient(shared_node.address, timeout_s=30.0) as pool:
             namespace = await pool.register(namespace_spec("asyncio sections"))
             keys, blocks = random_blocks(1, [7, *namespace])
             reservation = await pool.reserve(namespace, keys)

@@ -18,6 +18,8 @@ SPEC = namespace_spec("ssd")
 MIB = 1 << 20
 #: Twice what the memory of these nodes holds.
 COUNT = 2 * 16 * MIB // BLOCK_BYTES
+#: For reads that are to have what they ask for, however slow the disk is.
+PATIENT = {"ttl_s": 100.0, "promote_s": 60.0}
 
 
 @pytest.fixture
@@ -53,7 +55,7 @@ def test_more_than_memory_holds_comes_back(start_node: Start, connect: Connect, 
     assert client.lookup(namespace, keys).all(), "in memory or on the SSD"
     out = np.zeros((64, BLOCK_BYTES), np.uint8)
     for first in range(0, COUNT, 64):
-        got = client.get(namespace, keys[first : first + 64], out)
+        got = client.get(namespace, keys[first : first + 64], out, **PATIENT)
         assert got.found.all() and np.array_equal(out, data[first : first + 64])
     assert client.stats().ssd.hits > 0
     assert not client.get(namespace, keys[:64], out, promote_s=0).found.all(), "nobody waited for the SSD"
@@ -77,13 +79,13 @@ def test_the_ssd_outlives_memory(start_node: Start, connect: Connect, disk: Path
     stats = client.stats()
     assert stats.adopted == 0 and stats.ssd.records >= below
     out = np.zeros_like(data)
-    got = client.get(namespace, keys[:128], out)
+    got = client.get(namespace, keys[:128], out, **PATIENT)
     assert got.found.sum() >= min(128, below - COUNT // 2)
     assert np.array_equal(out[:128][got.found], data[:128][got.found])
     assert client.lookup_objects(domain, ["early", "late"]).tolist() == [True, False]
     assert client.object_sizes(domain, ["late", "early"]).tolist() == [0, 4000]
     assert client.object_sizes(domain, ["late", "early"], ask=False).tolist() == [0, 0], "it is on the SSD alone"
-    early = client.get_objects(domain, ["early"]).values[0]
+    early = client.get_objects(domain, ["early"], **PATIENT).values[0]
     assert early is not None and early.tobytes() == b"bird" * 1000
 
 
@@ -97,9 +99,9 @@ def test_what_is_removed_stays_removed(start_node: Start, connect: Connect, disk
     assert client.remove(namespace, keys[:10]) == 10
     assert client.remove_objects(domain, ["a"]) == 1
     out = np.zeros_like(data)
-    assert not client.get(namespace, keys[:10], out).found.any()
+    assert not client.get(namespace, keys[:10], out, **PATIENT).found.any()
     assert client.put_objects(domain, ["a"], [b"new" * 3000]).stored.all()
-    assert client.get_objects(domain, ["a", "b"]).values[0].tobytes() == b"new" * 3000
+    assert client.get_objects(domain, ["a", "b"], **PATIENT).values[0].tobytes() == b"new" * 3000
     client.close()
     node.kill()
     node.segment.unlink()
@@ -107,7 +109,7 @@ def test_what_is_removed_stays_removed(start_node: Start, connect: Connect, disk
     client.register(SPEC)
     client.register_objects("d")
     assert not client.lookup(namespace, keys[:10]).any()
-    value = client.get_objects(domain, ["a"]).values[0]
+    value = client.get_objects(domain, ["a"], **PATIENT).values[0]
     assert value is None or value.tobytes() == b"new" * 3000
     assert client.remove_all(namespace) > 0
     assert not client.lookup(namespace, keys).any()
@@ -125,7 +127,7 @@ def test_what_could_not_be_read_once_does_not_come_back(start_node: Start, conne
     evict(node, domain, names)
     segment = next(disk.glob("*/seg-*"))
     places = flip(segment, b"OLD!" * 100)
-    assert client.get_objects(domain, names).values == [None] * 3
+    assert client.get_objects(domain, names, **PATIENT).values == [None] * 3
     assert client.put_objects(domain, ["put again"], [b"NEW!" * 5000]).stored.all()
     client.remove_objects(domain, ["removed"])
     client.remove_objects(domain, prefix="removed/")
@@ -135,7 +137,7 @@ def test_what_could_not_be_read_once_does_not_come_back(start_node: Start, conne
     assert flip(segment, b"", places) == places
     client = connect(start_node(**options))
     client.register_objects("d")
-    for value in client.get_objects(domain, names).values:
+    for value in client.get_objects(domain, names, **PATIENT).values:
         assert value is None or value.tobytes() == b"NEW!" * 5000
 
 
@@ -146,9 +148,17 @@ def evict(node: NodeProcess, namespace: bytes, names: list[str]) -> None:
     from kvpool.v1 import source_admin_pb2, source_admin_pb2_grpc
 
     request = source_admin_pb2.EvictRequest(namespace_id=namespace, keys=key_list(object_keys(namespace, names), 0, 0))
+    evicted = 0
     with make_channel(node.address) as channel:
-        reply = source_admin_pb2_grpc.SourceAdminStub(channel).Evict(request, timeout=10)
-    assert reply.blocks == len(names)
+        admin = source_admin_pb2_grpc.SourceAdminStub(channel)
+
+        def all_gone() -> bool:
+            # What is just being copied is held, and not evicted.
+            nonlocal evicted
+            evicted += admin.Evict(request, timeout=60).blocks
+            return evicted == len(names)
+
+        assert eventually(all_gone), evicted
 
 
 def flip(path: Path, pattern: bytes, places: list[int] | None = None) -> list[int]:

@@ -32,8 +32,9 @@ def test_what_is_read_through_shared_memory_survives_a_scan(
         assert found.all(), f"round {number}: {int((~found).sum())} blocks that are read all the time were evicted"
         scan_keys, scan_blocks = random_blocks(ROUND, [3, number])
         assert client.put(namespace, scan_keys, scan_blocks).stored.all()
-    assert client.counters.hits_shared == HOT * ROUNDS
-    assert client.stats().hits == 0
+    # All, but for a look that fell into a change of the index: then the source was asked.
+    asked = HOT * ROUNDS - client.counters.hits_shared
+    assert client.stats().hits == asked <= HOT
     assert np.array_equal(out, blocks)
     assert client.stats().evictions > 0
     assert not client.lookup(namespace, idle_keys).any(), "what nobody read was kept instead"

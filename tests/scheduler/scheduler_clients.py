@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -12,10 +13,22 @@ import scheduler_events as made
 
 from kvpool.service import rpc
 from kvpool.v1 import common_pb2, directory_pb2, directory_pb2_grpc, engine_pb2, scheduler_pb2, scheduler_pb2_grpc
+from scheduler.core.config import SECOND_US, SchedulerConfig
 from scheduler.service import answers
 
 #: Of each single step of a test.
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
+#: For a scheduler whose clients say nothing by themselves, and may be held up for as long as their host likes.
+PATIENT = SchedulerConfig(suspect_us=600 * SECOND_US, gone_us=1200 * SECOND_US)
+#: A patient scheduler as a process, with a journal in the folder that is its argument. It prints where it listens.
+SCHEDULER_PROCESS = f"""
+import json, sys
+from scheduler.core.config import SchedulerConfig
+from scheduler.service.server import SchedulerServerConfig, run_scheduler
+core = SchedulerConfig(suspect_us={PATIENT.suspect_us}, gone_us={PATIENT.gone_us})
+config = SchedulerServerConfig(listen="127.0.0.1:0", journal_dir=sys.argv[1], core=core)
+run_scheduler(config, on_ready=lambda facts: print(json.dumps(facts), flush=True))
+"""
 
 
 class LifeLine:
@@ -25,7 +38,9 @@ class LifeLine:
         self.call = call
 
     async def say(self, message: Any) -> None:
-        await asyncio.wait_for(self.call.write(message), PATIENCE_S)
+        """On a stream that the other side has ended it is lost: `hear` says why."""
+        with contextlib.suppress(asyncio.InvalidStateError):
+            await asyncio.wait_for(self.call.write(message), PATIENCE_S)
 
     async def hear(self) -> Any:
         """The next answer; None when the stream has ended well. Raises: AioRpcError if it ended otherwise.

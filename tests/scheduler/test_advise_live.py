@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from scheduler_clients import connected, report
+from scheduler_clients import PATIENT, connected, report
 from typer.testing import CliRunner
 
 from kvpool.cli.kvctl import app
@@ -32,7 +32,7 @@ def test_the_running_cluster_is_what_is_judged(tmp_path: Path) -> None:
     runner = CliRunner()
 
     async def body() -> None:
-        server = SchedulerServer(SchedulerServerConfig(listen="127.0.0.1:0"))
+        server = SchedulerServer(SchedulerServerConfig(listen="127.0.0.1:0", core=PATIENT))
         await server.startup()
         try:
             command = ["advise", "--trace", str(path), "--live", "--scheduler", server.address, "--json"]
@@ -60,4 +60,4 @@ def test_the_running_cluster_is_what_is_judged(tmp_path: Path) -> None:
         finally:
             await server.shutdown()
 
-    asyncio.run(asyncio.wait_for(body(), 60))
+    asyncio.run(asyncio.wait_for(body(), 110))

@@ -103,11 +103,17 @@ def placed_of_300(core: SchedulerCore) -> int:
 def test_the_core_makes_no_cycles() -> None:
     """What the collector relies on: placements, waits, refusals and ends leave nothing for a search to find."""
     placed_of_300(one_instance())  # loads kernels, which does make some
-    core = one_instance()
-    gc.collect()
-    gc.disable()
-    try:
-        placed, found = placed_of_300(core), gc.collect()
-        assert placed > 10 and core.room.entries and found == 0
-    finally:
-        gc.enable()
+    # Another thread may make some meanwhile, but not each time.
+    for _ in range(5):
+        core = one_instance()
+        gc.collect()
+        gc.disable()
+        try:
+            placed = placed_of_300(core)
+            found = gc.collect()
+        finally:
+            gc.enable()
+        assert placed > 10 and core.room.entries
+        if not found:
+            return
+    pytest.fail(f"{found} objects of cycles")

@@ -10,24 +10,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from scheduler_clients import connected
+from scheduler_clients import SCHEDULER_PROCESS, connected
 
 from scheduler.replay.exact import replay_file
-
-SCRIPT = """
-import json, sys
-from scheduler.service.server import SchedulerServerConfig, run_scheduler
-config = SchedulerServerConfig(listen="127.0.0.1:0", journal_dir=sys.argv[1])
-run_scheduler(config, on_ready=lambda facts: print(json.dumps(facts), flush=True))
-"""
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stops_on_a_signal_with_open_life_lines(tmp_path: Path, number: signal.Signals) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    command = [sys.executable, "-c", SCHEDULER_PROCESS, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
         facts = json.loads(process.stdout.readline())
 
@@ -37,7 +29,7 @@ def test_stops_on_a_signal_with_open_life_lines(tmp_path: Path, number: signal.S
                 await client.join()
                 assert (await client.place("r1", "a0..a3")).HasField("placement")
                 process.send_signal(number)
-                await asyncio.to_thread(process.wait, 30)
+                await asyncio.to_thread(process.wait, 60)
 
         asyncio.run(use())
         assert process.returncode == 0, process.stderr.read()
@@ -48,7 +40,8 @@ def test_stops_on_a_signal_with_open_life_lines(tmp_path: Path, number: signal.S
 
 @pytest.mark.processes
 def test_a_killed_process_leaves_a_journal_that_replays(tmp_path: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-c", SCHEDULER_PROCESS, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         facts = json.loads(process.stdout.readline())
 
@@ -58,7 +51,7 @@ def test_a_killed_process_leaves_a_journal_that_replays(tmp_path: Path) -> None:
                 for n in range(200):
                     await client.place(f"r{n}", policy="sticky", sticky_key=str(n), max_tokens=1, prompt_tokens=1)
                 process.kill()
-                await asyncio.to_thread(process.wait, 30)
+                await asyncio.to_thread(process.wait, 60)
 
         asyncio.run(use())
     assert replay_file(facts["journal"]).identical

@@ -298,7 +298,10 @@ def test_a_torn_file_and_a_packed_one(recorded: Path, tmp_path: Path) -> None:
     assert done.torn and done.identical and done.events < whole.events
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)  # fmt: skip
 @given(data=st.data())
 def test_a_mangled_file_is_read_or_refused_never_more(recorded: Path, tmp_path: Path, data: st.DataObject) -> None:
     raw = bytearray(recorded.read_bytes()[: 1 << 18])

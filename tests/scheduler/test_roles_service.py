@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
 import pytest
-from scheduler_clients import Client, LifeLine, connected, report
+from scheduler_clients import PATIENT, Client, LifeLine, connected, report
 from typer.testing import CliRunner, Result
 
 from kvpool.cli.kvctl import app
@@ -17,7 +18,7 @@ from kvpool.core.errors import BadArgument, KvpoolError, Unsupported
 from kvpool.core.ids import Role
 from kvpool.service import rpc
 from kvpool.v1 import engine_pb2, scheduler_pb2
-from scheduler.core import roles
+from scheduler.core import role_changes, roles
 from scheduler.replay import exact
 from scheduler.replay.reading import open_journal
 from scheduler.service.journal import files
@@ -26,9 +27,16 @@ from scheduler.service.server import SchedulerServer, SchedulerServerConfig
 P, D = engine_pb2.ROLE_PREFILL, engine_pb2.ROLE_DECODE
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An order is not given up before a slow machine has shown it."""
+    monkeypatch.setattr(role_changes, "ANSWER_US_MAX", PATIENT.suspect_us)
+
+
 def run(body: Callable[[SchedulerServer, Client], Awaitable[None]], **config: object) -> None:
     async def main() -> None:
-        server = SchedulerServer(SchedulerServerConfig(listen="127.0.0.1:0", **config))  # type: ignore[arg-type]
+        settings = {"listen": "127.0.0.1:0", "core": PATIENT, **config}
+        server = SchedulerServer(SchedulerServerConfig(**settings))  # type: ignore[arg-type]
         await server.startup()
         try:
             async with connected(server.address) as client:
@@ -113,7 +121,7 @@ def test_orders_that_can_not_be_carried_out_say_why() -> None:
 def test_an_operator_gives_a_role_and_waits() -> None:
     async def body(server: SchedulerServer, client: Client) -> None:
         lines = await three(client)
-        asked = asyncio.create_task(kvctl(server, "role", "w0", "both", "--json"))
+        asked = asyncio.create_task(kvctl(server, "role", "w0", "both", "--json", "--timeout", "60"))
         heard = await lines["w0"].hear()
         await lines["w0"].say(report(role=heard.role))
         shown = await asked
@@ -148,8 +156,6 @@ def test_a_plan_is_carried_out_and_told() -> None:
 
 @pytest.mark.parametrize("stays", [True, False])
 def test_a_scheduler_that_only_proposes(stays: bool) -> None:
-    from scheduler.core.config import SchedulerConfig
-
     async def body(server: SchedulerServer, client: Client) -> None:
         await three(client)
         book = server.shell.core.roles
@@ -158,4 +164,4 @@ def test_a_scheduler_that_only_proposes(stays: bool) -> None:
         assert proposal.executable is not stays
         assert ("does not execute" in proposal.blocked) is stays
 
-    run(body, core=SchedulerConfig(execute_roles=not stays))
+    run(body, core=replace(PATIENT, execute_roles=not stays))

@@ -23,7 +23,7 @@ SECOND_US = 1_000_000
 
 def test_others_speak_between_the_placements_of_a_crowd() -> None:
     async def test() -> None:
-        shell = Shell(SchedulerCore(SchedulerConfig(late_binding=())))
+        shell = Shell(SchedulerCore(SchedulerConfig(late_binding=())), clock_us=lambda: SECOND_US)
         shell.submit(made.joined(1, kv_tokens_total=1 << 24))
         shell.submit(events.GatewayOpened(2, "gw"))
         told: list[str] = []
@@ -41,7 +41,7 @@ def test_others_speak_between_the_placements_of_a_crowd() -> None:
 
 def test_who_hung_up_before_its_turn_is_not_weighed() -> None:
     async def test() -> None:
-        shell = Shell(SchedulerCore(SchedulerConfig(late_binding=())))
+        shell = Shell(SchedulerCore(SchedulerConfig(late_binding=())), clock_us=lambda: SECOND_US)
         shell.submit(made.joined(1, kv_tokens_total=1 << 24))
         told: list[events.Event] = []
         shell.observers.append(lambda event, _: told.append(event))
@@ -60,7 +60,7 @@ def test_a_crowd_beyond_the_bound_is_turned_away(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(shell_module, "TURNS_MAX", 3)
 
     async def test() -> None:
-        shell = Shell(SchedulerCore(SchedulerConfig(late_binding=())))
+        shell = Shell(SchedulerCore(SchedulerConfig(late_binding=())), clock_us=lambda: SECOND_US)
         shell.submit(made.joined(1, kv_tokens_total=1 << 24))
         answers = await asyncio.gather(*(shell.place(made.place(f"r{n}")) for n in range(5)), return_exceptions=True)
         assert [type(a) for a in answers] == [Placed] * 3 + [Overloaded] * 2

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 
 import pytest
 import scheduler_events as made
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scheduler_clients import Client, connected, outcome
+from scheduler_clients import PATIENT, Client, connected, outcome
 
 from kvpool.core.errors import Reason
 from kvpool.v1 import common_pb2, scheduler_pb2
@@ -155,6 +156,20 @@ def test_a_place_that_gets_free_goes_to_who_waits() -> None:
     assert isinstance(placed, Placed) and placed.waited_us == 100_000
 
 
+@pytest.mark.parametrize(("wait_us", "waits"), [(0, False), (10 * SECOND_US, True)])
+def test_nobody_is_placed_in_the_hope_of_blocks_that_are_not_there(wait_us: int, waits: bool) -> None:
+    """Who has no time to wait for a prefix that is being computed is weighed by what there is."""
+    core = one_instance(SchedulerConfig())
+    core.handle(made.place("first", blocks="a0..a30", prompt_tokens=2000), 1)
+    found = answers(core.handle(made.place("next", blocks="a0..a30,b0", prompt_tokens=2064, wait_us_max=wait_us), 2))
+    core.check_invariants()
+    assert [waiting.plan.awaits for waiting in core.room.entries.values()] == [("gw", "first")] * waits
+    assert list(found) == ["next"] * (not waits)
+    for placed in found.values():
+        assert isinstance(placed, Placed) and placed.cached_tokens == 0
+        assert core.book.placements["gw", "next"].prefill_us == pytest.approx(2064 * 1000, rel=0.1)
+
+
 def test_a_full_room_refuses_whoever_is_last() -> None:
     core = one_instance(SchedulerConfig(**{**_fields(EAGER), "waiting_max": 2}))
     core.handle(made.place("r0"), 0)
@@ -197,7 +212,8 @@ def test_shared_blocks_are_counted(a: bytes, b: bytes, common: int) -> None:
 
 def serve(test: object) -> None:
     async def body() -> None:
-        server = SchedulerServer(SchedulerServerConfig(listen="127.0.0.1:0", core=EAGER))
+        core = replace(EAGER, suspect_us=PATIENT.suspect_us, gone_us=PATIENT.gone_us)
+        server = SchedulerServer(SchedulerServerConfig(listen="127.0.0.1:0", core=core))
         await server.startup()
         try:
             async with connected(server.address) as client:

@@ -10,14 +10,10 @@ import subprocess
 import time
 from pathlib import Path
 
+from tests.pool.node_process import free_port
+
 REDIS = shutil.which("redis-server")
-START_TIMEOUT_S = 20.0
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+START_TIMEOUT_S = 60.0
 
 
 class RedisProcess:
@@ -55,7 +51,7 @@ class RedisProcess:
     def kill(self) -> None:
         if self._process is not None:
             self._process.kill()
-            self._process.wait(10)
+            self._process.wait(60)
             self._process = None
 
     def freeze(self) -> None:

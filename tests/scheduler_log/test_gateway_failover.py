@@ -8,8 +8,8 @@ from kvpool.core.errors import Unavailable
 from kvpool.v1 import common_pb2, scheduler_pb2
 from scheduler.gateway.metrics import Metrics
 from scheduler.gateway.placement import SchedulerClient
-from tests.gateway.cluster_made import Changes, EngineMade, SchedulerMade, colocated, refused, run
-from tests.scheduler_log.schedulers_made import eventually
+from tests.gateway.cluster_made import Changes, EngineMade, SchedulerMade, colocated, refused
+from tests.scheduler_log.schedulers_made import eventually, run
 
 
 class Schedulers:
@@ -40,6 +40,10 @@ class Schedulers:
     async def all_connected(self) -> None:
         await eventually(lambda: all(line.connected for line in self.client._lines), "all are connected")
 
+    async def lost(self, number: int) -> None:
+        """Until then it counts as connected, though it was stopped."""
+        await eventually(lambda: not self.client._lines[number].connected, "it is lost")
+
     async def place(self, request_id: str, timeout_s: float = 10.0, **fields: int) -> scheduler_pb2.PlaceReply:
         request = scheduler_pb2.PlaceRequest(request_id=request_id, gateway_id="gw", **fields)  # type: ignore[arg-type]
         return await self.client.place(request, timeout_s)
@@ -65,6 +69,7 @@ def test_one_is_asked_as_long_as_it_is_there() -> None:
             assert (await s.place("r3")).HasField("placement")
             assert s.asked()[1] == ["r3"]
             # The first one is back: whoever was asked last goes on being asked.
+            await s.lost(0)
             await s.made[0].start()
             await s.all_connected()
             await s.place("r4")
@@ -125,7 +130,7 @@ def test_the_second_is_asked_for_an_answer_within_what_is_left_of_the_time() -> 
             await s.made[0].stop()
             assert (await placing).HasField("placement")
             waits = [made.places[0].wait_ms_max for made in s.made]
-            assert waits[0] in range(7900, 8001) and waits[1] < waits[0]
+            assert 0 < waits[1] < waits[0] <= 8000
 
     run(test())
 
@@ -144,7 +149,7 @@ def test_an_outcome_that_comes_with_a_heartbeat_is_said_at_once() -> None:
             # The generator stands where the heartbeat is being written.
             line.outcomes.append(outcome("r1"))
             line._outcome_added.set()
-            assert (await asyncio.wait_for(anext(messages), 10)).outcome.request_id == "r1"
+            assert (await asyncio.wait_for(anext(messages), 60)).outcome.request_id == "r1"
             await messages.aclose()
 
     run(test())
@@ -156,6 +161,7 @@ def test_outcomes_go_to_who_placed_and_else_to_another() -> None:
             await s.place("r1")
             await s.made[0].stop()
             await s.place("r2")
+            await s.lost(0)
             await s.made[0].start()
             await s.all_connected()
             s.client.report(outcome("r1", first_token=True))
@@ -167,7 +173,7 @@ def test_outcomes_go_to_who_placed_and_else_to_another() -> None:
             await s.place("r3")
             assert s.asked()[1] == ["r2", "r3"]
             await s.made[1].stop()
-            await eventually(lambda: not s.client._lines[1].connected, "it is lost")
+            await s.lost(1)
             s.client.report(outcome("r3"))
             await s.heard(0, 3)
 

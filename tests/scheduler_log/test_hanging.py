@@ -19,6 +19,7 @@ from kvpool.v1 import directory_pb2, engine_pb2, scheduler_pb2
 from scheduler.gateway import scheduler_line
 from scheduler.gateway.metrics import Metrics
 from scheduler.gateway.placement import SchedulerClient
+from tests.pool.node_process import stand_still
 from tests.scheduler_log.schedulers_made import eventually
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
@@ -71,16 +72,20 @@ def test_a_hanging_scheduler_is_left(two: Supervisor, monkeypatch: pytest.Monkey
         )
         link.start()
         try:
-            await eventually(lambda: announcer.attachments == 1, "the source is attached")
+            await eventually(lambda: announcer.attached, "the source is attached")
             await eventually(lambda: all(line.connected for line in client._lines), "the gateway is connected")
             # Each has said more than its greeting: whoever does so is expected to go on.
             await eventually(lambda: all(line._speaks for line in client._lines), "they speak")
             await eventually(lambda: any(heard), "it speaks to the source")
-            os.kill(two.processes["s0"].pid, signal.SIGSTOP)
+            await asyncio.to_thread(stand_still, two.processes["s0"].popen)
             reply = await client.place(scheduler_pb2.PlaceRequest(request_id="r", gateway_id="gw", model="m"), 60)
             assert reply.HasField("refusal")
-            assert not client._lines[0].connected and client._lines[1].connected
-            await eventually(lambda: announcer.attachments == 2, "the source is attached to the other one")
+            assert not client._lines[0].connected
+            await eventually(lambda: client._lines[1].connected, "the gateway has the other one")
+            second = two.processes["s1"].facts["address"]
+            await eventually(
+                lambda: announcer.attached and announcer._schedulers.address == second, "the source is at the other one"
+            )
             count = len(reached)
             await eventually(lambda: len(reached) > count, "the worker has not stopped trying")
         finally:

@@ -96,7 +96,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         local.start()
         running = Running(local)
         try:
-            eventually(local.all_know, "three schedulers know two workers and a node", 60)
+            eventually(local.all_know, "three schedulers know two workers and a node")
             yield running
         finally:
             running.http.close()
@@ -118,7 +118,7 @@ def nothing_held(cluster: Running) -> None:
             return False
         return all(s["active_requests"] == 0 and s["kv_tokens_reserved"] == 0 for s in held)
 
-    eventually(nothing, "no scheduler holds anything", 30)
+    eventually(nothing, "no scheduler holds anything")
 
 
 def under_load(cluster: Running, prompts: Cut, reference: Generate, first: int, strike: Callable[[], None]) -> None:
@@ -145,10 +145,10 @@ def test_a_scheduler_is_killed_under_load(cluster: Running, prompts: Cut, refere
     """The first of the list: the gateway asks it, and it has all life lines."""
     local = several(cluster)
     under_load(cluster, prompts, reference, 0, local.process("scheduler-0").kill)
-    eventually(local.all_know, "the two that are left know all", 30)
+    eventually(local.all_know, "the two that are left know all")
     nothing_held(cluster)
     local.restart("scheduler-0")
-    eventually(local.all_know, "the one that came late knows all", 30)
+    eventually(local.all_know, "the one that came late knows all")
     # What the killed one placed was known to the others: the whole prefix is found again.
     prompt = prompts(2, 320)
     answer = cluster.complete(prompt, 4)
@@ -166,6 +166,6 @@ def test_redis_is_killed_under_load(cluster: Running, prompts: Cut, reference: G
     prompt = prompts(60, 300)
     assert cluster.complete(prompt, 8)["choices"][0]["token_ids"] == reference(prompt, 8)
     local.redis.start()
-    eventually(local.all_know, "they agree again", 30)
+    eventually(local.all_know, "they agree again")
     eventually(lambda: all(c.status()["event_log"]["up"] for c in local.each()), "they say that it is up")
     nothing_held(cluster)

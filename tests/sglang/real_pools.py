@@ -17,9 +17,9 @@ EXTRA = {
     "class_name": "KVPoolHiCacheStorage",
     "model_id": "made-up/1",
     # A crowded machine may take long.
-    "lookup_timeout_ms": 20_000,
-    "load_timeout_s": 20.0,
-    "store_timeout_s": 20.0,
+    "lookup_timeout_ms": 60_000,
+    "load_timeout_s": 60.0,
+    "store_timeout_s": 60.0,
 }
 
 

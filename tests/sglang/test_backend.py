@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.pool.node_process import NodeProcess, eventually
+from tests.pool.node_process import NodeProcess, eventually, free_port
 from tests.sglang.made_pools import hashes
 from tests.sglang.real_pools import ALL_POOLS, PAGES, fill, flats, mha_pool, places, pool_of
 
@@ -113,12 +113,16 @@ def test_calls_that_fit_nothing_are_misses(
 def test_a_node_that_is_not_there(
     start_node: Callable[..., NodeProcess], backend_on: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    node = start_node()
+    node = start_node(listen=f"127.0.0.1:{free_port()}")
     node.kill()
     pool = mha_pool("page_first")
     with caplog.at_level(logging.WARNING):
-        backend = backend_on(node.address, pool)
-    assert any(node.address in record.message and "can't be used" in record.message for record in caplog.records)
+        backend = backend_on(node.address, pool, there=False)
+
+    def is_told() -> bool:
+        return any(node.address in record.message and "can't be used" in record.message for record in caplog.records)
+
+    assert eventually(is_told)
     keys = hashes(2, "nobody")
     assert backend.batch_exists(keys) == 0 and backend.batch_set_v1(keys, places(pool, 0, 1)) == [False] * 2
     start_node(listen=node.address)

@@ -52,6 +52,7 @@ def controller_on(sglang: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
             storage_backend_extra_config=json.loads(json.dumps({**EXTRA, "node": node, **extra})),
         )  # fmt: skip
         made.append(controller)
+        assert eventually(lambda: controller.storage_backend._line.is_up)
         return controller
 
     ranks = {"tp_rank": 0, "tp_size": 1, "pp_rank": 0, "pp_size": 1, "attn_dcp_size": 1, "attn_dcp_rank": 0}
@@ -122,7 +123,8 @@ def test_a_prefetch_while_the_node_dies_ends(
     got = acks[0].completed_tokens // TOKENS
     assert flats(pool, range(got)) == wanted[:got]
     # Later requests are told at once that there is nothing.
-    assert eventually(lambda: not controller.storage_backend.batch_exists(hashes(1, "x")))
+    backend = controller.storage_backend
+    assert eventually(lambda: not backend.batch_exists(hashes(1, "x")) and not backend._line.is_up)
     controller.prefetch("next", list(range(900, 900 + 4 * TOKENS)))
     assert controller.prefetch_hit_queue.get(timeout=60).storage_hit_count == 0
 

@@ -33,7 +33,7 @@ def play(first: int, count: int) -> tuple[list[str], dict[str, int]]:
     return failures, counts
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_no_history_breaks_a_promise() -> None:
     starts = range(FIRST_SEED, FIRST_SEED + HISTORIES, CHUNK)
     sizes = [min(CHUNK, FIRST_SEED + HISTORIES - start) for start in starts]

@@ -10,7 +10,7 @@ from tests.simulation.world import Plan, run_history
 FIRST_SEED = 7000
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
 def test_the_auditor_finds_planted_bugs(bug: Bug) -> None:
     """The cores' own checks are off until the end of each history: what is found is seen from the outside, or there."""

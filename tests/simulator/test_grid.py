@@ -8,6 +8,8 @@ import signal
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +31,30 @@ GRID = REPOSITORY / "tools" / "bench" / "grid.py"
 # ---------------------------------------------------------------- cells
 
 
-def test_halves_share_no_request_and_seeds_draw_other_windows() -> None:
+def test_halves_share_no_request_and_windows_of_ten_seeds_share_none() -> None:
     trace = generate("multi-turn", 1200, 1.0, 0)
     first, second = cells.half(trace, report=False), cells.half(trace, report=True)
     assert len(first) + len(second) == len(trace)
-    assert int(second.arrival_us[0]) >= 0 and second.duration_us <= trace.duration_us // 2 + 1
-    drawn = [cells.window(second, 100, seed) for seed in range(10)]
-    assert all(len(window) == 100 and window.arrival_us[0] == 0 for window in drawn)
-    assert len({tuple(window.prompt_tokens.tolist()) for window in drawn}) == 10
-    again = cells.window(second, 100, 3)
-    assert np.array_equal(again.prompt_tokens, drawn[3].prompt_tokens)
+    assert len(first) == len(second) and first.arrival_us[0] == second.arrival_us[0] == 0
+    assert first.duration_us + second.duration_us <= trace.duration_us
+    numbered = replace(second, priority=np.arange(len(second), dtype=np.int64))
+    for count in (1, 20, len(second) // 10):
+        drawn = [cells.window(numbered, count, seed) for seed in range(1000, 1010)]
+        assert all(len(window) == count and window.arrival_us[0] == 0 for window in drawn)
+        assert len({number for window in drawn for number in window.priority.tolist()}) == 10 * count
+    again = cells.window(numbered, 20, 1003)
+    assert np.array_equal(again.priority, cells.window(numbered, 20, 1003).priority)
+    # Longer than a tenth: they overlap, and still are others.
+    firsts = [int(cells.window(numbered, 300, seed).priority[0]) for seed in range(10)]
+    assert firsts == sorted(set(firsts)) and firsts[-1] + 300 <= len(second)
     assert len(cells.window(second[:40], 100, 3)) == 40
+
+
+@pytest.mark.parametrize("workload", [w for w in cells.WORKLOADS.values() if w.made])
+def test_halves_of_made_up_traces_have_room_for_ten_windows(workload: cells.Workload) -> None:
+    trace = workload.made_up()
+    for report in (False, True):
+        assert len(cells.half(trace, report)) // cells.SEEDS_SPREAD >= workload.requests
 
 
 @pytest.mark.parametrize("cluster", cells.CLUSTERS)
@@ -129,10 +144,28 @@ def test_every_broken_promise_is_named() -> None:
     text = "; ".join(found.problems)
     assert "6.0 points below llmd" in text
     assert "interval is not above zero" in text
-    assert "20.0 points worse" in text
+    assert "decile 10 of lengths is 20.0 points worse" in text
     assert "52 % of the bound" in text
     (relaxed,) = verdict.verdicts([_row("kvpool", 0, 0.9, load=0.5), _row("llmd", 0, 0.9, load=0.5)])
     assert relaxed.problems == []
+
+
+def test_the_worst_decile_has_an_interval_of_its_own() -> None:
+    gaps = [0.00, 0.10, 0.20]
+    rows = [_row("kvpool", s, 0.8, good_by_length=[0.9, 0.7 - gap, 0.8], refused_by_length=[0.1, 0.2, 0.0])
+            for s, gap in enumerate(gaps)]  # fmt: skip
+    rows += [_row("llmd", s, 0.7, good_by_length=[0.9, 0.7, 0.7], refused_by_length=[0.1, 0.1, 0.3]) for s in range(3)]
+    (found,) = verdict.verdicts(rows)
+    assert found.decile == 2
+    assert found.decile_excess == verdict.Interval(*(pytest.approx(x) for x in _mean_and_reach(gaps)), 3)
+    assert found.refused_excess.mean == pytest.approx(0.1)
+    assert "decile 2 of lengths is 10.0 points worse" in found.problems
+    assert "2: +10.0 (-14.8 to +34.8)" in verdict.table([found])[0]
+
+
+def _mean_and_reach(values: list[float]) -> tuple[float, float, float]:
+    mean, reach = statistics.mean(values), 4.303 * statistics.stdev(values) / math.sqrt(3)
+    return mean, mean - reach, mean + reach
 
 
 def test_where_a_baseline_serves_all_nothing_is_saturated() -> None:
@@ -154,7 +187,7 @@ def test_seeds_that_not_all_policies_have_are_left_out() -> None:
 
 def _run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(GRID), *arguments, "--traces", "nowhere", "--out", str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
@@ -166,6 +199,7 @@ SLICE = ("--only", "multi-turn / 2:2 / 1.5", "--policy", "kvpool", "llmd", "alwa
 
 
 @pytest.mark.processes
+@pytest.mark.timeout(600)
 def test_a_slice_runs_goes_on_and_reports(tmp_path: Path) -> None:
     done = _run(tmp_path, "run", *SLICE)
     assert done.returncode == 0, done.stderr
@@ -186,16 +220,20 @@ def test_a_slice_runs_goes_on_and_reports(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "grid.md").read_text()
     assert "| multi-turn | 2:2 | 1.5 |" in text and "Of 1 cells, at least 2 seeds each" in text
+    assert "Windows of the second halves, in requests: multi-turn 30." in text
     packed = (tmp_path / "grid.jsonl.gz").read_bytes()
     _run(tmp_path, "report")
     assert (tmp_path / "grid.jsonl.gz").read_bytes() == packed
 
 
 @pytest.mark.processes
+@pytest.mark.timeout(600)
 def test_interrupted_it_keeps_what_is_done(tmp_path: Path) -> None:
-    command = [sys.executable, str(GRID), "run", "--traces", "nowhere", "--out", str(tmp_path), "--seeds", "50",
+    command = [sys.executable, str(GRID), "run", "--traces", "nowhere", "--out", str(tmp_path), "--seeds", "5000",
                "--only", "multi-turn", "--policy", "llmd", "least_loaded", "--requests", "30"]  # fmt: skip
-    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+    # Whoever runs these tests in the background ignores it, and so would their children.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, preexec_fn=heed) as process:
         assert process.stderr is not None
         seen = b""
         while b"3/" not in seen:
@@ -205,5 +243,6 @@ def test_interrupted_it_keeps_what_is_done(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
         assert process.wait(60) == 0, rest
+    assert b"40000 simulations, 0 of them done" in seen
     assert b"are kept" in rest
-    assert 3 <= len(_rows(tmp_path)) < 200
+    assert 3 <= len(_rows(tmp_path)) < 40_000

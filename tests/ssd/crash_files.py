@@ -164,11 +164,12 @@ class CrashFiles:
     def after_crash(self, rng, *, steps=None):
         """A disk that kept what was synced, and of the rest whatever chance wants, down to torn sectors."""
         files = CrashFiles(direct=self.direct, steps=steps, capacity_bytes=self.capacity_bytes)
-        for name in sorted({*self.inodes, *self.durable_inodes}):
-            old, new = self.durable_inodes.get(name), self.inodes.get(name)
-            inode = old if old is new else (old, new)[rng.integers(2)]
-            if inode is not None:
-                files.add(name, bytes(surviving(inode, rng)))
+        with self.lock:
+            for name in sorted({*self.inodes, *self.durable_inodes}):
+                old, new = self.durable_inodes.get(name), self.inodes.get(name)
+                inode = old if old is new else (old, new)[rng.integers(2)]
+                if inode is not None:
+                    files.add(name, bytes(surviving(inode, rng)))
         return files
 
     def add(self, name, data):
@@ -180,18 +181,20 @@ class CrashFiles:
         """What a killed process leaves: all that it wrote, of which the host may still lose what was not synced."""
         files = CrashFiles(direct=self.direct, capacity_bytes=self.capacity_bytes)
         made = {}
-        for mine, kept in ((files.inodes, self.inodes), (files.durable_inodes, self.durable_inodes)):
-            for name, inode in kept.items():
-                if id(inode) not in made:
-                    made[id(inode)] = inode.copy()
-                mine[name] = made[id(inode)]
+        with self.lock:
+            for mine, kept in ((files.inodes, self.inodes), (files.durable_inodes, self.durable_inodes)):
+                for name, inode in kept.items():
+                    if id(inode) not in made:
+                        made[id(inode)] = inode.copy()
+                    mine[name] = made[id(inode)]
         return files
 
     def copy(self):
-        """As it stands, and all of it durable."""
+        """As it stands between two calls, and all of it durable."""
         files = CrashFiles(direct=self.direct)
-        for name, inode in self.inodes.items():
-            files.add(name, bytes(inode.current))
+        with self.lock:
+            for name, inode in self.inodes.items():
+                files.add(name, bytes(inode.current))
         return files
 
 

@@ -154,12 +154,15 @@ class Model:
     def check(self, store, context):
         """What is there is the newest that was acknowledged, or what was under way; from now on it is certain."""
         numbers = sorted(self.possible)
-        for number, data in read_all(store, numbers).items():
+        found = read_all(store, numbers)
+        # A full store makes room by itself: what it is about to give back may be there again after a crash.
+        undead = store.undead(keys_of(numbers)).present.tolist()
+        for (number, data), may_return in zip(found.items(), undead, strict=True):
             values = self.possible[number]
             if data is None:
                 assert self.evicting or None in values, f"{context}: lost {number}, one of {values}"
                 # What was evicted is gone for good.
-                self.possible[number] = {None}
+                self.possible[number] = values | {None} if may_return else {None}
                 continue
             matching = [value for value in values if value and content(number, *value).tobytes() == data]
             assert matching, f"{context}: {number} is none of {values}"

@@ -56,7 +56,7 @@ def run_and_kill(folder, seed, version, count):
         if len(lines) == count:
             process.kill()
     watchdog.cancel()
-    process.wait(10)
+    process.wait(60)
     assert lines[0] == "ready\n"
     # The last line may have been cut off.
     return [line for line in lines[1:] if line.endswith("\n")]

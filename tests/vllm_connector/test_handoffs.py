@@ -31,14 +31,24 @@ def test_what_is_answered_is_understood() -> None:
 
 def test_one_wait() -> None:
     waits = HandoffWaits(wait_s=1.0)
-    assert waits.looks("r", 10.0) and waits.lacks("r", 10.0)
-    assert not waits.looks("r", 10.0005) and waits.looks("r", 10.001)
-    assert waits.lacks("r", 10.001) and not waits.looks("r", 10.002) and waits.looks("r", 10.003)
-    for _ in range(10):
-        assert waits.lacks("r", 10.5)
-    assert not waits.looks("r", 10.53) and waits.looks("r", 10.54)
-    assert waits.lacks("r", 10.999) and not waits.is_over("r")
-    assert not waits.lacks("r", 11.0) and waits.is_over("r") and not waits.is_over("other")
+    assert waits.looks("r", 10.0) and not waits.any and waits.lacks("r", 10.0) and waits.any
+    assert not waits.looks("r", 10.0005) and waits.looks("r", 10.0015)
+    assert waits.lacks("r", 10.0015) and not waits.looks("r", 10.002) and waits.looks("r", 10.003)
+    # A tenth of what it has waited: neither much too late, nor all the time.
+    assert waits.lacks("r", 10.1) and not waits.looks("r", 10.109) and waits.looks("r", 10.111)
+    assert waits.lacks("r", 10.6) and not waits.looks("r", 10.63) and waits.looks("r", 10.633)
+    assert waits.lacks("r", 10.999) and not waits.is_over("r") and waits.any
+    assert not waits.lacks("r", 11.0) and waits.is_over("r") and not waits.is_over("other") and not waits.any
     waits.forget("r")
     waits.forget("r")
     assert not waits.waits
+
+
+def test_a_wait_ends_when_all_has_come() -> None:
+    waits = HandoffWaits(wait_s=1.0)
+    waits.came("nobody waits for this")
+    assert waits.lacks("a", 0.0) and waits.lacks("b", 0.0)
+    waits.came("a")
+    assert waits.is_over("a") and waits.any
+    waits.came("b")
+    assert not waits.any

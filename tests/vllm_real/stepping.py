@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -37,8 +37,10 @@ from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
+from engines.attached.line import Int64s
 from engines.vllm.connector import KVPoolConnector
 from engines.vllm.prefixes import KEY_BYTES
+from kvpool.service.client_writes import Lot
 
 MODEL = Path(__file__).parent.parent / "models" / "tiny-llama"
 BLOCK_TOKENS, WINDOW_TOKENS, TOKENS_MAX = 4, 10, 200
@@ -132,11 +134,15 @@ class FlakyLink:
             out[row] = np.frombuffer(self._pool.blocks[name], dtype=np.uint8) if found[row] else 0xAA
         return found
 
-    def put(self, group: int, shard: int, keys: NDArray[np.uint8], blocks: NDArray[np.uint8]) -> int:
+    def put(self, group: int, shard: int, keys: NDArray[np.uint8], lots: Callable[[Int64s], Iterable[Lot]]) -> int:
         assert self._pool.gate.wait(GATE_S)
-        for name, row in zip(self._names(group, keys), blocks, strict=True):
-            self._pool.blocks.setdefault(name, row.tobytes())
-        return len(keys)
+        names = self._names(group, keys)
+        made = {}
+        for indices, blocks, _ in lots(np.arange(len(keys))):
+            made |= {names[i]: bytes(row) for i, row in zip(indices.tolist(), blocks, strict=True)}
+        for name, block in made.items():
+            self._pool.blocks.setdefault(name, block)
+        return len(made)
 
     def close(self) -> None:
         self.is_up = False

@@ -6,7 +6,8 @@
 
 `FOLDER` holds conversation_trace.jsonl.gz and azure_code.csv; the other workloads are made up. Cells are those of
 `scheduler/simulator/cells.py`. Finished simulations are kept in `grid.jsonl`, one a line: Ctrl-C loses those under way
-only. Rows of another version of the code or of other settings are not counted as done, and not reported.
+only, and the same command goes on. Seeds are done one after the other, so that whenever it is stopped all cells have
+nearly as many. Rows of another version of the code or of other settings are not counted as done, and not reported.
 """
 
 from __future__ import annotations
@@ -70,6 +71,13 @@ def task_of(row: dict[str, Any], folder: str) -> Task:
     return cells.task_of(cell, row["policy"], row["seed"], trace, row["settings"], row["requests"])
 
 
+@lru_cache(maxsize=64)
+def bound(cell: Cell, seed: int, report: bool, requests: int, folder: str) -> float:
+    """That of a window, which all policies share."""
+    trace = half(cell.workload, folder, report)
+    return cells.bound_of(cells.task_of(cell, cells.OURS, seed, trace, {}, requests))
+
+
 def simulated(row: dict[str, Any], folder: str) -> dict[str, Any]:
     """A row with its figures; runs in a process of its own."""
     began = time.process_time()
@@ -80,7 +88,7 @@ def simulated(row: dict[str, Any], folder: str) -> dict[str, Any]:
     return {
         **row,
         **kept,
-        "bound": _rounded(cells.bound_of(task)),
+        "bound": _rounded(bound(task.cell, task.seed, row["half"] == "second", row["requests"], folder)),
         "log_sha256": result.log_sha256[:16],
         "cpu_s": round(time.process_time() - began, 2),
     }
@@ -101,8 +109,10 @@ def _quiet() -> None:
 
 
 def carried_out(rows: Sequence[dict[str, Any]], folder: str, jobs: int) -> Iterator[dict[str, Any]]:
-    """Results as they come, with progress on stderr. Ends early on Ctrl-C."""
+    """Results as they come, with progress on stderr. What has not begun when it is left is not begun any more."""
     began, done = time.monotonic(), 0
+    # Windows differ in length, and so in what they cost.
+    done_requests, all_requests = 0, sum(row["requests"] for row in rows)
     ahead = iter(rows)
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_quiet) as pool:
         running: set[Future[dict[str, Any]]] = set()
@@ -114,13 +124,27 @@ def carried_out(rows: Sequence[dict[str, Any]], folder: str, jobs: int) -> Itera
                     return
                 finished, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in finished:
-                    yield future.result()
-                    done += 1
-                    left_s = (time.monotonic() - began) / done * (len(rows) - done)
+                    row = future.result()
+                    yield row
+                    done, done_requests = done + 1, done_requests + row["requests"]
+                    left_s = (time.monotonic() - began) / done_requests * (all_requests - done_requests)
                     print(f"\r{done}/{len(rows)}, {left_s / 60:.1f} min left ", end="", file=sys.stderr, flush=True)
-        except KeyboardInterrupt:
+        finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            print(f"\ninterrupted: {done} of {len(rows)} are kept; run it again to go on", file=sys.stderr)
+
+
+def kept(rows: Sequence[dict[str, Any]], path: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Those of the rows that were carried out, each written as soon as it is; fewer if somebody pressed Ctrl-C."""
+    out = []
+    with path.open("a") as file:
+        try:
+            for row in carried_out(rows, str(arguments.traces), arguments.jobs):
+                file.write(json.dumps(row, separators=(",", ":")) + "\n")
+                file.flush()
+                out.append(row)
+        except KeyboardInterrupt:
+            print(f"\ninterrupted: {len(out)} of {len(rows)} are kept; run it again to go on", file=sys.stderr)
+    return out
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -129,10 +153,7 @@ def run(arguments: argparse.Namespace) -> None:
     have = {_key(row) for row in read_rows(path)}
     todo = [row for row in wanted if _key(row) not in have]
     print(f"{len(wanted)} simulations, {len(wanted) - len(todo)} of them done", file=sys.stderr)
-    with path.open("a") as file:
-        for row in carried_out(todo, str(arguments.traces), arguments.jobs):
-            file.write(json.dumps(row, separators=(",", ":")) + "\n")
-            file.flush()
+    kept(todo, path, arguments)
 
 
 def wanted_rows(arguments: argparse.Namespace, tuned: dict[str, Any]) -> list[dict[str, Any]]:
@@ -185,18 +206,16 @@ def tune(arguments: argparse.Namespace) -> None:
     path = arguments.out / "tuning.jsonl"
     wanted = list(_tries(arguments))
     have = {_key(row): row for row in read_rows(path)}
-    with path.open("a") as file:
-        for row in carried_out([r for r in wanted if _key(r) not in have], str(arguments.traces), arguments.jobs):
-            have[_key(row)] = row
-            file.write(json.dumps(row, separators=(",", ":")) + "\n")
-            file.flush()
+    todo = [row for row in wanted if _key(row) not in have]
+    print(f"{len(wanted)} simulations, {len(wanted) - len(todo)} of them done", file=sys.stderr)
+    have.update((_key(row), row) for row in kept(todo, path, arguments))
     for row in wanted:
         if _key(row) in have:
             numbers = tried.setdefault((row["workload"], row["policy"]), {})
             numbers.setdefault(row["try"], []).append(have[_key(row)]["goodput"])
     best: dict[str, dict[str, Any]] = {}
     for (workload, policy), numbers in tried.items():
-        whole = {n: goodputs for n, goodputs in numbers.items() if len(goodputs) == _windows()}
+        whole = {n: goodputs for n, goodputs in numbers.items() if len(goodputs) == _windows_tuned()}
         if 0 in whole:
             number = tuning.chosen(whole)
             best.setdefault(workload, {})[policy] = {
@@ -206,7 +225,7 @@ def tune(arguments: argparse.Namespace) -> None:
     (arguments.out / "tuning.json").write_text(json.dumps(best, indent=1) + "\n")
 
 
-def _windows() -> int:
+def _windows_tuned() -> int:
     return len(cells.CLUSTERS) * len(TUNING_SEEDS)
 
 
@@ -267,8 +286,8 @@ def told(rows: Sequence[dict[str, Any]], tuned: dict[str, Any], code: str) -> st
         + " What a cell is, and what the bound is the bound of:",
         "[scheduling](../scheduling.md#the-grid).",
         "",
-        f"{len(rows)} simulations, {cpu_min:.0f} min of one core; code {code}. Of {summary['cells']} cells, at least "
-        f"{summary['seeds_min']} seeds each:",
+        f"{len(rows)} simulations, {cpu_min:.0f} min of one core; code {code}. Windows of the second halves, "
+        f"{_windows_said(rows)}. Of {summary['cells']} cells, at least {summary['seeds_min']} seeds each:",
         "",
         f"* ours is at most 1 point below the best baseline in {summary['within_one_point']}, ahead in "
         f"{summary['ahead']}; by {100 * summary['mean_difference']:+.1f} points on average, at worst by "
@@ -296,6 +315,12 @@ def told(rows: Sequence[dict[str, Any]], tuned: dict[str, Any], code: str) -> st
         "",
     ]
     return "\n".join(lines)
+
+
+def _windows_said(rows: Sequence[dict[str, Any]]) -> str:
+    """How long they are."""
+    requests = sorted({(row["workload"], row["requests"]) for row in rows})
+    return "in requests: " + ", ".join(f"{workload} {count}" for workload, count in requests)
 
 
 def _all_policies(found: Sequence[verdict.Verdict]) -> list[list[str]]:
@@ -328,7 +353,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=0, help="in a window, instead of the workload's own number")
     parser.add_argument("--only", nargs="+", default=[], help="cells whose name has one of these texts")
     parser.add_argument("--policy", nargs="+", default=[], choices=cells.POLICIES)
-    parser.add_argument("--jobs", type=int, default=1, choices=range(1, JOBS_MAX + 1), help="processes")
+    parser.add_argument("--jobs", type=int, default=JOBS_MAX, choices=range(1, JOBS_MAX + 1), help="processes")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     {"tune": tune, "run": run, "report": report}[arguments.act](arguments)

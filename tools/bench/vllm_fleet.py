@@ -168,8 +168,8 @@ def fleet(args: argparse.Namespace, folder: Path) -> Iterator[Fleet]:
                 "endpoint": f"tcp://*:{events}", "replay_endpoint": f"tcp://*:{replay}",
             }  # fmt: skip
             server = Server(
-                args.vllm_python, folder / "model", connector=connector, core=number % (os.cpu_count() or 1),
-                tokens_max=4096, tokenizer=True, arguments=["--kv-events-config", json.dumps(published)],
+                args.vllm_python, folder / "model", connector=connector, tokens_max=4096, tokenizer=True,
+                arguments=["--kv-events-config", json.dumps(published)],
             )  # fmt: skip
             servers.append(stack.enter_context(server))
             at = "tcp://127.0.0.1"

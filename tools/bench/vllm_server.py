@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any, Self
 
 START_S, REPLY_S, STOP_S, METRIC_S = 600.0, 600.0, 30.0, 10.0
+#: One thread computes, on whichever core: bound to one, all other threads of the server would have to share it.
 ENVIRONMENT = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_SERVER_DEV_MODE": "1",
 }  # fmt: skip
 #: Of vLLM's own cache: several prompts of 8192 tokens.
@@ -67,7 +69,6 @@ class Server:
         *,
         connector: Mapping[str, Any] | None = None,
         environment: Mapping[str, str] | None = None,
-        core: int = 1,
         tokens_max: int = 8704,
         tokenizer: bool = False,
         arguments: Sequence[str] = (),
@@ -75,7 +76,6 @@ class Server:
         """Starts it; see `wait`.
 
         Args:
-            core: the one that computes; everything else of it may use the others.
             tokenizer: whether the model's folder has one; else prompts are token ids, and so are answers.
             arguments: further ones of vLLM.
         """
@@ -89,11 +89,10 @@ class Server:
         ]  # fmt: skip
         if connector is not None:
             command += ["--kv-transfer-config", json.dumps(dict(connector))]
-        bound = {"VLLM_CPU_OMP_THREADS_BIND": str(core)}
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - until `close`
         self._process = subprocess.Popen(
             command, stdout=self._log, stderr=self._log, start_new_session=True,
-            env={**os.environ, **ENVIRONMENT, **bound, **(environment or {})},
+            env={**os.environ, **ENVIRONMENT, **(environment or {})},
         )  # fmt: skip
 
     def __enter__(self) -> Self:

@@ -3,8 +3,8 @@
     python tools/bench/vllm_ttft.py --vllm-python .venv-vllm/bin/python [--json FILE] [--mooncake DIR] [--nixl DIR]
 
 The model is made here, with random weights: small enough for a CPU, with 16 KiB of cache a token (a model of 8 B
-parameters with grouped heads has 128), so that a prompt of 8192 tokens moves 128 MiB. Each server computes on one core,
-the same for all; only one is asked at a time, and the rounds of all cases are interleaved.
+parameters with grouped heads has 128), so that a prompt of 8192 tokens moves 128 MiB. Each server computes with one
+thread; only one is asked at a time, and the rounds of all cases are interleaved.
 
 cold: a prompt that nobody has seen. warm: vLLM's own cache was emptied, all full blocks come from the store (checked).
 hand-off: from the answer of the server that computed the prompt to the first token of the one that goes on.
@@ -128,9 +128,7 @@ def server(
     arguments: Sequence[str] = (),
 ) -> Server:
     model = folder / "model"
-    return Server(
-        args.vllm_python, model, connector=connector, environment=environment, core=args.core, arguments=arguments
-    )
+    return Server(args.vllm_python, model, connector=connector, environment=environment, arguments=arguments)
 
 
 # ---------------------------------------------------------------- cases
@@ -282,11 +280,10 @@ PARTS = {"stores": measure_stores, "cpu": measure_cpu, "hand-offs": measure_hand
 
 def main() -> None:
     parser = arguments(__doc__, rounds=10)
-    # vLLM's processes go on looking for work for a second after a request, on the core where the next server computes.
+    # vLLM's processes go on looking for work for a second after a request, which would take from the next server.
     parser.set_defaults(quiet_s=5.0)
     parser.add_argument("--vllm-python", default=str(ROOT / ".venv-vllm" / "bin" / "python"), help="vLLM's interpreter")
     parser.add_argument("--tokens", default="2048,8192", help="of a prompt, whole blocks of 128")
-    parser.add_argument("--core", type=int, default=1, help="the core that computes")
     parser.add_argument("--mooncake", type=Path, help="folder with the packages of Mooncake's store")
     parser.add_argument("--nixl", type=Path, help="folder with the packages of NIXL")
     parser.add_argument("--only", choices=PARTS, help="one of the parts")
