@@ -12,6 +12,9 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from scheduler.core.cost import LinkFloor
+from scheduler.core.covering import CROWD, LEAST, LEAST_HOST, OTHER, REACH
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -33,16 +36,17 @@ FOUND = 7
 SLACK_US = 8.0
 #: The same for what a risk costs, which is computed from rounded times: of it so much is counted.
 RISK_COUNTED = 0.998
+#: What pulling a block takes that nobody has.
+NEVER_US = 1e15
 
 
 class Asked(NamedTuple):
-    """A request, as numbers. A block that is pulled costs what `block_us` says for the row's host."""
+    """A request, as numbers. What a pull takes at least is told of each row: see `pull_floors`."""
 
     prompt_tokens: float
     block_tokens: float
     covered: float  # blocks that could be reused at most; a pull may bring them all
     pulls: float  # 1 if it may pull, else 0
-    latency_us: float  # of a pull, at least
     context_tokens: float
     expected_tokens: float
     kv_tokens: float
@@ -59,26 +63,32 @@ class Asked(NamedTuple):
 
 
 @_jit
-def pull_floor(shared: Ints, numbers: Ints, here_us: float, away_us: float, size: float) -> Floats:
-    """Microseconds a block pulled to each of some hosts, at least.
+def pull_floors(
+    own: Ints, hosts: Ints, numbers: Ints, near: Ints, behind: Ints, link: LinkFloor, size: float
+) -> tuple[Floats, Floats]:
+    """Latency, and microseconds a block, that a pull to each row takes at least, however far it reaches.
+
+    The first block that a row lacks is the cheapest: the further a block, the fewer there are who have it.
 
     Args:
-        shared: (hosts of sources + 1), by how many at least a source there is shared; 0 where there is none to read
-            from, as the last.
-        numbers: (hosts), their places in `shared`; -1 is the last.
-        here_us, away_us: a byte from the same host and from another, at best.
+        own: (rows), blocks that a row holds.
+        hosts, numbers: (rows), indices into numbers; (hosts), places in `near`, -1 is the last.
+        near, behind: see `covering.offer`.
         size: bytes of a block.
     """
-    least = 0
-    for n in shared:
-        if n > 0 and (least == 0 or n < least):
-            least = n
-    remote_us = away_us * float(max(least, 1))
-    block_us = np.empty(len(numbers))
-    for h in range(len(numbers)):
-        there = shared[numbers[h]]
-        block_us[h] = (min(here_us * there, remote_us) if there > 0 else remote_us) * size
-    return block_us
+    latency_us, block_us = np.zeros(len(own)), np.zeros(len(own))
+    for r in range(len(own)):
+        if own[r] >= behind.shape[1]:
+            continue
+        host, at = numbers[hosts[r]], own[r]
+        crowd = behind[OTHER, at] if behind[LEAST_HOST, at] == host else behind[LEAST, at]
+        latency_us[r], block_us[r] = link.away_latency_us, NEVER_US
+        if crowd > 0:
+            block_us[r] = link.away_us * crowd * size
+        if near[REACH, host] > at:
+            latency_us[r] = min(latency_us[r], link.here_latency_us)
+            block_us[r] = min(block_us[r], link.here_us * near[CROWD, host] * size)
+    return latency_us, block_us
 
 
 @_jit
@@ -93,15 +103,15 @@ def _risk_us(asked: Asked, step_us: float, stalling_per_s: float) -> float:
 
 @_jit
 def least_costs(
-    table: Floats, hosts: Ints, own: Ints, ready: Ints, block_us: Floats, wait_us: Floats, kv_ahead: Floats,
+    table: Floats, own: Ints, ready: Ints, latency_us: Floats, block_us: Floats, wait_us: Floats, kv_ahead: Floats,
     asked: Asked, found: Floats,
 ) -> None:  # fmt: skip
     """Fills found (FOUND, rows).
 
     Args:
         table: (COLUMNS, rows).
-        hosts: (rows), indices into block_us: microseconds a block pulled to a host, at least.
         own, ready: (rows), blocks that a row holds, and that it holds or is computing.
+        latency_us, block_us: (rows), of a pull and of each block of it, at least.
         wait_us, kv_ahead: (rows), prefill work and KV tokens of those who wait before the request.
     """
     prompt, block_tokens = asked.prompt_tokens, asked.block_tokens
@@ -116,7 +126,7 @@ def least_costs(
             new = prompt - pulled
             pulled_us = p0 + p1 * new + p2 * (new * (pulled + new / 2))
             missing = asked.covered - own[r]
-            pull_us = asked.latency_us + block_us[hosts[r]] * missing if missing > 0 else 0.0
+            pull_us = latency_us[r] + block_us[r] * missing if missing > 0 else 0.0
             service_us = min(work_us, pulled_us + pull_us)
             work_us = min(work_us, pulled_us)
         computed = ready[r] * block_tokens
@@ -146,13 +156,13 @@ def least_costs(
 
 
 @_jit
-def _priced_us(ttft_us: float, asked: Asked) -> float:
+def _priced_us(ttft_us: float, slo_us: float, slack_price: float) -> float:
     """As `options.priced_us`."""
-    if not asked.slo_us > 0:
+    if not slo_us > 0:
         return ttft_us
-    within_us = min(ttft_us, asked.slo_us)
-    part = (1 - asked.slack_price) * (within_us * within_us / (2 * asked.slo_us))
-    return asked.slack_price * within_us + part + ttft_us - within_us
+    within_us = min(ttft_us, slo_us)
+    part = (1 - slack_price) * (within_us * within_us / (2 * slo_us))
+    return slack_price * within_us + part + ttft_us - within_us
 
 
 @_jit
@@ -170,62 +180,106 @@ def _insert(cost: float, later: int, row: int, count: int, costs: Floats, laters
 
 
 @_jit
-def first_colocated(asked: Asked, found: Floats, decodes: Bools, count: int) -> tuple[Ints, Floats]:
+def first_colocated(
+    found: Floats, decodes: Bools, slo_us: float, slack_price: float, count: int
+) -> tuple[Ints, Floats]:
     """At most `count` rows to stay on, and their bounds: those with room first, then the least bound."""
     costs, laters, rows = np.empty(count), np.empty(count, np.int64), np.empty(count, np.int64)
     n = 0
     for r in range(found.shape[1]):
         if decodes[r]:
-            cost = _priced_us(found[WAIT_US, r] + found[SERVICE_US, r], asked) + found[OTHERS_US, r] + found[SLOW_US, r]
+            ttft_us = found[WAIT_US, r] + found[SERVICE_US, r]
+            cost = _priced_us(ttft_us, slo_us, slack_price) + found[OTHERS_US, r] + found[SLOW_US, r]
             n = _insert(cost, 1 if found[KV_LEFT, r] < 0 else 0, r, n, costs, laters, rows)
     return rows[:n], costs[:n]
 
 
 class HandOff(NamedTuple):
-    """What handing a prompt over takes at least."""
+    """How a prompt would be handed over.
 
-    fixed_us: float  # whichever instance prefills
-    block_us: float  # for each block that it lacks, at least one
-    last_us: float  # left when the prefill ends
+    Fields:
+        prompt_blocks, size: blocks, and bytes of one.
+        first: the row to decode on; `instead` is the one for a prefill on `first` itself, -1 for none.
+    """
+
     prompt_blocks: float
-    slow_us: float  # what decoding adds wherever it is
+    size: float
+    first: int
+    instead: int
+
+
+@_jit
+def _handoff_us(
+    beside: bool, same: bool, publish: float, pull: float, size: float, link: LinkFloor
+) -> tuple[float, float]:
+    """What a hand-off takes at least, and what of it is left when the prefill ends.
+
+    Args:
+        beside: whether the prefill instance's node is on its host; if not, nothing is known of either way.
+        same: whether the decode instance is on that host too.
+        publish, pull: blocks that travel to the node, and from it.
+    """
+    least_latency_us, least_us = min(link.here_latency_us, link.away_latency_us), min(link.here_us, link.away_us)
+    publish_latency_us, publish_us = (link.here_latency_us, link.here_us) if beside else (least_latency_us, least_us)
+    pull_latency_us, pull_us = least_latency_us, least_us
+    if beside:
+        pull_latency_us, pull_us = (
+            (link.here_latency_us, link.here_us) if same else (link.away_latency_us, link.away_us)
+        )
+    latency_us = publish_latency_us + pull_latency_us
+    whole_us = latency_us + size * (publish_us * max(publish, 1.0) + pull_us * max(pull, 1.0))
+    return whole_us, latency_us + size * (publish_us + pull_us)
 
 
 @_jit
 def first_prefills(
-    table: Floats, hosts: Ints, own: Ints, ready: Ints, block_us: Floats, asked: Asked, handoff: HandOff, found: Floats,
-    prefills: Bools, count: int,
+    table: Floats, own: Ints, ready: Ints, latency_us: Floats, block_us: Floats, asked: Asked, found: Floats,
+    prefills: Bools, hosts: Ints, beside: Bools, link: LinkFloor, handoff: HandOff, targets: Ints, count: int,
 ) -> tuple[Ints, Floats]:  # fmt: skip
-    """At most `count` rows to prefill on for a decode elsewhere, and their bounds, the least first.
+    """At most `count` rows to prefill on for a decode on another, and their bounds, the least first.
 
-    Blocks travel while later ones are computed: with a prefill of w microseconds and a hand-off of h in all, max(w +
-    last_us, h) pass. Pulling more blocks before makes w shorter, which is worth nothing below h.
+    Blocks travel while later ones are computed: with a prefill of w microseconds and a hand-off of h in all, of which
+    l are left in any case, max(w + l, h) pass. Pulling more blocks before makes w shorter, which is worth nothing
+    below h.
+
+    Args:
+        hosts, beside: (rows), the host of each, and whether its node is there too.
+        targets: (n), rows to decode on besides `handoff.first`.
     """
     costs, laters, rows = np.empty(count), np.empty(count, np.int64), np.empty(count, np.int64)
     n = 0
-    prompt, block_tokens, last_us = asked.prompt_tokens, asked.block_tokens, handoff.last_us
+    prompt, block_tokens = asked.prompt_tokens, asked.block_tokens
     for r in range(table.shape[1]):
         if not prefills[r]:
             continue
         p0, p1, q = table[P0, r], table[P1, r], table[P2, r] / 2
         whole_us = p0 + p1 * prompt + q * (prompt * prompt)
-        handoff_us = handoff.fixed_us + handoff.block_us * max(handoff.prompt_blocks - own[r], 1.0)
-        cached = max(own[r], ready[r]) * block_tokens
-        service_us = max(whole_us - p1 * cached - q * (cached * cached) + last_us, handoff_us)
-        if asked.pulls > 0 and asked.covered > own[r]:
-            pulled = asked.covered * block_tokens
-            left_us = whole_us - p1 * pulled - q * (pulled * pulled) + last_us
-            excess_us = whole_us + last_us - handoff_us
-            if left_us < handoff_us and excess_us >= 0:
-                # Cached tokens with which the prefill takes just as long as the hand-off.
-                root = p1 + np.sqrt(p1 * p1 + 4 * q * excess_us)
-                pulled = min(2 * excess_us / root, pulled) if root > 0 else 0.0
-                left_us = handoff_us
-            missing = max(pulled / block_tokens - own[r], 0.0)
-            pull_us = asked.latency_us + block_us[hosts[r]] * missing
-            service_us = min(service_us, pull_us + max(left_us, handoff_us))
-        cost = _priced_us(found[WAIT_US, r] + service_us, asked) + found[OTHERS_US, r] + handoff.slow_us
-        n = _insert(cost, 0, r, n, costs, laters, rows)
+        cached, covered = max(own[r], ready[r]) * block_tokens, asked.covered * block_tokens
+        work_us = whole_us - p1 * cached - q * (cached * cached)
+        covered_us = whole_us - p1 * covered - q * (covered * covered)
+        least_us = np.inf
+        for t in range(-1, len(targets)):
+            decode = targets[t] if t >= 0 else (handoff.instead if handoff.first == r else handoff.first)
+            if decode == r or decode < 0:
+                continue
+            handoff_us, last_us = _handoff_us(
+                beside[r], hosts[r] == hosts[decode], handoff.prompt_blocks - own[r],
+                handoff.prompt_blocks - own[decode], handoff.size, link,
+            )  # fmt: skip
+            service_us = max(work_us + last_us, handoff_us)
+            if asked.pulls > 0 and asked.covered > own[r]:
+                pulled, left_us = covered, covered_us + last_us
+                excess_us = whole_us + last_us - handoff_us
+                if left_us < handoff_us and excess_us >= 0:
+                    # Cached tokens with which the prefill takes just as long as the hand-off.
+                    root = p1 + np.sqrt(p1 * p1 + 4 * q * excess_us)
+                    pulled = min(2 * excess_us / root, pulled) if root > 0 else 0.0
+                    left_us = handoff_us
+                missing = max(pulled / block_tokens - own[r], 0.0)
+                service_us = min(service_us, latency_us[r] + block_us[r] * missing + max(left_us, handoff_us))
+            ttft_us = _priced_us(found[WAIT_US, r] + service_us, asked.slo_us, asked.slack_price)
+            least_us = min(least_us, ttft_us + found[OTHERS_US, r] + found[SLOW_US, decode])
+        n = _insert(least_us, 0, r, n, costs, laters, rows)
     return rows[:n], costs[:n]
 
 
@@ -267,12 +321,12 @@ def warm_up() -> None:
     """Compiles, or loads what was compiled: not while somebody waits for a place."""
     table, found = np.zeros((COLUMNS, 1)), np.zeros((FOUND, 1))
     none, zeros, yes = np.zeros(1, np.int64), np.zeros(1), np.ones(1, bool)
-    asked = Asked(*(1.0,) * len(Asked._fields))
-    least_costs(table, none, none, none, zeros, zeros, zeros, asked, found)
-    first_colocated(asked, found, yes, 1)
-    handoff = HandOff(*(1.0,) * len(HandOff._fields))
-    first_prefills(table, none, none, none, zeros, asked, handoff, found, yes, 1)
+    asked, link = Asked(*(1.0,) * len(Asked._fields)), LinkFloor(1.0, 1.0, 1.0, 1.0)
+    pull_floors(none, none, none, np.zeros((2, 2), np.int64), np.zeros((4, 1), np.int64), link, 1.0)
+    least_costs(table, none, none, zeros, zeros, zeros, zeros, asked, found)
+    first_colocated(found, yes, 1.0, 1.0, 1)
+    handoff = HandOff(1.0, 1.0, 0, -1)
+    first_prefills(table, none, none, zeros, zeros, asked, found, yes, none, yes, link, handoff, none, 1)
     freest(found, yes, 1)
     nearest(found, yes, none)
     calmest(found, yes)
-    pull_floor(none, none, 1.0, 1.0, 1.0)

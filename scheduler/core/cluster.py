@@ -33,6 +33,7 @@ class Instance:
     #: Of `info`, kept since they are asked for a hundred times a placement.
     id: str = field(init=False)
     block_tokens: int = field(init=False)
+    block_bytes: int = field(init=False)  # of all groups and shards
     tokens_max: int = field(init=False)  # prompt and generated tokens that one request may have
 
     def __post_init__(self) -> None:
@@ -42,6 +43,7 @@ class Instance:
         """What the instance says of itself; its id never changes."""
         self.info, self.id = info, info.instance_id
         self.block_tokens = info.namespace.groups[0].block_tokens
+        self.block_bytes = sum(group.block_bytes * group.shard_count for group in info.namespace.groups)
         whole = info.kv_tokens_total // self.block_tokens * self.block_tokens
         self.tokens_max = min(info.context_tokens_max, whole)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from kvpool.core.ids import Tier
 from scheduler.core.config import SchedulerConfig
@@ -42,8 +43,20 @@ def prefill_features(new_tokens: int, cached_tokens: int) -> tuple[float, ...]:
     return (1.0, float(new_tokens), new_tokens * (cached_tokens + new_tokens / 2))
 
 
+def prefill_time_us(coefficients: tuple[float, ...], new_tokens: int, cached_tokens: int) -> float:
+    """What a fit of these features predicts, to the bit: asked for so often that no features are made for it."""
+    base_us, new_us, pair_us = coefficients
+    return base_us + new_us * new_tokens + pair_us * (new_tokens * (cached_tokens + new_tokens / 2))
+
+
 def decode_features(batch: int, kv_tokens: int) -> tuple[float, ...]:
     return (1.0, float(batch), float(kv_tokens))
+
+
+def decode_time_us(coefficients: tuple[float, ...], batch: int, kv_tokens: int) -> float:
+    """As `prefill_time_us`, of one decode step."""
+    base_us, sequence_us, token_us = coefficients
+    return base_us + sequence_us * batch + token_us * kv_tokens
 
 
 def link_class(same_host: bool, tier: Tier) -> str:
@@ -118,6 +131,15 @@ class Link:
         return latency, per_byte
 
 
+class LinkFloor(NamedTuple):
+    """The best that any link is believed to do: on one host, and between two."""
+
+    here_latency_us: float
+    here_us: float  # a byte
+    away_latency_us: float
+    away_us: float
+
+
 @dataclass(slots=True)
 class CostBook:
     """Fitted costs of each instance and link, and pooled ones that newcomers start from.
@@ -137,6 +159,8 @@ class CostBook:
     priors: dict[str, tuple[float, float]] = field(default_factory=dict)
     #: Link class -> the least latency and microseconds a byte that a link of it was ever believed to have.
     floors: dict[str, tuple[float, float]] = field(default_factory=dict)
+    #: The least of all floors, made anew when a link has been measured.
+    least: LinkFloor | None = field(default=None, init=False)
 
     def instance_joined(self, instance_id: str, model: str) -> None:
         """Starts fits for a new process from what its peers with the same model have shown."""
@@ -202,6 +226,7 @@ class CostBook:
             low = self.floor(kind)
             self.floors[kind] = (min(low[0], latency), min(low[1], per_byte))
         self.priors.pop(kind, None)
+        self.least = None
         self.pooled_links.setdefault(kind, LinearFit.start(LINK_PRIORS[kind], LINK_FORGETTING)).observe(x, y)
 
     def floor(self, kind: str) -> tuple[float, float]:
@@ -209,15 +234,25 @@ class CostBook:
         known, (latency, per_byte) = self.floors.get(kind), self.unmeasured_costs(kind)
         return (latency, per_byte) if known is None else (min(known[0], latency), min(known[1], per_byte))
 
+    def link_floor(self) -> LinkFloor:
+        """The best of all classes, on one host and between two."""
+        if self.least is None:
+            here, away = ([self.floor(place + tier) for tier in _TIER_SUFFIX.values()] for place in ("local", "remote"))
+            self.least = LinkFloor(
+                min(latency for latency, _ in here), min(per_byte for _, per_byte in here),
+                min(latency for latency, _ in away), min(per_byte for _, per_byte in away),
+            )  # fmt: skip
+        return self.least
+
     def _link_prior(self, kind: str) -> tuple[float, ...]:
         return _prior(self.pooled_links.get(kind), LINK_PRIORS[kind])
 
     def prefill_us(self, instance_id: str, new_tokens: int, cached_tokens: int) -> int:
-        return int(self.prefill[instance_id].predict(prefill_features(new_tokens, cached_tokens)))
+        return int(prefill_time_us(self.prefill[instance_id].current(), new_tokens, cached_tokens))
 
     def decode_us(self, instance_id: str, batch: int, kv_tokens: int) -> int:
         """One decode step."""
-        return int(self.decode[instance_id].predict(decode_features(batch, kv_tokens)))
+        return int(decode_time_us(self.decode[instance_id].current(), batch, kv_tokens))
 
     def measured(self, instance_id: str, source_id: str) -> bool:
         return (instance_id, source_id) in self.links

@@ -32,6 +32,9 @@ class Fleet:
         numbers = {host: number for number, host in enumerate(hosts)}
         self.host_numbers = numbers
         self.hosts = np.array([numbers[i.info.host_id] for i in self.instances], np.int64)
+        #: Whether the node of each is on its host.
+        self.beside = np.array([_beside(i, cluster) for i in self.instances], bool)
+        self.block_bytes_min = min((i.block_bytes for i in self.instances), default=0)
         self.namespaces = dict.fromkeys(i.info.namespace_id for i in self.instances)
         self.tokens_max = max((i.tokens_max for i in self.instances), default=0)
         #: (COLUMNS, rows); see `bounding`.
@@ -64,8 +67,9 @@ class Fleet:
         """Brings the rows up to date of those that have changed."""
         if not self.dirty:
             return
-        rows = [self.rows[instance_id] for instance_id in self.dirty]
-        self.table[:, rows] = np.array([self._values(self.instances[row], book, costs) for row in rows], np.float64).T
+        for instance_id in self.dirty:
+            row = self.rows[instance_id]
+            self.table[:, row] = self._values(self.instances[row], book, costs)
         self.dirty.clear()
 
     @staticmethod
@@ -92,3 +96,8 @@ class Fleet:
             stalling.per_s,
             stalling.seen_us,
         )
+
+
+def _beside(instance: Instance, cluster: Cluster) -> bool:
+    node = cluster.sources.get(instance.info.node_source_id)
+    return node is not None and node.attached.host_id == instance.info.host_id

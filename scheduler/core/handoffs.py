@@ -37,7 +37,7 @@ def obstacle(appraiser: Appraiser, prefill: Instance, decode: Instance) -> str:
     """Why blocks can't go from one instance to the other; empty if they can."""
     if not appraiser.request.use_pool:
         return f"{NO_HANDOFF}: the request does not use the pool"
-    if prefill.info.namespace != decode.info.namespace:
+    if prefill.info.namespace is not decode.info.namespace and prefill.info.namespace != decode.info.namespace:
         return f"{NO_HANDOFF}: the instances have different namespaces"
     if not decode.info.node_source_id:
         return f"{NO_HANDOFF}: {decode.id} has no node"
@@ -61,7 +61,7 @@ def handoff(appraiser: Appraiser, prefill: Instance, decode: Instance, p: Prospe
         return NONE, reason
     costs, prefix = appraiser.costs, appraiser.prefix
     node = appraiser.cluster.sources[prefill.info.node_source_id]
-    block_bytes = sum(group.block_bytes * group.shard_count for group in prefill.info.namespace.groups)
+    block_bytes = prefill.block_bytes
     prompt_blocks = -(-appraiser.request.prompt_tokens // prefix.block_tokens)
     hops: list[float] = []
     known: list[bool] = []

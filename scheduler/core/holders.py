@@ -58,10 +58,11 @@ class Sources:
         """Runs that reach furthest; ids break ties."""
         return self.runs(covering.furthest(rows, self.rank, count))
 
-    def furthest_by_host(self, rows: Runs, count: int) -> tuple[Runs, list[int]]:
-        """The same of the sources of each host, by its number: of host h from row h * count on, and how many."""
+    def furthest_by_host(self, rows: Runs, count: int) -> tuple[Runs, list[int], list[int]]:
+        """The same of the sources of each host, by its number: of host h from row h * count on, how many, to where."""
         best, found = covering.furthest_by_host(rows, self.rank, self.hosts, len(self.host_numbers), count)
-        return best, found.tolist()
+        counts, ends = found.tolist()
+        return best, counts, ends
 
     def runs(self, rows: Runs) -> list[tuple[Source, Run]]:
         found = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from scheduler.core.cluster import Instance
-from scheduler.core.cost import CostBook
+from scheduler.core.cost import CostBook, decode_time_us
 from scheduler.core.placements import Placement, PlacementBook
 
 #: A request that decodes longer than predicted is expected to go on for as long as it is late, and this much longer.
@@ -36,11 +36,12 @@ def measure(
         batch += max(instance.running - placed - len(holdings.queue), 0)
     tokens = holdings.context_tokens + instance.kv_tokens_foreign
     expected_there = holdings.expected_tokens // placed if placed else expected_tokens
-    step_with_us = costs.decode_us(instance.id, batch + 1, tokens + context_tokens)
+    coefficients = costs.decode[instance.id].current()
+    step_with_us = int(decode_time_us(coefficients, batch + 1, tokens + context_tokens))
     if not batch:
         return Load(0, tokens, expected_there, 0, step_with_us, 0, 0)
-    step_us = costs.decode_us(instance.id, batch, tokens)
-    alone_us = costs.decode_us(instance.id, 1, context_tokens)
+    step_us = int(decode_time_us(coefficients, batch, tokens))
+    alone_us = int(decode_time_us(coefficients, 1, context_tokens))
     shared_tokens = min(expected_tokens, expected_there)
     slow_us = (max(step_with_us - step_us, 0) * batch + max(step_with_us - alone_us, 0)) * shared_tokens
     excess = max(batch + 1 - instance.info.batch_max, 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -32,8 +32,7 @@ TRIALS_GROW_MAX = 6
 INT8_SHARES = {"float32": 0.27, "bfloat16": 0.53, "float16": 0.53}
 
 
-@dataclass(frozen=True, slots=True)
-class Pull:
+class Pull(NamedTuple):
     """A way to get the blocks of a prompt up to `reach` (exclusive) that an instance lacks; see `Prefix.runs`."""
 
     reach: int
@@ -51,11 +50,11 @@ class _Coverage:
     rows: Runs  # runs that may be pulled, of all sources
     furthest: list[tuple[Source, Run]]  # those that reach furthest
     #: Runs that reach furthest on each host, once somebody has asked: see `Sources.furthest_by_host`.
-    local: tuple[Runs, list[int]] | None = None
+    local: tuple[Runs, list[int], list[int]] | None = None
     #: Source and first block of those in `furthest`.
     known: dict[tuple[str, int], None] = field(default_factory=dict)
-    #: Host -> runs worth reading from there.
-    by_host: dict[str, list[tuple[Source, Run]]] = field(default_factory=dict)
+    #: Number of a host -> runs worth reading from there.
+    by_host: dict[int, list[tuple[Source, Run]]] = field(default_factory=dict)
 
 
 class Prefix:
@@ -109,7 +108,7 @@ class Prefix:
 
     @property
     def host_numbers(self) -> dict[str, int]:
-        """Hosts of sources, by the numbers that `crowding` has."""
+        """Hosts of sources, by the numbers that `within_reach` has."""
         return self._sources.host_numbers
 
     def own_by_number(self) -> Ints:
@@ -132,28 +131,24 @@ class Prefix:
             size += _block_bytes(instance, coverage.group, Fidelity.EXACT if exact else Fidelity.INT8)
         return size
 
-    def _candidates(self, coverage: _Coverage, instance: Instance) -> list[tuple[Source, Run]]:
-        """Runs worth reading from for an instance: those that reach furthest, and those on its own host."""
-        if len(coverage.rows) <= self._sources_max:
+    def _candidates(self, coverage: _Coverage, instance: Instance, own: int) -> list[tuple[Source, Run]]:
+        """Runs worth reading from for an instance: those that reach furthest, and those on its host beyond `own`."""
+        host = self._sources.host_numbers.get(instance.info.host_id)
+        if len(coverage.rows) <= self._sources_max or host is None:
             return coverage.furthest
-        host_id = instance.info.host_id
-        known = coverage.by_host.get(host_id)
-        if known is None:
-            known = coverage.by_host[host_id] = coverage.furthest + self._more_on(coverage, host_id)
-        return known
-
-    def _more_on(self, coverage: _Coverage, host_id: str) -> list[tuple[Source, Run]]:
-        """Runs of sources on a host that reach furthest there, less those that reach furthest of all."""
-        host = self._sources.host_numbers.get(host_id)
-        if host is None:
-            return []
         if coverage.local is None:
             coverage.local = self._sources.furthest_by_host(coverage.rows, self._sources_max)
             coverage.known = {(run.source, run.first): None for _, run in coverage.furthest}
-        rows, counts = coverage.local
-        begin = host * self._sources_max
-        local = self._sources.runs(rows[begin : begin + counts[host]])
-        return [(source, run) for source, run in local if (run.source, run.first) not in coverage.known]
+        rows, counts, ends = coverage.local
+        if ends[host] <= own:
+            return coverage.furthest
+        known = coverage.by_host.get(host)
+        if known is None:
+            begin = host * self._sources_max
+            here = self._sources.runs(rows[begin : begin + counts[host]])
+            more = [(source, run) for source, run in here if (run.source, run.first) not in coverage.known]
+            known = coverage.by_host[host] = coverage.furthest + more
+        return known
 
     def pulls(self, instance: Instance, own: int, costs: CostBook, now_us: int) -> list[Pull]:
         """Ways to extend an instance's own prefix, shortest first; each ends where some source's run ends.
@@ -220,20 +215,29 @@ class Prefix:
             return None
         return Pull(reach, self._duration_us(reach, segments, instance, links), segments)
 
-    def crowding(self, now_us: int) -> Ints:
-        """By how many at least a source is shared that a pull reads from.
+    def within_reach(self, coming: Sequence[tuple[str, int]], now_us: int) -> tuple[Ints, Ints]:
+        """How far those reach that a pull may read from, on each host and anywhere, and how crowded they are at least.
 
-        Returns: int64 (hosts + 1), by the number of the source's host; 0 where nobody may be read from, as the last is.
+        Args:
+            coming: (host, leading blocks) that will be there too.
+        Returns: `near` (2, hosts + 1) and `behind` (4, usable blocks) of `covering.offer`.
         """
         sources = self._sources
-        shared = np.zeros(len(sources.host_numbers) + 1, np.int64)
+        near = np.zeros((2, len(sources.host_numbers) + 1), np.int64)
+        behind = np.zeros((4, self.usable), np.int64)
         crowds = np.ones(len(sources.by_number), np.int64)
         busy = [source_id for source_id in self._book.pulls if source_id in sources.numbers]
         numbers = [sources.numbers[source_id] for source_id in busy]
         crowds[numbers] = [1 + self._book.pulling(source_id, now_us) for source_id in busy]
         for coverage in self._lists:
-            covering.least_crowded(coverage.rows, sources.hosts, crowds, shared)
-        return shared
+            covering.offer(coverage.rows, sources.hosts, crowds, near, behind)
+        known = [(sources.host_numbers[host], blocks) for host, blocks in coming if host in sources.host_numbers]
+        if known:
+            rows = np.array([(number, 0, blocks, 0) for number, (_, blocks) in enumerate(known)], np.int32)
+            hosts = np.array([host for host, _ in known], np.int64)
+            covering.offer(rows, hosts, np.ones(len(known), np.int64), near, behind)
+        covering.settle(behind)
+        return near, behind
 
     def _duration_us(
         self,
@@ -317,7 +321,7 @@ class Prefix:
     ) -> list[Segment]:
         """Consecutive segments from block `own` on, as far as usable sources reach."""
         segments: list[Segment] = []
-        candidates = self._candidates(coverage, instance)
+        candidates = self._candidates(coverage, instance, own)
         at = own
         while at < self.usable:
             best: tuple[float, str] | None = None

@@ -98,14 +98,15 @@ Row = Mapping[str, Any]
 
 
 def verdicts(rows: Iterable[Row]) -> list[Verdict]:
-    """Of each cell with ours and a baseline; only seeds for which all of the cell's policies are there."""
+    """Of each cell with ours and a baseline; only seeds for which all policies are there that the rows have."""
     cells: dict[Cell, dict[int, dict[str, Row]]] = {}
+    policies: dict[str, None] = {}
     for row in rows:
+        policies[row["policy"]] = None
         cell = Cell(row["workload"], row["cluster"], row["load"])
         cells.setdefault(cell, {}).setdefault(row["seed"], {})[row["policy"]] = row
     out = []
     for cell, by_seed in cells.items():
-        policies = {policy for found in by_seed.values() for policy in found}
         whole = [found for _, found in sorted(by_seed.items()) if len(found) == len(policies)]
         if whole and OURS in policies and len(policies) > 1:
             out.append(_verdict(cell, sorted(policies), whole))

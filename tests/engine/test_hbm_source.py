@@ -27,7 +27,7 @@ from .driving import cached_contents, prompt
 from .serving import PATIENCE_S, Gateway, all_free, eventually, expected, worker
 from .test_worker import late_memory
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.processes
 STAGING_BYTES = 4 << 20
 
 

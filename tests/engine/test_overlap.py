@@ -28,8 +28,6 @@ from kvpool.v1 import engine_pb2
 from .driving import prompt
 from .serving import PATIENCE_S, Gateway, Node, Still, all_free, eventually, expected, split, worker
 
-pytestmark = pytest.mark.timeout(300)
-
 PREFILL, DECODE = engine_pb2.PHASE_PREFILL, engine_pb2.PHASE_DECODE
 TRIES_S = 200.0
 CHUNK_BLOCKS = 4  # of 16 tokens, as `serving.worker` has it

@@ -20,8 +20,6 @@ from kvpool.v1 import directory_pb2, directory_pb2_grpc, engine_pb2, scheduler_p
 from .driving import prompt
 from .serving import PATIENCE_S, Gateway, eventually, worker
 
-pytestmark = pytest.mark.timeout(300)
-
 
 class Recorder(scheduler_pb2_grpc.SchedulerServicer, directory_pb2_grpc.DirectoryServicer):
     """Speaks both life lines and keeps what it hears."""

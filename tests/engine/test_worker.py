@@ -23,7 +23,7 @@ from .driving import prompt
 from .late import LateBlocks
 from .serving import PATIENCE_S, Gateway, Node, Still, all_free, eventually, expected, split, worker
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.processes
 PREFILL, DECODE = engine_pb2.PHASE_PREFILL, engine_pb2.PHASE_DECODE
 
 

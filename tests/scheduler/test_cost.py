@@ -19,7 +19,9 @@ from scheduler.core.cost import (
     PREFILL_PRIOR,
     CostBook,
     decode_features,
+    decode_time_us,
     prefill_features,
+    prefill_time_us,
 )
 from scheduler.core.events import DecodeSample, PrefillSample
 from scheduler.core.fit import LinearFit
@@ -99,6 +101,31 @@ def test_decode_is_learned() -> None:
         x = decode_features(batch, tokens)
         expected = sum(c * f for c, f in zip(truth, x, strict=True))
         assert fit.predict(x) == pytest.approx(expected, rel=0.08)
+
+
+@given(st.tuples(*[st.floats(0, 1e6)] * 3), st.integers(0, 1 << 22), st.integers(0, 1 << 22))
+def test_times_are_to_the_bit_what_a_fit_of_the_features_predicts(c: tuple[float, ...], a: int, b: int) -> None:
+    fit = LinearFit(c, 0.5, [], [], 0.0, 0.0, 0, c, False)
+    assert prefill_time_us(c, a, b) == fit.predict(prefill_features(a, b))
+    assert decode_time_us(c, a, b) == fit.predict(decode_features(a, b))
+
+
+@given(st.lists(st.tuples(st.sampled_from(list(LINK_PRIORS)), st.integers(1, 1 << 24), st.integers(1, 10**6))))
+@settings(max_examples=50)
+def test_no_link_is_believed_to_be_better_than_the_floor(samples: list[tuple[str, int, int]]) -> None:
+    book = CostBook(SchedulerConfig())
+    for number, (kind, size_bytes, duration_us) in enumerate(samples):
+        book.link_floor()
+        book.observe_link("w0", f"n{number % 5}", kind, size_bytes, duration_us, False, number)
+    floor = book.link_floor()
+    for kind in LINK_PRIORS:
+        latency_us, byte_us = book.floor(kind)
+        here = kind.startswith("local")
+        assert latency_us >= (floor.here_latency_us if here else floor.away_latency_us)
+        assert byte_us >= (floor.here_us if here else floor.away_us)
+    floors = [book.floor(kind) for kind in LINK_PRIORS]
+    assert min(floor.here_us, floor.away_us) == min(byte_us for _, byte_us in floors), "and no lower than need be"
+    assert min(floor.here_latency_us, floor.away_latency_us) == min(latency_us for latency_us, _ in floors)
 
 
 def link(count: int, us_a_byte: float, fit: LinearFit | None = None) -> LinearFit:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import scheduler_events as made
@@ -14,7 +15,7 @@ from scheduler.core.commands import Placed, Refused
 from scheduler.core.config import SchedulerConfig
 from scheduler.core.core import SchedulerCore
 from scheduler.core.fleet import Fleet
-from scheduler.core.options import Appraiser, Option
+from scheduler.core.options import NO_HANDOFF, Appraiser, Option
 from scheduler.core.policies import cheapest
 
 INSTANCES, NODES = 24, 4
@@ -101,6 +102,47 @@ def test_columns_decide_as_plain_arithmetic_does(seed: int, monkeypatch: pytest.
 
     monkeypatch.setattr(cheapest, "_by_columns", one_by_one)
     assert decisions(seed) == by_columns
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_option_costs_less_than_its_bound(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all there are, whether they would have been looked at or not."""
+    best, compared = cheapest._best, 0
+
+    def checked(bounded: Any, options_of: Any, *rest: Any) -> list[Option]:
+        nonlocal compared
+        bounded = list(bounded)
+        for bound_us, instance in bounded:
+            for option in options_of(instance):
+                # What the prefill instance has no way to hand over has no cost.
+                assert option.reason.startswith(NO_HANDOFF) or bound_us <= option.cost_us, (seed, option)
+                compared += 1
+        return best(bounded, options_of, *rest)
+
+    monkeypatch.setattr(cheapest, "_best", checked)
+    decisions(seed)
+    assert compared > 1000
+
+
+def test_of_many_that_are_alike_few_are_looked_at() -> None:
+    """Bounds are so near to costs that the first, or the second, is known to be good enough."""
+    core = SchedulerCore(SchedulerConfig(late_binding=()))
+    count = 2 * cheapest.LARGE_FLEET
+    for n in range(8):
+        core.handle(made.attached(n + 1, f"node-{n}", host_id=f"host-{n}"), 0)
+        core.handle(made.snapshot(n + 1, 0, f"a0..a9,{'bcdefghi'[n]}10..{'bcdefghi'[n]}40"), 0)
+    for n in range(count):
+        role, host = Role.DECODE if n % 4 else Role.PREFILL, n % 8
+        own = {"host_id": f"host-{host}", "node_source_id": f"node-{host}", "role": role, "kv_tokens_total": 1 << 20}
+        core.handle(made.joined(100 + n, f"w{n:03}", **own), 0)
+        sizes = (1_000_000, 4_000_000)
+        links = tuple(events.LinkSample(f"node-{(n * 3) % 8}", size, 2000 + size // 5000, False, 1) for size in sizes)
+        core.handle(made.reported(100 + n, kv_tokens_free=1 << 20, links=links), 0)
+    for n in range(300):
+        name = "bcdefghi"[n % 8]
+        core.handle(made.place(f"r{n}", blocks=f"a0..a9,{name}10..{name}40", prompt_tokens=2700), 1000 * n)
+    looked_at = sorted(entry.candidates_total for entry in core.ledger.entries.values())
+    assert len(looked_at) == 300 and looked_at[150] <= 4 and looked_at[-1] <= 12, looked_at
 
 
 @pytest.mark.parametrize("policy", ["random", "sticky", "round_robin", "least_loaded"])

@@ -182,6 +182,13 @@ def test_seeds_that_not_all_policies_have_are_left_out() -> None:
     assert verdict.verdicts([_row("kvpool", 0, 1.0)]) == []
 
 
+def test_a_cell_that_was_stopped_halfway_is_not_judged_by_the_baselines_it_has() -> None:
+    rows = [_row(p, s, 0.5) for p in ("kvpool", "llmd", "dynamo") for s in range(2)]
+    begun = [_row(p, 0, 0.9, load=0.7) for p in ("kvpool", "dynamo")]
+    (found,) = verdict.verdicts(rows + begun)
+    assert found.cell.load == 1.5 and found.seeds == 2
+
+
 # ---------------------------------------------------------------- the command
 
 

@@ -82,18 +82,16 @@ def _by_columns(appraiser: Appraiser, fleet: Fleet, rivals: bool) -> list[Option
     large = len(fleet.instances) > LARGE_FLEET
     reach = Reach(APPRAISED_MAX_LARGE, APPRAISED_MIN_LARGE, NEARLY) if large else Reach(APPRAISED_MAX, APPRAISED_MIN)
     count = min(max(reach.limit, HOPELESS_MAX) + 1, len(fleet.instances))
-    bounded = screen.colocated(count)
-    full = screen.full(bounded)
-    reach.hopeless = FULL_MAX if full else HOPELESS_MAX
-    options = _best(bounded, lambda i: [appraiser.colocated(i)], None, reach)
-    if full:
+    freest, calmest = screen.freest(2), screen.calmest()
+    reach.hopeless = FULL_MAX if calmest is None else HOPELESS_MAX
+    options = _best(screen.colocated(count), lambda i: [appraiser.colocated(i)], None, reach)
+    if calmest is None:
         seen = {option.decode.id for option in options}
-        options += [appraiser.colocated(i) for i in screen.freest(2) if i.id not in seen]
-    if appraiser.request.use_pool and bounded:
-        targets = Targets(screen.freest(2), _distinct(screen.calmest(), screen.nearest()))
-        slow_us = min(appraiser.slow_cost_us(d) for d in (*targets.freest, *targets.others))
+        options += [appraiser.colocated(i) for i in freest if i.id not in seen]
+    if appraiser.request.use_pool and freest:
+        targets = Targets(freest, _distinct(calmest, screen.nearest()))
         options += _best(
-            screen.prefills(appraiser, [*targets.freest, *targets.others], slow_us, count),
+            screen.prefills(appraiser, targets.freest, targets.others, count),
             lambda p: [appraiser.split(p, d) for d in targets.for_prefill(p)],
             _least(options) if rivals else None,
             reach,
