@@ -22,7 +22,7 @@ that time. The largest such set is bounded by Lagrange's relaxation: at any pric
 time plus the most that requests are worth beyond their work, and on a tree of prefixes that most is found exactly,
 leaves first. What rows of requests that do not overlap must lose adds up.
 
-Decode work was tried as well: tokens that are due under the TBT limit before the last prompt is. It takes at most 0.4
+Decode work is left out. That of the tokens that are due under the TBT limit before the last prompt is takes at most 0.4
 points off the bound in cells of four instances that do both, since answers may come as slowly as that limit allows.
 """
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from kvpool.core.namespace import GroupKind, GroupSpec, NamespaceSpec
 from kvpool.v1 import block_source_pb2
 
-START_TIMEOUT_S = END_TIMEOUT_S = 60.0
+START_TIMEOUT_S, END_TIMEOUT_S = 100.0, 60.0
 BLOCK_BYTES = 32 << 10
 SECTIONS = 4
 HELD = ("sessions", "leases", "pins", "reservations", "quarantined", "waiters", "blocks_writing")

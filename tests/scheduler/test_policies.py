@@ -124,6 +124,26 @@ def test_no_option_costs_less_than_its_bound(seed: int, monkeypatch: pytest.Monk
     assert compared > 1000
 
 
+def test_a_source_on_the_same_host_is_read_from_though_many_others_reach_further() -> None:
+    """More than are looked at everywhere; the one at hand has a single block that the instance lacks."""
+    core = SchedulerCore(SchedulerConfig(pull_sources_max=2))
+    for n in range(5):
+        core.handle(made.attached(n + 1, f"node-{n}", host_id=f"host-{n}"), 0)
+        core.handle(made.snapshot(n + 1, 0, "a0..a9" if n else "a0..a3"), 0)
+    core.handle(made.attached(7, "w0-hbm", tier=Tier.HBM, address="", host_id="host-0"), 0)
+    core.handle(made.snapshot(7, 0, "a0..a2"), 0)
+    core.handle(made.joined(8), 0)
+    sizes = tuple(range(100_000, 1_000_000, 100_000))
+    near = tuple(events.LinkSample("node-0", size, 10 + size // 10_000, False, 1) for size in sizes)
+    far = tuple(
+        events.LinkSample(f"node-{n}", size, 1000 + size // 50, False, 1) for n in range(1, 5) for size in sizes
+    )
+    core.handle(made.reported(8, links=near + far), 0)
+    (placed,) = core.handle(made.place("r", blocks="a0..a9", prompt_tokens=650), 0)
+    assert isinstance(placed, Placed)
+    assert [(run.source_id == "node-0", run.first, run.count) for run in placed.pull] == [(True, 3, 1), (False, 4, 6)]
+
+
 def test_of_many_that_are_alike_few_are_looked_at() -> None:
     """Bounds are so near to costs that the first, or the second, is known to be good enough."""
     core = SchedulerCore(SchedulerConfig(late_binding=()))

@@ -2,18 +2,23 @@
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvpool.core.errors import BadArgument
 from kvpool.core.ssd.format import (
+    DESCRIPTOR,
     DESCRIPTOR_BYTES,
     FOOTER_ENTRY,
     FORMAT_VERSION,
     PAGE_BYTES,
     RecordKind,
     align,
+    descriptor_verifies,
+    footer_bytes,
+    is_packed,
     pack_footer,
     pack_segment_header,
     pack_store_header,
@@ -27,6 +32,7 @@ from kvpool.core.ssd.format import (
     record_bytes_of,
     segment_name,
     segment_number,
+    sign_descriptors,
 )
 from kvpool.core.ssd.log import LogConfig, LogCore, SegmentSpace
 from kvpool.core.ssd.reclaim import Effort, heads_in, heads_to_bury, plan_reclaim
@@ -58,7 +64,7 @@ class LogMachine(RuleBasedStateMachine):
         while done < len(numbers):
             rounds += 1
             assert rounds < 30, "reclaiming gains nothing"
-            placed = self.log.place(sizes[done:], [0] * (len(numbers) - done))
+            placed = self.log.place(np.array(sizes[done:], np.uint64), np.zeros(len(numbers) - done, np.uint16))
             if placed is None:
                 if reclaiming:
                     assert self.log.may_open(reclaiming=True), "the reserve was not enough"
@@ -288,3 +294,46 @@ def test_seeds_of_many_places_are_those_of_each():
     offsets = rng.integers(0, 1 << 40, 200)
     one_by_one = [place_seed(seed, offset) for seed, offset in zip(seeds.tolist(), offsets.tolist(), strict=True)]
     assert place_seeds(seeds, offsets).tolist() == one_by_one
+
+
+@pytest.mark.parametrize("count", [0, 1, 300])
+def test_signed_descriptors_verify_where_they_were_signed(count):
+    """As one by one, with another implementation of the checksum; names are part of it."""
+    rng = np.random.default_rng(count)
+    descriptors = rng.integers(0, 256, count * DESCRIPTOR_BYTES, dtype=np.uint8).view(DESCRIPTOR)
+    names = [rng.bytes(rng.integers(1, 1000)) if rng.integers(2) else b"" for _ in range(count)]
+    descriptors["kind"], descriptors["section_count"] = RecordKind.DATA, 1
+    descriptors["name_bytes"] = [len(name) for name in names]
+    offsets, seed = rng.integers(0, 1 << 40, count), int(rng.integers(0, 1 << 64, dtype=np.uint64))
+    sign_descriptors(descriptors, names, offsets, seed)
+    for row, (name, offset) in enumerate(zip(names, offsets.tolist(), strict=True)):
+        raw = np.frombuffer(descriptors[row].tobytes() + name, np.uint8)
+        assert xxhash.xxh3_64_intdigest(raw[16:], place_seed(seed, offset)) == int(descriptors[row]["checksum"])
+        assert descriptor_verifies(raw, offset, seed)
+        assert not descriptor_verifies(raw, offset + 64, seed)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_many_records_lie_where_each_would(seed):
+    """As one by one: large ones begin on a page, and none lies beyond where the footer of all must begin."""
+    rng = np.random.default_rng(seed)
+    kinds = [[1, 200, 16_384], [16_385, 20_000, 65_536], [1, 16_384, 16_385, 65_536]][seed % 3]
+    sizes, name_bytes = rng.choice(kinds, 200).astype(np.uint64), rng.integers(0, 1000, 200).astype(np.uint16)
+    core = LogCore(LogConfig(int(rng.integers(8, 900)) * PAGE_BYTES, 8, 8 * int(rng.integers(8, 300))))
+    segment = core.open_segment()
+    segment.used_bytes = PAGE_BYTES * int(rng.integers(1, 8))
+    expected, at = [], segment.used_bytes
+    for size, name in zip(sizes.tolist(), name_bytes.tolist(), strict=True):
+        begin = at if is_packed(size) else align(at)
+        end = begin + record_bytes(size, name)
+        if len(expected) == core.config.rows_max // 8:
+            break
+        if align(end) + footer_bytes(len(expected) + 1) > core.config.segment_bytes:
+            break
+        expected.append(begin)
+        at = end
+    placed = core.place(sizes, name_bytes)
+    assert (placed.offsets.tolist() if placed else []) == expected
+    if placed:
+        assert (placed.end, segment.used_bytes) == (align(at), align(at))
+        assert placed.sequences.tolist() == list(range(1, len(expected) + 1))

@@ -8,6 +8,10 @@ The store is full: it appends into space that it gave back, as it does for most 
   buffers again and again, which stay in the caches, and syncs once at the end. `fio write` makes a new file, `fio
   rewrite` writes the one that is there.
 
+The kinds differ: the store writes, as fio does, from one thread through a queue of the kernel, but blocks where they
+lie; it reads, as `loop` does, in threads, but small blocks into memory that stays in the caches, as fio's does, and
+moves them from there to where they belong.
+
 Rounds of all kinds are interleaved; medians are reported, of ratios those of each round's ratio. Reads of the store
 verify digests, and read a page more a block; `copy then hash` says what verifying alone costs in memory.
 

@@ -19,6 +19,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from kvpool.core.errors import NoSsd
+from kvpool.core.kernels.copying import digest_blocks
 from kvpool.core.namespace import SECTIONS_MAX
 
 FORMAT_VERSION: Final = 1
@@ -38,6 +39,8 @@ SEGMENT_MAGIC: Final = int.from_bytes(b"KVPSEGMT", "little")
 TRAILER_MAGIC: Final = int.from_bytes(b"KVPTRAIL", "little")
 STORE_MAGIC: Final = int.from_bytes(b"KVPSTORE", "little")
 
+#: What a descriptor's checksum covers begins here.
+_BODY_AT: Final = 16
 _RECORD_MAGIC_BYTES: Final = b"KVPRECRD"
 _FORMAT_VERSION_BYTES: Final = FORMAT_VERSION.to_bytes(2, "little")
 _MASK64: Final = (1 << 64) - 1
@@ -122,6 +125,21 @@ def record_bytes_of(sizes: NDArray[np.uint64], name_bytes: NDArray[np.uint16]) -
     return np.where(signed <= PACKED_BYTES_MAX, packed, large)
 
 
+def place_records(start: int, sizes: NDArray[np.uint64], name_bytes: NDArray[np.uint16]) -> NDArray[np.int64]:
+    """Where records begin that lie one behind the other from a page on; int64 (n)."""
+    weights = record_bytes_of(sizes, name_bytes)
+    packed = sizes <= PACKED_BYTES_MAX
+    if packed.all() or not packed.any():
+        return start + np.cumsum(weights) - weights
+    offsets = np.empty(len(sizes), np.int64)
+    at = start
+    for row, (weight, is_small) in enumerate(zip(weights.tolist(), packed.tolist(), strict=True)):
+        at = at if is_small else align(at)
+        offsets[row] = at
+        at += weight
+    return offsets
+
+
 def payload_offset(size_bytes: int, name_bytes: int) -> int:
     """Where a payload begins, from its record's start."""
     return DESCRIPTOR_BYTES + name_bytes if is_packed(size_bytes) else PAGE_BYTES
@@ -130,6 +148,11 @@ def payload_offset(size_bytes: int, name_bytes: int) -> int:
 def footer_bytes(entry_count: int) -> int:
     """What a sealed segment's end takes: entries in whole pages, and the trailer's page."""
     return align(entry_count * FOOTER_ENTRY_BYTES) + PAGE_BYTES
+
+
+def footer_bytes_of(entry_counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """`footer_bytes` of each."""
+    return (-(-entry_counts * FOOTER_ENTRY_BYTES // PAGE_BYTES) + 1) * PAGE_BYTES
 
 
 def payload_bytes_max(segment_bytes: int) -> int:
@@ -177,11 +200,28 @@ def sign_descriptors(descriptors: Descriptors, names: list[bytes], offsets: NDAr
     """
     descriptors["magic"] = RECORD_MAGIC
     descriptors["version"] = FORMAT_VERSION
+    seeds = place_seeds(np.full(len(offsets), seed, np.uint64), offsets)
+    descriptors["checksum"] = _body_digests(descriptors, seeds)
     packed = descriptors.view(np.uint8).data
-    checksums = descriptors["checksum"]
-    for row, (name, offset) in enumerate(zip(names, offsets.tolist(), strict=True)):
-        body = packed[row * DESCRIPTOR_BYTES + 16 : (row + 1) * DESCRIPTOR_BYTES]
-        checksums[row] = xxhash.xxh3_64_intdigest(bytes(body) + name if name else body, place_seed(seed, offset))
+    for row, name in enumerate(names):
+        if name:
+            body = packed[row * DESCRIPTOR_BYTES + _BODY_AT : (row + 1) * DESCRIPTOR_BYTES]
+            descriptors["checksum"][row] = xxhash.xxh3_64_intdigest(bytes(body) + name, int(seeds[row]))
+
+
+def _body_digests(descriptors: Descriptors, seeds: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """XXH3-64 of what follows each checksum, with a seed each, in one call; uint64 (n)."""
+    count = len(descriptors)
+    first = descriptors.__array_interface__["data"][0] + _BODY_AT
+    # The kernel's seed of a block's first section is its key's words, xored.
+    words = np.zeros((count, 2), np.uint64)
+    words[:, 0] = seeds
+    digests = np.zeros((count, 1), np.uint64)
+    digest_blocks(
+        np.arange(count, dtype=np.uint64) * np.uint64(DESCRIPTOR_BYTES) + np.uint64(first),
+        np.full(count, DESCRIPTOR_BYTES - _BODY_AT, np.uint64), words, np.ones(count, np.uint64), digests,
+    )  # fmt: skip
+    return digests[:, 0]
 
 
 def descriptor_verifies(data: NDArray[np.uint8], offset: int, seed: int) -> bool:

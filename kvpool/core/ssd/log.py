@@ -23,8 +23,9 @@ from kvpool.core.ssd.format import (
     RecordKind,
     align,
     footer_bytes,
-    is_packed,
-    record_bytes,
+    footer_bytes_of,
+    place_records,
+    record_bytes_of,
 )
 from kvpool.core.ssd.records import Space, SsdFacts
 from kvpool.core.ssd.rows import NO_ROW, LogRows, Rows, RowState
@@ -204,32 +205,30 @@ class LogCore:
         self.next_segment += 1
         return segment
 
-    def place(self, sizes: Sequence[int], name_bytes: Sequence[int]) -> Placement | None:
+    def place(self, sizes: NDArray[np.uint64], name_bytes: NDArray[np.uint16]) -> Placement | None:
         """Places of as many of the first records as the active segment has room for; None: not even one.
 
         Sequences and space are given out for good: what is not committed is dead space.
+
+        Args: sizes: bytes of payload, uint64 (n); name_bytes: of name, uint16 (n).
         """
         if self.active is None:
             return None
         segment = self.segments[self.active]
-        room = min(self.rows.free_count, self.config.rows_max // _ROWS_SHARE - segment.records)
-        offsets: list[int] = []
-        position = end = segment.used_bytes
-        for size, name in zip(sizes[: max(room, 0)], name_bytes, strict=False):
-            if not is_packed(size):
-                position = align(position)
-            after = position + record_bytes(size, name)
-            if align(after) + footer_bytes(segment.records + len(offsets) + 1) > self.config.segment_bytes:
-                break
-            offsets.append(position)
-            position = end = after
-        if not offsets:
+        room = max(0, min(self.rows.free_count, self.config.rows_max // _ROWS_SHARE - segment.records))
+        sizes, name_bytes = sizes[:room], name_bytes[:room]
+        offsets = place_records(segment.used_bytes, sizes, name_bytes)
+        ends = offsets + record_bytes_of(sizes, name_bytes)
+        footers = footer_bytes_of(segment.records + 1 + np.arange(len(ends)))
+        fitting = -(-ends // PAGE_BYTES) * PAGE_BYTES + footers <= self.config.segment_bytes
+        count = len(fitting) if fitting.all() else int(np.argmin(fitting))
+        if not count:
             return None
-        start, segment.used_bytes = segment.used_bytes, align(end)
+        start, segment.used_bytes = segment.used_bytes, align(int(ends[count - 1]))
         first = self.next_sequence
-        self.next_sequence += len(offsets)
+        self.next_sequence += count
         return Placement(
-            segment.number, start, segment.used_bytes, np.array(offsets, np.int64),
+            segment.number, start, segment.used_bytes, offsets[:count],
             np.arange(first, self.next_sequence, dtype=np.uint64),
         )  # fmt: skip
 
@@ -321,16 +320,18 @@ class LogCore:
 
     def _account(self, rows: Rows, states: NDArray[np.uint8], sign: int) -> None:
         """Adds or takes away what rows in these states weigh."""
-        counted = np.isin(states, _COUNTED)
+        if not len(rows):
+            return
+        live, removed = states == RowState.LIVE, states == RowState.TOMBSTONE
+        counted = live | removed
         weights = self.rows.record_bytes(rows[counted])
         numbers, at = np.unique(self.rows.segments[rows[counted]], return_inverse=True)
         sums = np.zeros(len(numbers), np.int64)
         np.add.at(sums, at.reshape(-1), weights)
         for number, total in zip(numbers.tolist(), sums.tolist(), strict=True):
             self.segments[number].live_bytes += sign * total
-        live = states == RowState.LIVE
         self._live_records += sign * int(np.count_nonzero(live))
-        self._tombstones += sign * int(np.count_nonzero(states == RowState.TOMBSTONE))
+        self._tombstones += sign * int(np.count_nonzero(removed))
         self._payload_bytes += sign * int(self.rows.sizes[rows[live]].sum())
 
     def check_invariants(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,8 @@ from kvpool.core.errors import BadArgument
 from kvpool.core.ids import KEY_BYTES, KeyArray
 from kvpool.core.namespace import SECTIONS_MAX
 from kvpool.core.ssd.format import NAME_BYTES_MAX
+
+_BYTE: Final = np.dtype(np.uint8)
 
 
 class SsdState(StrEnum):
@@ -66,7 +69,7 @@ class RecordBatch:
         ):
             raise BadArgument(f"section_counts must be 1 to {SECTIONS_MAX}, with a digest each")
         for payload, parts in zip(self.payloads, self.section_counts.tolist(), strict=True):
-            if payload.dtype != np.uint8 or payload.ndim != 1 or not payload.flags.c_contiguous or not payload.size:
+            if payload.dtype != _BYTE or payload.ndim != 1 or not payload.flags.c_contiguous or not payload.size:
                 raise BadArgument("payloads must be contiguous uint8 arrays of at least one byte")
             if payload.size % parts:
                 raise BadArgument(f"{parts} sections do not divide a payload of {payload.size} bytes")

@@ -155,14 +155,8 @@ class LogRows:
         fresh = self._allocate(len(entries))
         old, copies, created = heads[known], fresh[known], fresh[~known]
         before = self.states[old].copy()
-        self.keys[copies] = self.keys[old]
-        for name, _ in _COLUMNS:
-            column = getattr(self, name)
-            column[copies] = column[old]
-        data = self.kinds[old] != RecordKind.TOMBSTONE
-        self.states[copies] = np.where(data, RowState.STALE, RowState.OBSOLETE)
-        self.stale[copies] = 0
-        self.stale[old] += data.astype(np.uint32)
+        if len(old):
+            self._set_aside(old, copies)
         heads[~known] = created
         self.keys[created] = key_words(keys[~known])
         self.stale[created] = 0
@@ -172,6 +166,17 @@ class LogRows:
         table_insert(created, self._header, self._buckets, self.keys)
         self._drop_idle(heads)
         return heads, copies, before
+
+    def _set_aside(self, heads: Rows, copies: Rows) -> None:
+        """Makes stale copies of heads that something newer is about to replace; their tombstones hide nothing then."""
+        self.keys[copies] = self.keys[heads]
+        for name, _ in _COLUMNS:
+            column = getattr(self, name)
+            column[copies] = column[heads]
+        data = self.kinds[heads] != RecordKind.TOMBSTONE
+        self.states[copies] = np.where(data, RowState.STALE, RowState.OBSOLETE)
+        self.stale[copies] = 0
+        self.stale[heads] += data.astype(np.uint32)
 
     def lose(self, heads: Rows) -> None:
         """Makes live heads unreadable without a tombstone on disk."""

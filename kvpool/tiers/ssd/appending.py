@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,19 +31,17 @@ from kvpool.core.ssd.log import Placement
 from kvpool.core.ssd.records import RecordBatch, SsdState
 from kvpool.core.ssd.rows import NO_ROW
 from kvpool.tiers.ssd.files import FULL_ERRORS, Files
-from kvpool.tiers.ssd.lanes import Arena, Bytes, Lanes, cut, is_aligned
+from kvpool.tiers.ssd.group_writing import write_group
+from kvpool.tiers.ssd.lanes import Arena, Bytes, Lanes, addresses_of
 from kvpool.tiers.ssd.open_log import OpenLog, SegmentFile
 
-#: One system call writes up to this much. Less than 1 MiB: a block device takes a bounded number of pieces of memory in
-#: one request (virtio 254), and a page is a piece. 1 MiB would be one full request and one of two pages.
-WRITE_BYTES = 960 << 10
-#: So much of a group is written while what follows is laid out.
-PORTION_BYTES = 4 << 20
 #: Payload of a group: what one fdatasync covers, if as much is waiting.
 GROUP_BYTES = 64 << 20
 GROUP_RECORDS = 4096
 #: Memory for descriptors, packed records, and payloads that O_DIRECT does not take.
 ARENA_BYTES = 16 << 20
+#: Pages of descriptors that are laid out together: the first writes need not wait for all of a group's.
+HEADS_MAX = 64
 #: After so many failed groups in a row nothing is written any more.
 FAILURES_MAX = 3
 
@@ -66,8 +63,9 @@ class LogAppender:
             can't be written.
         """
         picked = rows[:GROUP_RECORDS].tolist()
-        in_place = _taken_in_place([batch.payloads[row] for row in picked], direct=self._log.files.direct)
-        picked = picked[: _group_length(batch, picked, in_place)]
+        sizes, name_bytes = sizes_of(batch, picked)
+        in_place = _taken_in_place([batch.payloads[row] for row in picked], sizes, direct=self._log.files.direct)
+        picked = picked[: _group_length(sizes, name_bytes, in_place)]
         names = [batch.names[row] if batch.names else b"" for row in picked]
         core = self._log.core
         with self._log.lock:
@@ -76,12 +74,12 @@ class LogAppender:
             namespaces = core.name_namespaces(batch.namespace_ids[picked])
             if namespaces is None:
                 return None
-            placed = core.place([batch.payloads[row].size for row in picked], [len(name) for name in names])
+            placed = core.place(sizes[: len(picked)], name_bytes[: len(picked)])
             segment = None if placed is None else self._log.segments[placed.segment]
         if placed is None or segment is None:
             return 0
         picked, names = picked[: len(placed)], names[: len(placed)]
-        descriptors = _describe(batch, picked, names, kind, placed, segment.seed)
+        descriptors = _describe(batch, picked, sizes[: len(placed)], names, kind, placed, segment.seed)
         try:
             self._write(segment, placed, descriptors, names, [batch.payloads[row] for row in picked], in_place)
         except OSError as error:
@@ -150,17 +148,11 @@ class LogAppender:
         payloads: list[Bytes], in_place: NDArray[np.bool_],
     ) -> None:  # fmt: skip
         self._arena.reset()
-        offset, writes = placed.start, 0
-        under_way: list[Callable[[], None]] = []
         buffers = _lay_out(self._arena, placed, descriptors, names, payloads, in_place)
-        try:
-            for some in _portions(buffers):
-                parts = cut(some, offset, WRITE_BYTES)
-                under_way.append(self._lanes.start([partial(segment.file.write, part, at) for at, part in parts]))
-                offset, writes = offset + sum(len(buffer) for buffer in some), writes + len(parts)
-        finally:
-            _finish_all(under_way)
-        assert offset == placed.end
+        end, writes = write_group(
+            self._lanes, segment.file, buffers, placed.start, direct=self._log.files.direct
+        )  # fmt: skip
+        assert end == placed.end
         segment.file.sync()
         self._log.count(writes=writes, write_bytes=placed.end - placed.start, syncs=1)
 
@@ -216,32 +208,33 @@ def sizes_of(batch: RecordBatch, rows: Sequence[int]) -> tuple[NDArray[np.uint64
     return sizes, np.array(names, np.uint16)
 
 
-def _taken_in_place(payloads: Sequence[Bytes], *, direct: bool) -> NDArray[np.bool_]:
+def _taken_in_place(payloads: Sequence[Bytes], sizes: NDArray[np.uint64], *, direct: bool) -> NDArray[np.bool_]:
     """Which payloads can be written from where they lie; bool (n)."""
     if not direct:
         return np.ones(len(payloads), np.bool_)
-    return np.array([not is_packed(payload.size) and is_aligned(payload) for payload in payloads], np.bool_)
+    aligned: NDArray[np.bool_] = addresses_of(payloads) % np.uint64(PAGE_BYTES) == 0
+    return aligned & (sizes > PACKED_BYTES_MAX)
 
 
-def _group_length(batch: RecordBatch, rows: list[int], in_place: NDArray[np.bool_]) -> int:
+def _group_length(sizes: NDArray[np.uint64], name_bytes: NDArray[np.uint16], in_place: NDArray[np.bool_]) -> int:
     """How many of the first records go into one group: at least one."""
-    sizes, name_bytes = sizes_of(batch, rows)
     copied = np.where(in_place, 2 * PAGE_BYTES, 2 * PAGE_BYTES + sizes.astype(np.int64))
     staged = np.where(sizes <= PACKED_BYTES_MAX, record_bytes_of(sizes, name_bytes), copied)
     too_much = (np.cumsum(sizes) > GROUP_BYTES) | (np.cumsum(staged) > ARENA_BYTES - PAGE_BYTES)
-    return max(1, int(np.argmax(too_much))) if too_much.any() else len(rows)
+    return max(1, int(np.argmax(too_much))) if too_much.any() else len(sizes)
 
 
 def _describe(
-    batch: RecordBatch, picked: list[int], names: list[bytes], kind: RecordKind, placed: Placement, seed: int
-) -> NDArray[np.void]:
+    batch: RecordBatch, picked: list[int], sizes: NDArray[np.uint64], names: list[bytes], kind: RecordKind,
+    placed: Placement, seed: int,
+) -> NDArray[np.void]:  # fmt: skip
     descriptors = np.zeros(len(picked), DESCRIPTOR)
     descriptors["kind"] = kind
     descriptors["fidelity"] = batch.fidelities[picked]
     descriptors["section_count"] = batch.section_counts[picked]
     descriptors["name_bytes"] = [len(name) for name in names]
     descriptors["sequence"] = placed.sequences
-    descriptors["size"] = [batch.payloads[row].size for row in picked]
+    descriptors["size"] = sizes
     descriptors["group_sequence"] = placed.sequences[0]
     descriptors["key"] = batch.keys[picked]
     descriptors["namespace"] = batch.namespace_ids[picked]
@@ -271,10 +264,14 @@ def _lay_out(
         while row < len(offsets) and is_packed(payloads[row].size) == packed:
             row += 1
         if not packed:
-            heads = _lay_heads(arena, raw[first:row], names[first:row])
-            for head, payload, stays in zip(heads, payloads[first:row], in_place[first:row].tolist(), strict=True):
-                yield head.data
-                yield from _lay_payload(arena, payload, in_place=stays)
+            for start in range(first, row, HEADS_MAX):
+                stop = min(start + HEADS_MAX, row)
+                heads = _lay_heads(arena, raw[start:stop], names[start:stop])
+                for head, payload, stays in zip(
+                    heads, payloads[start:stop], in_place[start:stop].tolist(), strict=True
+                ):
+                    yield head.data
+                    yield from _lay_payload(arena, payload, in_place=stays)
             continue
         end = offsets[row - 1] + record_bytes(payloads[row - 1].size, len(names[row - 1]))
         area = arena.take(align(end - offsets[first]))
@@ -284,32 +281,6 @@ def _lay_out(
             _fill(area[start:stop], [raw[i], np.frombuffer(names[i], np.uint8), payloads[i]])
         area[end - offsets[first] :] = 0
         yield area.data
-
-
-def _portions(buffers: Iterator[memoryview]) -> Iterator[list[memoryview]]:
-    """Buffers in lists of about PORTION_BYTES."""
-    some: list[memoryview] = []
-    size = 0
-    for buffer in buffers:
-        some.append(buffer)
-        size += len(buffer)
-        if size >= PORTION_BYTES:
-            yield some
-            some, size = [], 0
-    if some:
-        yield some
-
-
-def _finish_all(under_way: Sequence[Callable[[], None]]) -> None:
-    """Waits for all writes, whatever happens to some: they read the callers' memory. Raises: the first failure."""
-    failures: list[BaseException] = []
-    for finish in under_way:
-        try:
-            finish()
-        except BaseException as error:
-            failures.append(error)
-    if failures:
-        raise failures[0]
 
 
 def _lay_heads(arena: Arena, descriptors: Bytes, names: Sequence[bytes]) -> Bytes:

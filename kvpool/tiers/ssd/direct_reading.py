@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,22 +11,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpool.core.index import key_words
+from kvpool.core.kernels.copying import STREAM_BYTES_MIN
 from kvpool.core.ssd.format import DESCRIPTOR, DESCRIPTOR_BYTES, PACKED_BYTES_MAX, PAGE_BYTES, place_seeds
 from kvpool.core.ssd.records import SsdRead
 from kvpool.tiers.ssd.files import DiskFile, File
-from kvpool.tiers.ssd.lanes import Bytes, Lanes
+from kvpool.tiers.ssd.lanes import Lanes, addresses_of
 from kvpool.tiers.ssd.read_loop import BAD, GOOD, LEFT, RUN_RECORDS, cut_runs, read_runs
 
 if TYPE_CHECKING:
     from kvpool.tiers.ssd.open_log import SegmentFile
     from kvpool.tiers.ssd.reading import Wanted
 
-#: One system call reads about this much: neighbours in the log are read together. As `appending.WRITE_BYTES`.
+#: One system call reads about this much: neighbours in the log are read together. As `group_writing.WRITE_BYTES`.
 RUN_BYTES: Final = 960 << 10
 #: Packed records this near to each other are read together with what lies between.
 GAP_BYTES: Final = 2 * PAGE_BYTES
 #: Larger records are left to others, which read parts of them at once.
 RECORD_BYTES_MAX: Final = (2 << 20) + PAGE_BYTES
+#: Payloads up to here are read into the thread's memory, and moved to their targets while they are verified; larger
+#: ones at once into their target, if it lies on whole pages. A disk whose data is copied by software (virtual ones are)
+#: fills memory that stays in the caches faster, by more than the move costs; at 2 MiB the difference is gone.
+STAGED_BYTES_MAX: Final = 1 << 20
 #: A thread's memory: a run that is read through it, and the pages where it begins and ends.
 _MEMORY_BYTES: Final = RECORD_BYTES_MAX + 2 * PAGE_BYTES
 _NO_FILE: Final = -1
@@ -61,16 +65,18 @@ def read_directly(lanes: Lanes, wanted: Wanted, answer: SsdRead, *, direct: bool
     rows = order.tolist()
     offsets, ends = np.array(wanted.offsets, np.uint64)[order], np.array(wanted.ends, np.uint64)[order]
     sizes, name_bytes = np.array(wanted.sizes, np.uint64)[order], np.array(wanted.name_bytes, np.uint64)[order]
-    targets = np.array([_address_of(wanted.targets[row]) for row in rows], np.uint64)
+    targets = addresses_of([target for row in rows if (target := wanted.targets[row]) is not None])
     packed = sizes <= PACKED_BYTES_MAX
-    straight = ~packed & (targets % PAGE_BYTES == 0) if direct else ~packed
+    straight = ~packed
+    if direct:
+        straight &= (targets % PAGE_BYTES == 0) & (sizes > STAGED_BYTES_MAX)
     runs = cut_runs(numbers[order], offsets, ends, straight, packed, RUN_BYTES, GAP_BYTES)
     raw = np.empty((len(rows), DESCRIPTOR_BYTES + int(name_bytes.max())), np.uint8)
     outcomes = np.full(len(rows), LEFT, np.uint8)
     arguments = (
         np.zeros(1, np.uint64), runs, descriptors[order], straight, offsets, ends, sizes, name_bytes,
         wanted.sequences[order], key_words(wanted.keys[order]), place_seeds(seeds[order], offsets.astype(np.int64)),
-        targets,
+        targets, bool(sizes.sum() >= STREAM_BYTES_MIN),
     )  # fmt: skip
     lanes.run([partial(_work, lanes, arguments, raw, outcomes)] * min(lanes.depth, len(runs) - 1))
     _answer(answer, order, outcomes, raw, name_bytes)
@@ -105,7 +111,7 @@ def _suitable(wanted: Wanted, numbers: I64, descriptors: I64) -> tuple[I64, list
     return chosen, np.flatnonzero(~suits).tolist()
 
 
-def _work(lanes: Lanes, arguments: tuple[NDArray[np.generic], ...], raw: U8, outcomes: U8) -> None:
+def _work(lanes: Lanes, arguments: tuple[NDArray[np.generic] | bool, ...], raw: U8, outcomes: U8) -> None:
     arena = lanes.borrow_arena()
     try:
         read_runs(*arguments, arena.take(_MEMORY_BYTES), raw, outcomes)
@@ -124,12 +130,6 @@ def _answer(answer: SsdRead, order: I64, outcomes: U8, raw: U8, name_bytes: NDAr
     answer.good[at] = True
 
 
-def _address_of(target: Bytes | None) -> int:
-    """Where a target begins; a quarter of the time of asking numpy."""
-    assert target is not None
-    return ctypes.addressof(ctypes.c_char.from_buffer(target.data))
-
-
 def _descriptor(file: File) -> int:
     """Of the system's file; _NO_FILE if there is another layer, whose own `read` must be called."""
     return file.descriptor if isinstance(file, DiskFile) else _NO_FILE
@@ -141,6 +141,6 @@ def warm_up() -> None:
     runs = cut_runs(none, words, words, np.zeros(0, np.bool_), np.zeros(0, np.bool_), RUN_BYTES, GAP_BYTES)
     read_runs(
         np.zeros(1, np.uint64), runs, none, np.zeros(0, np.bool_), words, words, words, words, words,
-        np.zeros((0, 2), np.uint64), words, words, np.zeros(1, np.uint8), np.zeros((0, DESCRIPTOR_BYTES), np.uint8),
-        np.zeros(0, np.uint8),
+        np.zeros((0, 2), np.uint64), words, words, False, np.zeros(1, np.uint8),
+        np.zeros((0, DESCRIPTOR_BYTES), np.uint8), np.zeros(0, np.uint8),
     )  # fmt: skip

@@ -13,9 +13,12 @@ from numpy.typing import NDArray
 from kvpool.core.ssd.format import PAGE_BYTES, align
 from kvpool.tiers.ssd.daemon_threads import DaemonThreads
 from kvpool.tiers.ssd.files import Buffers
+from kvpool.tiers.ssd.io_queue import IoQueue
 
 #: Buffers of one system call (IOV_MAX is 1024).
 BUFFERS_MAX = 512
+#: Queues that are kept for the next callers.
+QUEUES_KEPT_MAX = 2
 
 Bytes = NDArray[np.uint8]
 
@@ -49,6 +52,8 @@ class Lanes:
 
     def __init__(self, depth: int, name: str, arena_bytes: int) -> None:
         self.depth = depth
+        #: Queues that nobody uses, as the arenas below.
+        self._queues: list[IoQueue] = []
         self._threads = DaemonThreads(depth, name)
         self._arena_bytes = arena_bytes
         #: Arenas that nobody uses; appending and popping need no lock.
@@ -66,6 +71,24 @@ class Lanes:
     def return_arena(self, arena: Arena) -> None:
         if len(self._arenas) < self.depth:
             self._arenas.append(arena)
+
+    def borrow_queue(self) -> IoQueue | None:
+        """A queue for the caller alone, until `return_queue`; None where the system has none, or no more of them."""
+        try:
+            return self._queues.pop()
+        except IndexError:
+            pass
+        try:
+            return IoQueue(self.depth)
+        except OSError:
+            return None
+
+    def return_queue(self, queue: IoQueue) -> None:
+        """With nothing in flight; or closed, and so of no use to others."""
+        if len(self._queues) < QUEUES_KEPT_MAX and queue.context:
+            self._queues.append(queue)
+        else:
+            queue.close()
 
     def start(self, tasks: Sequence[Callable[[], None]]) -> Callable[[], None]:
         """Begins to run tasks on up to `depth` threads; a single one is run at once.
@@ -114,6 +137,8 @@ class Lanes:
 
     def close(self) -> None:
         self._threads.shutdown()
+        while self._queues:
+            self._queues.pop().close()
 
 
 def _work(waiting: Iterator[Callable[[], None]], failures: list[BaseException]) -> None:
@@ -132,6 +157,23 @@ def address_of(data: Bytes) -> int:
         return ctypes.addressof(ctypes.c_char.from_buffer(data.data))
     address: int = data.__array_interface__["data"][0]
     return address
+
+
+def addresses_of(arrays: Sequence[Bytes]) -> NDArray[np.uint64]:
+    """`address_of` of each, which are contiguous; uint64 (n)."""
+    address, char = ctypes.addressof, ctypes.c_char.from_buffer
+    try:
+        # Half the time. It takes only what can be written, and is not empty.
+        return np.array([address(char(array.data)) for array in arrays], np.uint64)
+    except (TypeError, ValueError):
+        return np.array([address_of(array) for array in arrays], np.uint64)
+
+
+def address_of_view(view: memoryview) -> int:
+    """Where the memory of contiguous bytes begins, of which there is at least one."""
+    if view.readonly:
+        return address_of(np.frombuffer(view, np.uint8))
+    return ctypes.addressof(ctypes.c_char.from_buffer(view))
 
 
 def is_aligned(data: Bytes) -> bool:

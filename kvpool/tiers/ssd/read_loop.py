@@ -18,9 +18,9 @@ from numba import njit, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from kvpool.core.kernels.atomics import array_address
+from kvpool.core.kernels.atomics import array_address, fence_stores
 from kvpool.core.kernels.stripes import load_8, load_64, move_bytes
-from kvpool.core.kernels.xxh3_64 import HASH_ONLY, SCRATCH_WORDS, STORE, move_and_hash
+from kvpool.core.kernels.xxh3_64 import HASH_ONLY, SCRATCH_WORDS, STORE, STREAM, move_and_hash
 from kvpool.core.namespace import SECTIONS_MAX
 from kvpool.core.ssd.format import (
     DESCRIPTOR,
@@ -62,7 +62,8 @@ _CHECKSUM_AT, _VERSION_AT, _KIND_AT = _place("checksum"), _place("version"), _pl
 _SECTIONS_AT, _NAME_BYTES_AT, _SEQUENCE_AT = _place("section_count"), _place("name_bytes"), _place("sequence")
 _SIZE_AT, _KEY_AT, _DIGESTS_AT = _place("size"), _place("key"), _place("digests")
 
-_EIGHT, _ONE, _LOW_BYTE = np.uint64(8), np.uint64(1), np.uint64(0xFF)
+_NONE, _EIGHT, _ONE, _LOW_BYTE = np.uint64(0), np.uint64(8), np.uint64(1), np.uint64(0xFF)
+_LINE: Final = np.uint64(64)
 
 _preadv = types.ExternalFunction("preadv", types.intp(types.int32, types.uint64, types.int32, types.int64))
 
@@ -137,12 +138,14 @@ def _is_wanted(
 
 @njit
 def _payload_verifies(
-    head: np.uint64, source: np.uint64, target: np.uint64, size: np.uint64, seed: np.uint64, scratch: U64
-) -> bool:
+    head: np.uint64, source: np.uint64, target: np.uint64, size: np.uint64, seed: np.uint64, streams: bool, scratch: U64
+) -> bool:  # fmt: skip
     """Whether a payload has the digests that its descriptor says; moved to its target on the way, if not there yet."""
     sections = load_8(head + _SECTIONS_AT)
     step = size // sections
-    store = HASH_ONLY if source == target else STORE
+    store = HASH_ONLY
+    if source != target:
+        store = STREAM if streams and target % _LINE == _NONE and step % _LINE == _NONE else STORE
     for section in range(np.int64(sections)):
         at = np.uint64(section) * step
         digest = move_and_hash(
@@ -174,19 +177,60 @@ def _lay_straight(buffers: U64, first: int, last: int, sizes: U64, targets: U64,
     return count
 
 
+@njit
+def _lay_run(
+    buffers: U64, first: int, last: int, straight: Bools, offsets: U64, ends: U64, sizes: U64, targets: U64,
+    memory: np.uint64,
+) -> tuple[int, np.uint64, np.uint64]:  # fmt: skip
+    """Where a run's bytes go. Returns: buffers; the run's place in its file; its bytes."""
+    start, end = offsets[first], ends[last - 1]
+    if straight[first]:
+        return _lay_straight(buffers, first, last, sizes, targets, memory), start, end - start
+    start, end = start // _PAGE * _PAGE, (end + _PAGE - _ONE) // _PAGE * _PAGE
+    return _add_buffer(buffers, 0, memory, end - start), start, end - start
+
+
+@njit
+def _judge_run(
+    first: int, last: int, straight: Bools, offsets: U64, sizes: U64, name_bytes: U64, sequences: U64, keys: U64,
+    seeds: U64, targets: U64, streams: bool, memory: np.uint64, raw_at: np.uint64, raw_step: np.uint64, scratch: U64,
+    outcomes: U8,
+) -> None:  # fmt: skip
+    """Verifies a run that was read as `_lay_run` said, and moves to targets what is not there yet."""
+    next_page, start = memory, offsets[first] // _PAGE * _PAGE
+    for row in range(first, last):
+        head, target, size = next_page, targets[row], sizes[row]
+        source = target
+        if straight[first]:
+            next_page += _PAGE
+            whole = size // _PAGE * _PAGE
+            if whole < size:
+                move_bytes(next_page, target + whole, size - whole)
+                next_page += _PAGE
+        else:
+            head = memory + offsets[row] - start
+            source = head + (_DESCRIPTOR + name_bytes[row] if size <= _PACKED_BYTES_MAX else _PAGE)
+        move_bytes(head, raw_at + np.uint64(row) * raw_step, _DESCRIPTOR + name_bytes[row])
+        good = _is_wanted(
+            head, size, name_bytes[row], sequences[row], keys[row, 0], keys[row, 1], seeds[row], scratch
+        ) and _payload_verifies(head, source, target, size, keys[row, 0] ^ keys[row, 1], streams, scratch)
+        outcomes[row] = GOOD if good else BAD
+
+
 @njit(nogil=True, cache=True)
 def read_runs(
     counter: U64, runs: I64, fds: I64, straight: Bools, offsets: U64, ends: U64, sizes: U64, name_bytes: U64,
-    sequences: U64, keys: U64, seeds: U64, targets: U64, memory: U8, raw: U8, outcomes: U8,
+    sequences: U64, keys: U64, seeds: U64, targets: U64, streams: bool, memory: U8, raw: U8, outcomes: U8,
 ) -> None:  # fmt: skip
     """Reads and verifies runs until there are none left.
 
     Args:
         counter: uint64 (1,), shared by all threads of the batch: the next run, 0 at first.
         runs: as of `cut_runs`.
-        fds: of the file of each record; straight: whether its payload's whole pages go into the target at once (it is
-            large, and its target lies where the file's system calls take it), or all of it through `memory`.
+        fds: of the file of each record; straight: whether its payload's whole pages go into the target at once (its
+            target lies where the file's system calls take it), or all of it through `memory`.
         sizes, name_bytes, sequences, keys (n, 2): what the records must be; seeds: of their descriptors' checksums.
+        streams: whether what goes through `memory` is stored to its target past the caches.
         memory: uint8, page-aligned, the thread's own: two pages a record of a straight run, whole pages of others.
         raw: uint8 (n, 256 + most name bytes), gets descriptors and names of records that are GOOD or BAD.
         outcomes: uint8 (n), all LEFT; what becomes of each record.
@@ -200,30 +244,12 @@ def read_runs(
         if run >= len(runs) - 1:
             break
         first, last = runs[run], runs[run + 1]
-        start, end = offsets[first], ends[last - 1]
-        if straight[first]:
-            count = _lay_straight(buffers, first, last, sizes, targets, stage)
-        else:
-            start, end = start // _PAGE * _PAGE, (end + _PAGE - _ONE) // _PAGE * _PAGE
-            count = _add_buffer(buffers, 0, stage, end - start)
+        count, start, size = _lay_run(buffers, first, last, straight, offsets, ends, sizes, targets, stage)
         done = _preadv(np.int32(fds[first]), buffers_at, np.int32(count), np.int64(start))
-        if done != np.int64(end - start):
+        if done != np.int64(size):
             continue
-        next_page = stage
-        for row in range(first, last):
-            head, target, size = next_page, targets[row], sizes[row]
-            source = target
-            if straight[first]:
-                next_page += _PAGE
-                whole = size // _PAGE * _PAGE
-                if whole < size:
-                    move_bytes(next_page, target + whole, size - whole)
-                    next_page += _PAGE
-            else:
-                head = stage + offsets[row] - start
-                source = head + (_DESCRIPTOR + name_bytes[row] if size <= _PACKED_BYTES_MAX else _PAGE)
-            move_bytes(head, raw_at + np.uint64(row) * raw_step, _DESCRIPTOR + name_bytes[row])
-            good = _is_wanted(
-                head, size, name_bytes[row], sequences[row], keys[row, 0], keys[row, 1], seeds[row], scratch
-            ) and _payload_verifies(head, source, target, size, keys[row, 0] ^ keys[row, 1], scratch)
-            outcomes[row] = GOOD if good else BAD
+        _judge_run(
+            first, last, straight, offsets, sizes, name_bytes, sequences, keys, seeds, targets, streams, stage, raw_at,
+            raw_step, scratch, outcomes,
+        )  # fmt: skip
+    fence_stores()

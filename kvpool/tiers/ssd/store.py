@@ -32,11 +32,10 @@ from kvpool.core.ssd.records import (
     SsdStats,
 )
 from kvpool.core.ssd.rows import NO_ROW
-from kvpool.tiers.ssd import reading
+from kvpool.tiers.ssd import direct_reading, group_writing, reading
 from kvpool.tiers.ssd.appending import LogAppender
 from kvpool.tiers.ssd.audit import audit_log
 from kvpool.tiers.ssd.cleaning import LogCleaner
-from kvpool.tiers.ssd.direct_reading import warm_up
 from kvpool.tiers.ssd.files import DiskFiles, Files
 from kvpool.tiers.ssd.lanes import Bytes, Lanes
 from kvpool.tiers.ssd.open_log import OpenLog
@@ -44,6 +43,7 @@ from kvpool.tiers.ssd.recovery import Damage, make_durable, open_log, remove_fil
 from kvpool.tiers.ssd.writer import LogWriter, Request
 
 TIMEOUT_S: Final = 30.0
+_BYTE: Final = np.dtype(np.uint8)
 CAPACITY_BYTES_MIN: Final = 4 << 20
 _SEGMENT_BYTES_MIN, _SEGMENT_BYTES_USUAL, _SEGMENT_BYTES_MAX = 1 << 20, 256 << 20, 16 << 30
 #: More files than this would be more than a process may usually have open.
@@ -115,7 +115,8 @@ class SsdStore:
         if not 1 <= io_depth <= 256:
             raise BadArgument("io_depth must be 1 to 256")
         # No first read is to wait for the compiler.
-        warm_up()
+        direct_reading.warm_up()
+        group_writing.warm_up()
         rows_max = records_max or min(_ROWS_MAX, max(_ROWS_MIN, capacity_bytes // _BYTES_A_ROW))
         files = DiskFiles(folder / f"kvpool-{name}", direct=direct) if files is None else files
         try:
@@ -201,7 +202,7 @@ class SsdStore:
     # ------------------------------------------------------------ reading
 
     def read(self, keys: KeyArray, targets: Sequence[Bytes]) -> SsdRead:
-        """Reads payloads into memory of the caller, verified; straight into it where it lies on whole pages.
+        """Reads payloads into memory of the caller, verified; large ones straight into it where it lies on whole pages.
 
         A record that does not verify, or can't be read, is absent from then on. Neighbours in the log read together.
 
@@ -213,12 +214,8 @@ class SsdStore:
         if len(keys) != len(targets):
             raise BadArgument(f"{len(targets)} targets do not fit {len(keys)} keys")
         for target in targets:
-            if (
-                target.dtype != np.uint8
-                or target.ndim != 1
-                or not target.flags.c_contiguous
-                or not target.flags.writeable
-            ):
+            # `carray`: contiguous and writable.
+            if target.dtype != _BYTE or target.ndim != 1 or not target.flags.carray:
                 raise BadArgument("targets must be contiguous, writable uint8 arrays")
         return self._read(keys, targets)
 
