@@ -24,7 +24,7 @@ demo: setup
 	@$(BIN)/kvpool demo $(if $(KEEP),--keep,) $(DEMO_ARGS)
 
 test: setup lint
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python tools/run_tests.py $(PYTEST_ARGS)
 
 # The real vLLM in an environment of its own: its pins and ours differ.
 $(VENV_VLLM)/.kvpool-installed: pyproject.toml constraints.txt tools/install_vllm.py

@@ -22,6 +22,7 @@ from kvpool.channels.tls import TlsConfig
 from kvpool.cli.flags import tls_environment
 from kvpool.cli.processes import Interrupted, Process, ProcessFailed, Supervisor
 from kvpool.service import rpc
+from kvpool.service.scheduler_list import target
 from kvpool.v1 import common_pb2, directory_pb2, directory_pb2_grpc, scheduler_pb2, scheduler_pb2_grpc
 
 READY_TIMEOUT_S = 120.0
@@ -114,7 +115,8 @@ class LocalCluster:
         """
         deadline = time.monotonic() + READY_TIMEOUT_S
         options = self.options
-        with rpc.make_channel(self.scheduler_address, credential=options.credential, tls=options.tls) as channel:
+        address = target(self.scheduler_address)
+        with rpc.make_channel(address, credential=options.credential, tls=options.tls) as channel:
             while not (self._joined(channel) and self._models()):
                 if stop is not None and stop.is_set():
                     raise Interrupted

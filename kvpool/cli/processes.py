@@ -43,8 +43,12 @@ def announce_ready(facts: dict[str, Any]) -> None:
 
 def die_with_parent() -> None:
     """A supervised process ends with its supervisor, however that ended."""
-    if os.environ.pop(_SUPERVISED, None):
+    supervisor = os.environ.pop(_SUPERVISED, "")
+    if supervisor:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != int(supervisor):
+            # It ended while this process was still loading: nobody will send that signal any more.
+            signal.raise_signal(signal.SIGTERM)
 
 
 def stop_event() -> threading.Event:
@@ -152,7 +156,7 @@ class Supervisor:
                 pass_fds=(write_fd,),
                 # A group of its own: Ctrl-C reaches the supervisor alone, which then stops the children in order.
                 start_new_session=True,
-                env={**os.environ, **extra, READY_FD: str(write_fd), _SUPERVISED: "1"},
+                env={**os.environ, **extra, READY_FD: str(write_fd), _SUPERVISED: str(os.getpid())},
             )
         os.close(write_fd)
         process = Process(name, tuple(arguments), log, popen, read_fd, env=extra)

@@ -2,8 +2,8 @@
 
 The bound is the least of two, each the optimum of an easier problem, known in advance and without interference. In both
 
-* what is to be computed can be computed by all instances that prefill together, in any pieces, without gaps, and is
-  everywhere at once, for nothing;
+* what is to be computed can be computed by all instances together, in any pieces, without gaps, and is everywhere at
+  once, for nothing; those that are there to decode compute prompts as well, since they do so for requests that stay;
 * decoding costs nothing, memory has no end, the network takes no time, noise is always in our favour, and no step has a
   fixed cost;
 * only who could not be in time even on an idle cluster is lost for that: the parts of a prompt are computed one after
@@ -23,7 +23,7 @@ time plus the most that requests are worth beyond their work, and on a tree of p
 leaves first. What rows of requests that do not overlap must lose adds up.
 
 Decode work is left out. That of the tokens that are due under the TBT limit before the last prompt is takes at most 0.4
-points off the bound in cells of four instances that do both, since answers may come as slowly as that limit allows.
+points off the bound with four instances that do both, since answers may come as slowly as that limit allows.
 """
 
 from __future__ import annotations
@@ -249,9 +249,9 @@ def _worth(
 
 
 def goodput_max(
-    requests: Sequence[TraceRequest], hardware: Hardware, prefills: int, ttft_slo_us: int, noise_ratio: float
+    requests: Sequence[TraceRequest], hardware: Hardware, instances: int, ttft_slo_us: int, noise_ratio: float
 ) -> float:
-    """Share of requests that could be within the TTFT limit at best. Args: prefills: instances that prefill."""
+    """Share of requests that could be within the TTFT limit at best."""
     if not len(requests):
         return 1.0
     arrival_us = np.array([float(request.arrival_us) for request in requests])
@@ -259,6 +259,6 @@ def goodput_max(
     prefixes = prefixes_of(requests, hardware, noise_ratio)
     work_us = np.array(least_prefill_us(requests, hardware, noise_ratio))
     possible = possible_alone(arrival_us, prefixes, limit_us)
-    by_request = served_max(arrival_us[possible].tolist(), work_us[possible].tolist(), prefills, limit_us)
-    by_block = served_max_by_block(arrival_us, prefixes, prefills, limit_us)
+    by_request = served_max(arrival_us[possible].tolist(), work_us[possible].tolist(), instances, limit_us)
+    by_block = served_max_by_block(arrival_us, prefixes, instances, limit_us)
     return min(by_request, by_block) / len(requests)

@@ -176,8 +176,8 @@ def with_overrides(config: SchedulerConfig, overrides: Mapping[str, Any]) -> Sch
 def bound_of(task: Task) -> float:
     """Share of a task's requests that anybody could serve in time at best; see `bound`."""
     config = task.config
-    prefills = config.instances if config.split is None else config.instances - config.split[1]
-    return goodput_max(task.trace, config.hardware, prefills, config.ttft_slo_us, config.noise_ratio)
+    # All of them prefill: where prompts are co-located, instances for decoding compute them.
+    return goodput_max(task.trace, config.hardware, config.instances, config.ttft_slo_us, config.noise_ratio)
 
 
 def names_in(mean: Mapping[str, float]) -> list[str]:

@@ -93,7 +93,8 @@ def until(holds: Callable[[], bool]) -> None:
 
 def test_what_is_stored_is_found_in_all_shards_only(node: Node, connect: Callable[..., PoolLink]) -> None:
     link = connect(node.address)
-    assert link.put(0, 0, keys(1, 4), whole(content(1, 4))) == 4 and link.put(0, 1, keys(1, 3), whole(content(2, 3))) == 3
+    assert link.put(0, 0, keys(1, 4), whole(content(1, 4))) == 4
+    assert link.put(0, 1, keys(1, 3), whole(content(2, 3))) == 3
     assert link.lookup(0, range(2), keys(1, 4)).tolist() == [True, True, True, False]
     assert link.shows(0, 0, keys(1, 4)).all() and not link.shows(0, 0, keys(5, 4)).any()
     found, rows = read(link, keys(1, 4))
