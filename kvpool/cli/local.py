@@ -25,7 +25,9 @@ from kvpool.service import rpc
 from kvpool.service.scheduler_list import target
 from kvpool.v1 import common_pb2, directory_pb2, directory_pb2_grpc, scheduler_pb2, scheduler_pb2_grpc
 
-READY_TIMEOUT_S = 120.0
+READY_TIMEOUT_S = 300.0
+#: For one question to the scheduler meanwhile.
+ASK_TIMEOUT_S = 5.0
 #: Names nodes of clusters that one process supervises: node-local-<its process id>.
 NODE_PREFIX = "node-local-"
 DRAIN_S = 5
@@ -129,8 +131,8 @@ class LocalCluster:
         scheduler: Any = scheduler_pb2_grpc.SchedulerStub(channel)  # type: ignore[no-untyped-call]
         directory: Any = directory_pb2_grpc.DirectoryStub(channel)  # type: ignore[no-untyped-call]
         try:
-            status = scheduler.GetStatus(scheduler_pb2.GetStatusRequest())
-            listed = directory.ListSources(directory_pb2.ListSourcesRequest())
+            status = scheduler.GetStatus(scheduler_pb2.GetStatusRequest(), timeout=ASK_TIMEOUT_S)
+            listed = directory.ListSources(directory_pb2.ListSourcesRequest(), timeout=ASK_TIMEOUT_S)
         except grpc.RpcError:  # too busy to answer
             return False
         nodes = [one for one in listed.sources if one.source.tier == common_pb2.TIER_DRAM]
