@@ -4,7 +4,8 @@
 
 The model is made here, with random weights: small enough for a CPU, with 16 KiB of cache a token (a model of 8 B
 parameters with grouped heads has 128), so that a prompt of 8192 tokens moves 128 MiB. Each server computes with one
-thread; only one is asked at a time, and the rounds of all cases are interleaved.
+thread; only one is asked at a time, and the rounds of all cases are interleaved. NIXL's servers are stopped (SIGSTOP)
+while ours hand over, since their threads look for work without a pause.
 
 cold: a prompt that nobody has seen. warm: vLLM's own cache was emptied, all full blocks come from the store (checked).
 hand-off: from the answer of the server that computed the prompt to the first token of the one that goes on.
@@ -37,6 +38,8 @@ from vllm_server import Answer, Server, cpu_s_of, free_port, make_model
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK_TOKENS = 128
+#: How long the machine is left alone before a hand-off.
+ALONE_S = 2.0
 #: Prompts of the workload without reuse, and tokens of each.
 CPU_PROMPTS, CPU_TOKENS, CPU_GENERATED = 4, 1024, 64
 POOL_BYTES = 2 << 30
@@ -145,6 +148,19 @@ def handed_over(prefill: Server, decode: Server, asks: Mapping[str, Any], prompt
     # What the answer says is cached may be what was cached at the first server.
     decode.reaches(LOADED, loaded + len(prompts.current) // BLOCK_TOKENS * BLOCK_TOKENS)
     return checked.seconds(prompts.current, Answer(answer.first_s, 0, answer.tokens, None), cached=False)
+
+
+def alone(restless: Sequence[Server], asked: bool, prompts: Prompts | None) -> None:
+    """Before a hand-off: servers whose threads never rest run only if it is they who are asked."""
+    for one in restless:
+        if asked:
+            one.resume()
+            one.wait()
+        else:
+            one.pause()
+    if prompts is not None:
+        prompts.new()
+    time.sleep(ALONE_S)
 
 
 def store_cases(prompts: Prompts, servers: Mapping[str, Server]) -> list[Case]:
@@ -268,7 +284,8 @@ def measure_hand_offs(args: argparse.Namespace, report: Report, folder: Path, no
             for name, (prefill, decode) in pairs.items():
                 limits = ("hand-off, NIXL",) if name == "kvpool" and args.nixl else ()
                 run = partial(handed_over, prefill, decode, asked[name], prompts, checked)
-                prepare = prompts.new if name == "kvpool" else lambda: None
+                ours = name == "kvpool"
+                prepare = partial(alone, pairs.get("NIXL", ()), not ours, prompts if ours else None)
                 cases.append(Case(f"hand-off, {name}", run, 1, "ms", limits, 1.0 if limits else None, prepare=prepare))
             rows = measure(cases, args.rounds, quiet_s=args.quiet_s)
             report.add(f"Hand-off of a prompt of {tokens} tokens", rows)
